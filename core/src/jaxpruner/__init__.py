@@ -1,0 +1,94 @@
+"""JaxPruner: pruning and sparse training for JAX as optax transformations."""
+
+from jaxpruner import (
+    algorithms,
+    api,
+    base_updater,
+    mask_calculator,
+    sparsity_distributions,
+    sparsity_schedules,
+    sparsity_types,
+    utils,
+)
+from jaxpruner.algorithms import (
+    SET,
+    GlobalMagnitudePruning,
+    GlobalSaliencyPruning,
+    MagnitudePruning,
+    NoPruning,
+    PreserveSparsity,
+    RandomPruning,
+    RigL,
+    SaliencyPruning,
+    StaticRandomSparse,
+    SteMagnitudePruning,
+    SteRandomPruning,
+)
+from jaxpruner.api import (
+    ALGORITHM_REGISTRY,
+    all_algorithm_names,
+    create_updater_from_config,
+    register_algorithm,
+    sparsify,
+)
+from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.sparsity_schedules import (
+    NoUpdateSchedule,
+    OneShotSchedule,
+    PeriodicSchedule,
+    PolynomialSchedule,
+)
+from jaxpruner.sparsity_types import SparsityType
+from jaxpruner.transformation import (
+    SparseState,
+    StraightThroughState,
+    apply_mask,
+    begin_step,
+    end_step,
+    project,
+)
+from jaxpruner.utils import summarize_intersection, summarize_sparsity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ALGORITHM_REGISTRY",
+    "SET",
+    "BaseUpdater",
+    "GlobalMagnitudePruning",
+    "GlobalSaliencyPruning",
+    "MagnitudePruning",
+    "NoPruning",
+    "NoUpdateSchedule",
+    "OneShotSchedule",
+    "PeriodicSchedule",
+    "PolynomialSchedule",
+    "PreserveSparsity",
+    "RandomPruning",
+    "RigL",
+    "SaliencyPruning",
+    "SparseState",
+    "SparsityType",
+    "StaticRandomSparse",
+    "SteMagnitudePruning",
+    "SteRandomPruning",
+    "StraightThroughState",
+    "algorithms",
+    "all_algorithm_names",
+    "api",
+    "apply_mask",
+    "base_updater",
+    "begin_step",
+    "create_updater_from_config",
+    "end_step",
+    "mask_calculator",
+    "project",
+    "register_algorithm",
+    "sparsify",
+    "sparsity_distributions",
+    "sparsity_schedules",
+    "sparsity_types",
+    "summarize_intersection",
+    "summarize_sparsity",
+    "utils",
+]

@@ -1,0 +1,117 @@
+"""Global pruners: one threshold over all leaves decides how sparse each becomes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpruner import counts, selection, sparsity_distributions, sparsity_types, trees
+from jaxpruner.algorithms.pruners import MagnitudePruning, SaliencyPruning
+from jaxpruner.base_updater import BaseUpdater
+
+
+@dataclasses.dataclass(eq=False)
+class _GlobalPruning(BaseUpdater):
+    r"""Keeps the highest normalised scores of all selected leaves together.
+
+    The scores of a leaf are divided by :math:`\lVert s \rVert_2 + \epsilon`, so that no layer wins
+    by its scale alone. Over N entries, `max(1, round_half_even(N * (1 - sparsity)))` are kept; a
+    leaf may lose all of its own.
+
+    Attributes:
+      sparsity: fraction of zeros over all selected leaves.
+      filter_fn: `filter_fn(path, param)` takes the leaves to prune.
+      custom_sparsity_map: path or pattern -> sparsity of leaves that compete on their own.
+      use_normalization: whether scores are divided by their norm.
+      normalization_eps: the epsilon above.
+    """
+
+    sparsity: float = 0.8
+    filter_fn: sparsity_distributions.FilterFn = sparsity_distributions.NOT_DIM_ONE_FILTER_FN
+    custom_sparsity_map: sparsity_distributions.SparsityMap | None = None
+    use_normalization: bool = True
+    normalization_eps: float = 1e-8
+
+    def get_target_sparsities(self, params):
+        targets = sparsity_distributions.uniform(
+            params, self.sparsity, self.filter_fn, self.custom_sparsity_map
+        )
+        self._check_targets(params, targets)
+        for path, _ in trees.named_leaves(targets):
+            if not self._competes_alone(path):
+                self._check_unstructured(path)
+        return targets
+
+    def create_masks(self, scores: Any, target_sparsity: Any) -> Any:
+        """Masks from one threshold.
+
+        Args:
+          scores: a tree of scores.
+          target_sparsity: the sparsity of all selected leaves together, or a tree with that of each
+            leaf, in which the leaves of the custom map may differ.
+        """
+        if jax.tree_util.treedef_is_leaf(jax.tree.structure(target_sparsity)):
+            target_sparsity = trees.map_named(
+                lambda path, score: target_sparsity if self.filter_fn(path, score) else None, scores
+            )
+        shared = trees.map_named(
+            lambda path, _, target: None if self._competes_alone(path) else target, scores, target_sparsity
+        )
+        alone = trees.map_named(
+            lambda path, _, target: target if self._competes_alone(path) else None, scores, target_sparsity
+        )
+        masks = super().create_masks(scores, alone)
+        leaves = jax.tree.leaves(trees.map_pruned(lambda score, _: score, scores, shared))
+        if not leaves:
+            return masks
+        chosen = iter(self._select(leaves, jax.tree.leaves(trees.from_state(shared))[0]))
+        return jax.tree.map(
+            lambda target, mask: mask if trees.is_unpruned(target) else next(chosen),
+            shared,
+            masks,
+            is_leaf=trees.is_unpruned,
+        )
+
+    def _select(self, leaves: list[Any], sparsity: Any) -> list[Any]:
+        keep = counts.keep_count(sum(leaf.size for leaf in leaves), sparsity)
+        scales = [self._scale(leaf) for leaf in leaves] if self.use_normalization else None
+        return selection.top_k_masks(leaves, keep, scales)
+
+    def _scale(self, score: Any) -> Any:
+        wide = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+        return jnp.sqrt(jnp.sum(wide * wide)) + self.normalization_eps
+
+    def _as_float32(self, params, targets):
+        shared = trees.map_named(
+            lambda path, p, target: None if target is None or self._competes_alone(path) else p, params, targets
+        )
+        total = sum(math.prod(jnp.shape(p)) for p in jax.tree.leaves(shared))
+        common = jnp.asarray(counts.float32_sparsity(total, self.sparsity), jnp.float32)
+        own = super()._as_float32(params, targets)
+        return trees.map_pruned(lambda _, p: common, own, shared, otherwise=lambda own: own)
+
+    def _competes_alone(self, path: trees.KeyPath) -> bool:
+        return any(trees.matches(pattern, path) for pattern in self.custom_sparsity_map or {})
+
+    def _check_unstructured(self, path: trees.KeyPath) -> None:
+        structure = sparsity_types.for_leaf(self.sparsity_type, path, None)
+        if not isinstance(structure, sparsity_types.Unstructured):
+            raise ValueError(
+                f"{trees.leaf_name(path)}: cannot use {type(self).__name__} with {structure}. This is "
+                "because one threshold over all leaves ranks single weights; use the algorithm that "
+                "ranks each leaf, or give the leaf a sparsity of its own in custom_sparsity_map."
+            )
+
+
+@dataclasses.dataclass(eq=False)
+class GlobalMagnitudePruning(_GlobalPruning, MagnitudePruning):
+    """Global pruning by `|w|`."""
+
+
+@dataclasses.dataclass(eq=False)
+class GlobalSaliencyPruning(_GlobalPruning, SaliencyPruning):
+    """Global pruning by `|w * g|`."""

@@ -1,0 +1,42 @@
+"""Keeping the zeros of a sparse checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxpruner import sparsity_distributions, trees
+from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.sparsity_schedules import OneShotSchedule, Schedule
+
+
+@dataclasses.dataclass(eq=False)
+class PreserveSparsity(BaseUpdater):
+    """Keeps what is zero in the parameters at count 0 (frameworks restore them after `init`).
+
+    A leaf that is zero throughout is taken for one that starts at zero (a zero-initialised output
+    layer), and stays dense.
+
+    Attributes:
+      filter_fn: `filter_fn(path, param)` takes the leaves whose zeros are kept.
+    """
+
+    scheduler: Schedule = OneShotSchedule(0)
+    is_sparse_gradients: bool = True
+    filter_fn: sparsity_distributions.FilterFn = sparsity_distributions.NOT_DIM_ONE_FILTER_FN
+
+    def get_target_sparsities(self, params):
+        # The sparsity is that of the parameters, known at count 0 only.
+        targets = sparsity_distributions.uniform(params, 0.0, self.filter_fn)
+        self._check_targets(params, targets)
+        return targets
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        """1 where a weight is not zero, else 0."""
+        del sparse_state, grads, kwargs
+        return jax.tree.map(lambda p: (p != 0).astype(jnp.float32), params)
+
+    def create_masks(self, scores, sparsities):
+        return trees.map_pruned(lambda s, _: (s > 0) | ~jnp.any(s > 0), scores, sparsities)

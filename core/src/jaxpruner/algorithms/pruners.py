@@ -1,0 +1,83 @@
+"""Pruners: dense at first, sparser with each mask update."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpruner import scores
+from jaxpruner.base_updater import BaseUpdater
+
+
+@dataclasses.dataclass(eq=False)
+class NoPruning(BaseUpdater):
+    """The dense baseline: no masks, parameters and updates untouched."""
+
+    def get_target_sparsities(self, params):
+        return jax.tree.map(lambda _: None, params)
+
+    def update_state(self, sparse_state, params, grads, **kwargs):
+        del params, grads, kwargs
+        return sparse_state
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del sparse_state, grads, kwargs
+        return params
+
+
+@dataclasses.dataclass(eq=False)
+class MagnitudePruning(BaseUpdater):
+    """Keeps the largest `|w|` of each leaf (Zhu & Gupta, 2017)."""
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del sparse_state, grads, kwargs
+        return jax.tree.map(scores.magnitude, params)
+
+
+@dataclasses.dataclass(eq=False)
+class SaliencyPruning(BaseUpdater):
+    """Keeps the largest `|w * g|` of each leaf (Molchanov et al., 2016)."""
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del sparse_state, kwargs
+        require_grads(self, grads)
+        return jax.tree.map(scores.saliency, params, grads)
+
+
+@dataclasses.dataclass(eq=False)
+class RandomPruning(BaseUpdater):
+    """Keeps random weights of each leaf; what was pruned stays pruned."""
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del grads, kwargs
+        if sparse_state is None:
+            return random_scores(self, params)
+        masks = self.current_masks(sparse_state, params)
+        return random_scores(self, params, step=sparse_state.count, among=masks)
+
+
+def random_scores(updater: BaseUpdater, params: Any, step: Any = -1, among: Any = None) -> Any:
+    """Uniform scores of each leaf, of the draw of this step; those outside `among` come last."""
+    if among is None:
+        among = jax.tree.map(lambda _: None, params)
+    return jax.tree.map(
+        lambda p, key, mask: scores.uniform_random(key, jnp.shape(p), mask),
+        params,
+        updater.random_keys(params, step),
+        among,
+    )
+
+
+def require_grads(updater: BaseUpdater, grads: Any) -> None:
+    """Raises a ValueError for an algorithm that scores with gradients and got none."""
+    if grads is None:
+        raise ValueError(
+            f"grads: {type(updater).__name__} scores with gradients and got none; pass grads=, for "
+            "example of the loss on one batch."
+        )
+
+
+__all__ = ["MagnitudePruning", "NoPruning", "RandomPruning", "SaliencyPruning"]

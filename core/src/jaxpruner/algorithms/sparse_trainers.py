@@ -1,0 +1,98 @@
+"""Sparse from the first step: a fixed random mask, or one that drops and grows weights."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpruner import mask_storage, scores, sparsity_types, trees
+from jaxpruner.algorithms.pruners import random_scores, require_grads
+from jaxpruner.base_updater import BaseUpdater
+
+
+@dataclasses.dataclass(eq=False)
+class StaticRandomSparse(BaseUpdater):
+    """A random mask at the final sparsity from the start, which never changes."""
+
+    is_sparse_gradients: bool = True
+
+    def get_initial_masks(self, params, target_sparsities):
+        return self.create_masks(random_scores(self, params), target_sparsities)
+
+    def update_state(self, sparse_state, params, grads, **kwargs):
+        del params, grads, kwargs
+        return sparse_state
+
+    def instant_sparsify(self, params, grads=None, **kwargs):
+        raise RuntimeError(
+            f"instant_sparsify: {type(self).__name__} trains with a sparse mask from the start and "
+            "has no scores to prune trained parameters with; use MagnitudePruning for that."
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class _DropAndGrow(StaticRandomSparse, abc.ABC):
+    r"""Drops the smallest active weights and grows as many others.
+
+    Of the :math:`k` active weights of a leaf, the :math:`\mathrm{round}(k (1 - f))` largest in
+    :math:`|w|` survive, with :math:`f` = `drop_fraction_fn(count)`; the others are replaced by the
+    weights of the highest grow score among all that did not survive. :math:`k` never changes.
+    Regrown weights start at 0 with fresh optimizer statistics.
+
+    Attributes:
+      drop_fraction_fn: count -> fraction of the active weights that is dropped.
+    """
+
+    skip_gradients: bool = True
+    drop_fraction_fn: Callable[[Any], Any] = optax.constant_schedule(0.1)
+
+    regrows = True
+
+    @abc.abstractmethod
+    def grow_scores(self, params: Any, grads: Any, step: Any) -> Any:
+        """A tree of scores; the highest of the inactive weights grow."""
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        """`|w|`, by which active weights are dropped."""
+        del sparse_state, grads, kwargs
+        return jax.tree.map(scores.magnitude, params)
+
+    def update_state(self, sparse_state, params, grads, **kwargs):
+        fraction = self.drop_fraction_fn(sparse_state.count)
+        masks = self.current_masks(sparse_state, params)
+        drop_scores = self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
+        grow_scores = self.grow_scores(params, grads, sparse_state.count)
+
+        def regrow(path, mask, drop, grow):
+            if trees.is_unpruned(mask):
+                return None
+            structure = sparsity_types.for_leaf(self.sparsity_type, path, mask)
+            return structure.regrow(mask, drop, grow, fraction)
+
+        masks = trees.map_named(regrow, masks, drop_scores, grow_scores)
+        return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks))
+
+
+@dataclasses.dataclass(eq=False)
+class SET(_DropAndGrow):
+    """Sparse evolutionary training: grows at random (Mocanu et al., 2018)."""
+
+    def grow_scores(self, params, grads, step):
+        del grads
+        return random_scores(self, params, step)
+
+
+@dataclasses.dataclass(eq=False)
+class RigL(_DropAndGrow):
+    """Grows where the dense gradient is largest (Evci et al., 2020)."""
+
+    def grow_scores(self, params, grads, step):
+        del params, step
+        require_grads(self, grads)
+        return jax.tree.map(jnp.abs, grads)

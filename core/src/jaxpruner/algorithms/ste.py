@@ -1,0 +1,56 @@
+"""Straight-through estimators: the model runs with masked weights, the dense ones are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxpruner import scores, transformation
+from jaxpruner.algorithms.pruners import random_scores
+from jaxpruner.base_updater import BaseUpdater
+
+
+@dataclasses.dataclass(eq=False)
+class _StraightThrough(BaseUpdater):
+    """Gradients at the masked weights move the dense weights (Bengio et al., 2013).
+
+    With `wrap_optax` the parameters are the dense weights and the training loop runs the model with
+    `pre_forward_update(params, opt_state)`. With `jaxpruner.sparsify` the dense weights live in the
+    optimizer state and the parameters are their masked projection.
+    """
+
+    def wrap_optax(self, inner):
+        return transformation.track_masks(inner, self)
+
+    def sparsify_optax(self, inner):
+        return transformation.straight_through(inner, self)
+
+    def pre_forward_update(self, params: Any, opt_state: Any) -> Any:
+        """The masked parameters, for the forward pass."""
+        state = transformation.find_state(opt_state)
+        return self.apply_masks(params, state.masks, is_packed=self.use_packed_masks)
+
+    def post_gradient_update(self, params: Any, sparse_state: Any) -> Any:
+        """The parameters as they are: dense weights stay dense."""
+        del sparse_state
+        return params
+
+
+@dataclasses.dataclass(eq=False)
+class SteMagnitudePruning(_StraightThrough):
+    """Masks the smallest `|w|` of the dense weights."""
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del sparse_state, grads, kwargs
+        return jax.tree.map(scores.magnitude, params)
+
+
+@dataclasses.dataclass(eq=False)
+class SteRandomPruning(_StraightThrough):
+    """Masks random weights, drawn anew at each mask update."""
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del grads, kwargs
+        return random_scores(self, params, -1 if sparse_state is None else sparse_state.count)

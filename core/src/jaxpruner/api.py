@@ -1,0 +1,230 @@
+"""From configuration to updater, and `sparsify`. The one place that parses strings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+from jaxpruner import algorithms, sparsity_distributions, sparsity_schedules, sparsity_types
+from jaxpruner.base_updater import BaseUpdater
+
+ALGORITHM_REGISTRY: dict[str, Callable[..., BaseUpdater]] = {
+    "no_prune": algorithms.NoPruning,
+    "magnitude": algorithms.MagnitudePruning,
+    "random": algorithms.RandomPruning,
+    "saliency": algorithms.SaliencyPruning,
+    "magnitude_ste": algorithms.SteMagnitudePruning,
+    "random_ste": algorithms.SteRandomPruning,
+    "global_magnitude": algorithms.GlobalMagnitudePruning,
+    "global_saliency": algorithms.GlobalSaliencyPruning,
+    "static_sparse": algorithms.StaticRandomSparse,
+    "rigl": algorithms.RigL,
+    "set": algorithms.SET,
+    "preserve": algorithms.PreserveSparsity,
+}
+
+_DISTRIBUTIONS = {"uniform": sparsity_distributions.uniform, "erk": sparsity_distributions.erk}
+
+# Keys that every algorithm accepts, so that one template serves all; some have no use for some.
+_COMMON_KEYS = (
+    "algorithm",
+    "dist_type",
+    "sparsity",
+    "sparsity_type",
+    "update_freq",
+    "update_start_step",
+    "update_end_step",
+    "drop_fraction",
+    "filter_fn",
+    "custom_sparsity_map",
+)
+
+# Algorithms that take their sparsity from the parameters, or have none.
+_WITHOUT_SPARSITY = ("no_prune", "preserve")
+
+
+def sparsify(
+    inner: optax.GradientTransformation, updater: BaseUpdater | Mapping[str, Any] | None = None, /, **config: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Makes training with an optax optimizer sparse.
+
+    After `params = optax.apply_updates(params, updates)`, pruned entries are exactly 0 and kept
+    entries are bitwise what `inner` would have given them. The transformation must come last in a
+    chain (`optax.chain(clip, sparsify(adam, ...))`): anything after it would change the updates
+    that put pruned entries at 0. The same holds for wrappers that scale updates.
+
+    Args:
+      inner: any optax optimizer.
+      updater: an algorithm, or a configuration of `create_updater_from_config` as a mapping or
+        `ml_collections.ConfigDict`.
+      **config: the configuration as keyword arguments, in place of `updater`.
+
+    Returns:
+      An optax transformation whose state is a `SparseState`.
+
+    Raises:
+      ValueError: if the configuration is not valid.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jaxpruner
+      >>> tx = jaxpruner.sparsify(
+      ...     optax.adamw(3e-4), algorithm="magnitude", sparsity=0.75, update_start_step=0, update_end_step=0
+      ... )
+      >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 4))}, tx.init(params), params)
+      >>> int(jnp.count_nonzero(optax.apply_updates(params, updates)["kernel"]))
+      2
+    """
+    if updater is not None and config:
+        raise ValueError(
+            f"sparsify: got an updater and the keywords {sorted(config)}; put everything into one of the two."
+        )
+    if not isinstance(updater, BaseUpdater):
+        updater = create_updater_from_config(config if updater is None else updater)
+    return updater.sparsify_optax(inner)
+
+
+def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
+    """The algorithm that a configuration names.
+
+    Keys (a mapping or `ml_collections.ConfigDict`):
+      algorithm: a name of `all_algorithm_names()`.
+      sparsity: final fraction of zeros, in [0, 1).
+      dist_type: `uniform` (default) or `erk`; global algorithms have their own.
+      sparsity_type: `unstructured` (default), `nm_2,4`, `block_4,4`, `channel_-1`, or what
+        `BaseUpdater.sparsity_type` takes.
+      update_start_step, update_end_step, update_freq: masks are made on multiples of `update_freq`
+        (default 1) from start to end, sparser with each along a cubic polynomial; at once if start
+        equals end; never without a start.
+      drop_fraction: share of active weights that SET and RigL replace, cosine-decayed to 0 at
+        `update_end_step` (default 0.1).
+      filter_fn: `filter_fn(path, param)` takes the parameters to prune (default: two or more axes).
+      custom_sparsity_map: path or pattern -> sparsity.
+      Anything else is given to the algorithm, such as `use_packed_masks` and `rng_seed`.
+
+    Raises:
+      ValueError: for unknown keys and values, with the list of valid ones.
+    """
+    config = dict(config.items())
+    name = config.get("algorithm")
+    if name not in ALGORITHM_REGISTRY:
+        raise ValueError(
+            f"algorithm: {name!r} is not known; jaxpruner.all_algorithm_names() are {', '.join(all_algorithm_names())}."
+        )
+    algorithm = ALGORITHM_REGISTRY[name]
+    accepted = _accepted_fields(algorithm, config)
+    fields = {key: value for key, value in config.items() if key not in _COMMON_KEYS}
+    if unknown := sorted(set(fields) - accepted):
+        raise ValueError(
+            f"{', '.join(unknown)}: no such key for algorithm {name!r}; valid keys are "
+            f"{', '.join([*_COMMON_KEYS, *sorted(accepted - set(_COMMON_KEYS))])}."
+        )
+    if name not in _WITHOUT_SPARSITY and not {"sparsity", "sparsity_distribution_fn"} & set(config):
+        raise ValueError("sparsity: missing; give the final fraction of zeros, such as sparsity=0.8.")
+    offered = _common_fields(config)
+    if name in _WITHOUT_SPARSITY:
+        offered.pop("scheduler", None)
+    return algorithm(**{key: value for key, value in offered.items() if key in accepted} | fields)
+
+
+def register_algorithm(name: str, algorithm: Callable[..., BaseUpdater]) -> None:
+    """Makes an algorithm known to configurations.
+
+    Args:
+      name: what `algorithm:` will say.
+      algorithm: a class or function that takes the fields of `BaseUpdater` it needs as keywords.
+
+    Raises:
+      ValueError: if the name belongs to another algorithm.
+    """
+    if ALGORITHM_REGISTRY.setdefault(name, algorithm) is not algorithm:
+        raise ValueError(f"register_algorithm: {name!r} is taken by {ALGORITHM_REGISTRY[name]}; choose another name.")
+
+
+def all_algorithm_names() -> tuple[str, ...]:
+    """The names that configurations may use."""
+    return tuple(ALGORITHM_REGISTRY)
+
+
+def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from the common keys; an algorithm takes those that it has."""
+    placement = {key: config[key] for key in ("filter_fn", "custom_sparsity_map") if config.get(key) is not None}
+    if "custom_sparsity_map" in placement:
+        placement["custom_sparsity_map"] = dict(placement["custom_sparsity_map"].items())
+    offered: dict[str, Any] = dict(placement)
+    if "sparsity" in config:
+        sparsity_distributions.check_sparsity("Default sparsity", config["sparsity"])
+        distribution = _parse_distribution(config.get("dist_type", "uniform"))
+        offered["sparsity"] = config["sparsity"]
+        offered["sparsity_distribution_fn"] = functools.partial(distribution, sparsity=config["sparsity"], **placement)
+    # Without a start the algorithm's own schedule stands, which makes no updates for all but `preserve`.
+    if config.get("update_start_step") is not None:
+        offered["scheduler"] = _parse_schedule(config)
+    offered["drop_fraction_fn"] = _parse_drop_fraction(config)
+    offered["sparsity_type"] = _parse_sparsity_type(config.get("sparsity_type", "unstructured"))
+    return offered
+
+
+def _parse_distribution(dist_type: Any) -> Callable[..., Any]:
+    if dist_type not in _DISTRIBUTIONS:
+        raise ValueError(f"dist_type: {dist_type!r} is not known; use one of {', '.join(_DISTRIBUTIONS)}.")
+    return _DISTRIBUTIONS[dist_type]
+
+
+def _parse_schedule(config: Mapping[str, Any]) -> sparsity_schedules.Schedule:
+    start, end = config["update_start_step"], config.get("update_end_step")
+    if start == end:
+        return sparsity_schedules.OneShotSchedule(start)
+    return sparsity_schedules.PolynomialSchedule(
+        update_freq=config.get("update_freq", 1), update_start_step=start, update_end_step=end
+    )
+
+
+def _parse_drop_fraction(config: Mapping[str, Any]) -> Callable[[Any], Any]:
+    fraction, end = config.get("drop_fraction", 0.1), config.get("update_end_step")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"drop_fraction: {fraction} is outside [0, 1]; it is a share of the active weights.")
+    return optax.cosine_decay_schedule(fraction, end) if end else optax.constant_schedule(fraction)
+
+
+def _parse_sparsity_type(value: Any) -> Any:
+    """Strings become structures, also inside a mapping or pairs of patterns; all else stays."""
+    if isinstance(value, str):
+        return _parse_structure(value)
+    if hasattr(value, "items"):
+        return {pattern: _parse_sparsity_type(structure) for pattern, structure in value.items()}
+    if isinstance(value, list | tuple):
+        return [(pattern, _parse_sparsity_type(structure)) for pattern, structure in value]
+    return value
+
+
+def _parse_structure(text: str) -> sparsity_types.SparsityType:
+    kind, _, numbers = text.partition("_")
+    try:
+        sizes = [int(number) for number in numbers.split(",")] if numbers else []
+        match kind, sizes:
+            case "unstructured", []:
+                return sparsity_types.Unstructured()
+            case "nm", [n, m]:
+                return sparsity_types.NByM(n, m)
+            case "block", [h, w]:
+                return sparsity_types.Block((h, w))
+            case "channel", [axis]:
+                return sparsity_types.Channel(axis)
+    except ValueError as error:
+        raise ValueError(f"Sparsity type {text!r}: {error}") from error
+    raise ValueError(
+        f"Sparsity type {text!r} is not known; use 'unstructured', 'nm_2,4', 'block_4,4', 'channel_-1', or an "
+        "object of jaxpruner.sparsity_types."
+    )
+
+
+def _accepted_fields(algorithm: Callable[..., BaseUpdater], asked: Mapping[str, Any]) -> set[str]:
+    parameters = inspect.signature(algorithm).parameters.values()
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return names | set(asked) if takes_all else names

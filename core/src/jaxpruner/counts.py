@@ -1,0 +1,204 @@
+"""Exact counts without 64-bit integers.
+
+JAX runs with 32-bit integers unless ``jax_enable_x64`` is set, but the entries of a large model pass
+``2**32`` once they are summed over leaves. A :class:`Count` holds such a number in two uint32 words,
+and :func:`keep_count` turns a size and a sparsity into the number of entries to keep without ever
+rounding it through a float32.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, UInt32
+
+_LIMB_BITS = 16
+_LIMB_MASK = 0xFFFF
+_FRACTION_LIMBS = 3  # 48-bit fixed point: every float32 of [2**-24, 1] is a multiple of 2**-48
+
+
+class Count(NamedTuple):
+    """A number of entries, ``hi * 2**32 + lo``."""
+
+    hi: UInt32[Array, "..."]
+    lo: UInt32[Array, "..."]
+
+
+def from_int(value: int) -> Count:
+    """The count of a static Python integer in ``[0, 2**64)``."""
+    if not 0 <= value < 2**64:
+        raise ValueError(f"A count must lie in [0, 2**64), got {value}.")
+    return Count(jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF))
+
+
+def to_int(count: Count) -> int:
+    """The Python integer of a concrete count."""
+    return (int(count.hi) << 32) + int(count.lo)
+
+
+def to_float(count: Count) -> Float[Array, "..."]:
+    """The count as a float32, rounded: for estimates, never for decisions."""
+    return count.hi.astype(jnp.float32) * 2.0**32 + count.lo.astype(jnp.float32)
+
+
+def add(a: Count, b: Count) -> Count:
+    """``a + b``."""
+    lo = a.lo + b.lo
+    return Count(a.hi + b.hi + (lo < a.lo).astype(jnp.uint32), lo)
+
+
+def subtract(a: Count, b: Count) -> Count:
+    """``a - b``, for ``b <= a``."""
+    return Count(a.hi - b.hi - (a.lo < b.lo).astype(jnp.uint32), a.lo - b.lo)
+
+
+def equal(a: Count, b: Count) -> Bool[Array, "..."]:
+    """``a == b``."""
+    return (a.hi == b.hi) & (a.lo == b.lo)
+
+
+def less(a: Count, b: Count) -> Bool[Array, "..."]:
+    """``a < b``."""
+    return (a.hi < b.hi) | ((a.hi == b.hi) & (a.lo < b.lo))
+
+
+def less_equal(a: Count, b: Count) -> Bool[Array, "..."]:
+    """``a <= b``."""
+    return ~less(b, a)
+
+
+def where(condition: Bool[Array, "..."], a: Count, b: Count) -> Count:
+    """``a`` where ``condition`` holds, ``b`` elsewhere."""
+    return Count(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
+
+
+def keep_count(size: int | Count, sparsity: float | Float[Array, ""]) -> Count:
+    r"""The number of entries that a sparsity keeps.
+
+    .. math:: k = \max(1, \mathrm{round\_half\_even}(n (1 - s)))
+
+    and 0 for an empty leaf; ``s`` is clamped to ``[0, 1]``, so that a sparsity of 0 keeps all. A
+    Python float (or a NumPy float64 scalar) with a static size is computed on the host in float64. A traced
+    float32, bfloat16 or float16 sparsity is taken as the exact number it stands for: the result is
+    the rounded exact product for ``n <= 2**40`` and ``s >= 2**-24`` (for smaller ``s``, ``s`` is
+    first cut to a multiple of ``2**-48``). A float64 array (x64 on) follows the host formula.
+
+    Args:
+      size: ``n``, a Python integer or a traced count.
+      sparsity: ``s``, a Python float, a NumPy scalar or a traced scalar.
+
+    Returns:
+      ``k`` as a :class:`Count`.
+    """
+    is_host_float = isinstance(sparsity, (int, float)) or (
+        isinstance(sparsity, np.ndarray) and sparsity.dtype == np.float64
+    )
+    if is_host_float and not isinstance(size, Count):
+        return from_int(_host_keep_count(size, float(sparsity)))
+    size = size if isinstance(size, Count) else from_int(size)
+    sparsity = jnp.asarray(sparsity)
+    if sparsity.dtype == jnp.float64:
+        kept = _float64_product(size, sparsity)
+    else:
+        kept = _fixed_point_product(size, sparsity.astype(jnp.float32))
+    kept = where(kept.hi | kept.lo == 0, from_int(1), kept)
+    return where(size.hi | size.lo == 0, from_int(0), kept)
+
+
+def float32_sparsity(size: int, sparsity: float) -> np.float32:
+    """The float32 that stands for a float64 sparsity of a leaf of ``size`` entries.
+
+    Optimizer state holds sparsities as float32, whose exact value may keep another number of entries
+    than the float64 formula does: 25 entries at 0.9 keep 2, at float32(0.9) they keep 3.
+
+    Args:
+      size: the number of entries of the leaf.
+      sparsity: its sparsity as a Python float.
+
+    Returns:
+      The float32 nearest to ``sparsity`` for which a traced :func:`keep_count` agrees with the float64
+      one. Where float32 cannot resolve one entry (past ``2**24`` entries) and none is found, plain
+      ``float32(sparsity)``. 0 stays 0 and a positive sparsity stays positive.
+    """
+    if sparsity <= 0:
+        return np.float32(0)
+    # The smallest normal number: XLA may flush smaller ones to 0.
+    tiny = np.finfo(np.float32).tiny
+    nearest = np.maximum(np.float32(sparsity), tiny)
+    wanted = _host_keep_count(size, sparsity)
+    up, down = np.nextafter(nearest, np.float32(1)), np.maximum(np.nextafter(nearest, np.float32(0)), tiny)
+    neighbours = sorted((up, down), key=lambda s: abs(float(s) - sparsity))
+    fallback = np.maximum(np.float32(1 - wanted / max(size, 1)), tiny)
+    for candidate in (nearest, *neighbours, fallback):
+        if _exact_keep_count(size, candidate) == wanted:
+            return candidate
+    return nearest
+
+
+def _host_keep_count(size: int, sparsity: float) -> int:
+    return max(1, round(size * (1 - min(max(sparsity, 0.0), 1.0)))) if size else 0
+
+
+def _exact_keep_count(size: int, sparsity: np.float32) -> int:
+    """What the traced :func:`keep_count` gives, on the host."""
+    return max(1, round(size * (1 - Fraction(float(sparsity))))) if size else 0
+
+
+def _float64_product(size: Count, sparsity: Float[Array, ""]) -> Count:
+    entries = size.hi.astype(jnp.float64) * 2.0**32 + size.lo.astype(jnp.float64)
+    kept = jnp.round(entries * (1 - jnp.clip(sparsity, 0, 1)))
+    hi = jnp.floor(kept / 2.0**32)
+    return Count(hi.astype(jnp.uint32), (kept - hi * 2.0**32).astype(jnp.uint32))
+
+
+def _fixed_point_product(size: Count, sparsity: Float[Array, ""]) -> Count:
+    """``round_half_even(size * (1 - sparsity))`` by a schoolbook product of 16-bit limbs."""
+    density = _density_limbs(sparsity)
+    entries = [word >> shift & _LIMB_MASK for word in (size.lo, size.hi) for shift in (0, _LIMB_BITS)]
+    columns = [jnp.uint32(0)] * (len(density) + len(entries))
+    for i, d in enumerate(density):
+        for j, n in enumerate(entries):
+            columns[i + j] += d * n & _LIMB_MASK
+            columns[i + j + 1] += d * n >> _LIMB_BITS
+    product = _carry(columns)
+    *low, high = product[:_FRACTION_LIMBS]
+    whole = product[_FRACTION_LIMBS:]
+    half = 1 << _LIMB_BITS - 1
+    # Past one half, or exactly one half below an odd number.
+    beyond_half = sum(low) + (whole[0] & 1) > 0
+    round_up = (high > half) | ((high == half) & beyond_half)
+    floor = Count(whole[2] | whole[3] << _LIMB_BITS, whole[0] | whole[1] << _LIMB_BITS)
+    return add(floor, Count(jnp.uint32(0), round_up.astype(jnp.uint32)))
+
+
+def _density_limbs(sparsity: Float[Array, ""]) -> list[UInt32[Array, ""]]:
+    """``(1 - sparsity) * 2**48`` as limbs, the lowest first; the highest is ``2**16`` for a sparsity of 0."""
+    rest = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0)
+    limbs = []
+    for _ in range(_FRACTION_LIMBS):  # every step is exact: a power of two, then the integer part removed
+        rest = rest * (1 << _LIMB_BITS)
+        limb = jnp.floor(rest)
+        rest = rest - limb
+        limbs.insert(0, limb.astype(jnp.int32))
+    # 2**48 - s limb by limb; the arithmetic shift of a negative limb is its borrow.
+    density, borrow = [], jnp.int32(0)
+    for limb in limbs[:-1]:
+        difference = borrow - limb
+        density.append((difference & _LIMB_MASK).astype(jnp.uint32))
+        borrow = difference >> _LIMB_BITS
+    return [*density, ((1 << _LIMB_BITS) - limbs[-1] + borrow).astype(jnp.uint32)]
+
+
+def _carry(columns: list[UInt32[Array, ""]]) -> list[UInt32[Array, ""]]:
+    limbs, carry = [], jnp.uint32(0)
+    for column in columns:
+        total = column + carry
+        limbs.append(total & _LIMB_MASK)
+        carry = total >> _LIMB_BITS
+    return limbs

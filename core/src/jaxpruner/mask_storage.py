@@ -1,0 +1,87 @@
+"""How a mask is kept in the optimizer state: one byte or one bit a weight.
+
+Everything else in the library sees boolean masks; only this module knows about bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from jaxpruner import trees
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, UInt8
+
+_BITS = 8
+
+
+class DenseStorage:
+    """One boolean a weight, in the parameter's own shape."""
+
+    def encode(self, mask: Bool[Array, "*s"]) -> Bool[Array, "*s"]:
+        return jnp.asarray(mask, bool)
+
+    def decode(self, stored: Bool[Array, "*s"], shape: tuple[int, ...]) -> Bool[Array, "*s"]:
+        del shape
+        return jnp.asarray(stored, bool)
+
+
+class PackedStorage:
+    """One bit a weight, packed along one axis, so that the packed mask shards like its parameter.
+
+    The axis of length d that is packed becomes ceil(d / 8) long, bit i of a byte (least significant
+    first) standing for entry 8 * byte + i. The other axes stay.
+    """
+
+    def encode(self, mask: Bool[Array, "*s"]) -> UInt8[Array, "*packed"]:
+        mask = jnp.atleast_1d(jnp.asarray(mask, bool))
+        axis = packed_axis(mask.shape)
+        padding = [(0, 0)] * mask.ndim
+        padding[axis] = (0, -mask.shape[axis] % _BITS)
+        if padding[axis][1]:
+            mask = jnp.pad(mask, padding)
+        # The new axis of 8 comes after the packed one: a sharding of that axis stays on its bytes.
+        groups = mask.reshape(*mask.shape[:axis], mask.shape[axis] // _BITS, _BITS, *mask.shape[axis + 1 :])
+        bits = groups.astype(jnp.uint8) << _bit_positions(groups.ndim, axis + 1)
+        return bits.sum(axis + 1, dtype=jnp.uint8)
+
+    def decode(self, stored: UInt8[Array, "*packed"], shape: tuple[int, ...]) -> Bool[Array, "*s"]:
+        axis = packed_axis(shape or (1,))
+        groups = jnp.expand_dims(stored, axis + 1)
+        bits = (groups >> _bit_positions(groups.ndim, axis + 1)) & 1
+        mask = bits.astype(bool).reshape(*stored.shape[:axis], stored.shape[axis] * _BITS, *stored.shape[axis + 1 :])
+        length = shape[axis] if shape else 1
+        if mask.shape[axis] != length:
+            mask = mask[(slice(None),) * axis + (slice(length),)]
+        return mask.reshape(shape)
+
+
+MaskStorage = DenseStorage | PackedStorage
+
+
+def packed_axis(shape: tuple[int, ...]) -> int:
+    """The axis that is packed: the one with the most factors of two, the first of equals.
+
+    Its packed length is then divisible by as many devices as possible, and leading axes unpack
+    without moving data between vector lanes.
+    """
+    return max(range(len(shape)), key=lambda axis: (math.gcd(shape[axis], 1 << 30), -axis))
+
+
+def _bit_positions(ndim: int, axis: int) -> UInt8[Array, "*ones"]:
+    shape = [1] * ndim
+    shape[axis] = _BITS
+    return jnp.arange(_BITS, dtype=jnp.uint8).reshape(shape)
+
+
+def encode_tree(storage: MaskStorage, masks: Any) -> Any:
+    """A tree of boolean masks and None as the state keeps it."""
+    return trees.to_state(trees.map_pruned(lambda _, mask: storage.encode(mask), masks, masks))
+
+
+def decode_tree(storage: MaskStorage, stored: Any, params: Any) -> Any:
+    """The boolean masks and None of a stored tree; `params` tells the shapes."""
+    return trees.map_pruned(lambda p, mask: storage.decode(mask, jnp.shape(p)), params, stored)

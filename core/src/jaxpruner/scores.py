@@ -1,0 +1,30 @@
+"""Scores: which weights matter. The highest are kept.
+
+Each function takes arrays to an array of the same shape and knows nothing of masks or state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+
+def magnitude(w: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`|w|` (Han et al., 2015; Zhu & Gupta, 2017)."""
+    return jnp.abs(w)
+
+
+def saliency(w: Float[Array, "*s"], g: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`|w * g|`, the first-order change of the loss when w is removed (Molchanov et al., 2016)."""
+    return jnp.abs(w * g)
+
+
+def uniform_random(key: PRNGKeyArray, shape: tuple[int, ...], among: Bool[Array, "*s"] | None = None) -> Float[Array, "*s"]:
+    """Uniform draws from [0, 1); entries outside `among` score -1, below every draw."""
+    draws = jax.random.uniform(key, shape)
+    return draws if among is None else jnp.where(among, draws, -1.0)

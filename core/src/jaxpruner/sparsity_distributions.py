@@ -1,0 +1,153 @@
+"""Distributions: how much of each parameter is pruned, from shapes alone (host NumPy)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpruner import trees
+
+FilterFn = Callable[[trees.KeyPath, Any], bool]
+SparsityMap = Mapping[Any, float]
+
+
+def NOT_DIM_ONE_FILTER_FN(path: trees.KeyPath, param: Any) -> bool:  # noqa: N802 (a name scripts know)
+    """Takes parameters of two or more axes: kernels and embeddings, not biases and scales."""
+    del path
+    return jnp.ndim(param) > 1
+
+
+def KERNEL_FILTER_FN(path: trees.KeyPath, param: Any) -> bool:  # noqa: N802 (a name scripts know)
+    """Takes parameters whose last key is `kernel`."""
+    del param
+    return bool(path) and path[-1] == "kernel"
+
+
+def uniform(
+    params: Any,
+    sparsity: float,
+    filter_fn: FilterFn = NOT_DIM_ONE_FILTER_FN,
+    custom_sparsity_map: SparsityMap | None = None,
+) -> Any:
+    """The same sparsity for every selected parameter.
+
+    Args:
+      params: any pytree of arrays (or of shapes that have `.ndim`).
+      sparsity: fraction of zeros, in [0, 1).
+      filter_fn: `filter_fn(path, param)`, path a tuple of strings, takes the parameters to prune.
+      custom_sparsity_map: path (a tuple of strings) or slash pattern -> sparsity of its own.
+
+    Returns:
+      A tree like `params` with a sparsity for each selected parameter and None elsewhere.
+
+    Raises:
+      ValueError: if a sparsity is outside [0, 1), or a key of the map names no selected parameter.
+    """
+    check_sparsity("Default sparsity", sparsity)
+    selected = dict(_selected_leaves(params, filter_fn))
+    custom = _custom_sparsities(custom_sparsity_map, list(selected))
+    return trees.map_named(
+        lambda path, _: custom.get(path, sparsity) if path in selected else None, params
+    )
+
+
+def erk(
+    param_tree: Any,
+    sparsity: float,
+    filter_fn: FilterFn = NOT_DIM_ONE_FILTER_FN,
+    custom_sparsity_map: SparsityMap | None = None,
+) -> Any:
+    """Erdős-Rényi-kernel sparsities (Mocanu et al., 2018; Evci et al., 2020).
+
+    As `uniform`, with the budget spread by `get_sparsities_erdos_renyi`: small layers stay denser.
+    """
+    check_sparsity("Default sparsity", sparsity)
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(param_tree)):
+        raise ValueError(
+            "Single parameter is provided: ERK spreads a budget over several layers. Give a tree "
+            "of parameters, or use the uniform distribution."
+        )
+    shapes = {path: jnp.shape(param) for path, param in _selected_leaves(param_tree, filter_fn)}
+    sparsities = get_sparsities_erdos_renyi(shapes, sparsity, custom_sparsity_map)
+    return trees.map_named(lambda path, _: sparsities.get(path), param_tree)
+
+
+def get_sparsities_erdos_renyi(
+    var_shape_dict: Mapping[trees.KeyPath, tuple[int, ...]],
+    default_sparsity: float,
+    custom_sparsity_map: SparsityMap | None = None,
+    include_kernel: bool = True,
+    erk_power_scale: float = 1.0,
+) -> dict[trees.KeyPath, float]:
+    r"""Sparsity of each shape so that the whole meets the default sparsity.
+
+    The density of a leaf is :math:`\epsilon \, r` with :math:`r = (\sum_i d_i / \prod_i d_i)^{scale}`
+    over all its axes, or over the last two with `include_kernel=False`. :math:`\epsilon` solves
+
+    .. math:: \epsilon \sum_l r_l n_l = \sum_l (n_l - \lfloor s \, n_l \rfloor)
+
+    Where :math:`\epsilon r` passes 1 the leaf stays dense and :math:`\epsilon` is solved again over
+    the others, which take over its zeros.
+
+    Args:
+      var_shape_dict: path -> shape.
+      default_sparsity: s, the fraction of zeros over all leaves outside the custom map.
+      custom_sparsity_map: path or slash pattern -> sparsity that is kept outside the budget.
+      include_kernel: whether the spatial axes of convolutions count.
+      erk_power_scale: the exponent `scale`; 0 is uniform.
+
+    Returns:
+      path -> sparsity in [0, 1).
+    """
+    check_sparsity("Default sparsity", default_sparsity)
+    shapes = {key: tuple(int(d) for d in shape) for key, shape in var_shape_dict.items()}
+    custom = _custom_sparsities(custom_sparsity_map, list(shapes))
+    budgeted = [key for key in shapes if key not in custom and math.prod(shapes[key]) > 0]
+    sizes = {key: math.prod(shapes[key]) for key in budgeted}
+    # Floored leaf by leaf, so that the budget is one of whole entries.
+    zeros = {key: math.floor(default_sparsity * sizes[key]) for key in budgeted}
+    ratio = {key: _erk_ratio(shapes[key], include_kernel) ** erk_power_scale for key in budgeted}
+
+    dense: set[trees.KeyPath] = set()
+    epsilon = 0.0
+    while len(dense) < len(budgeted):
+        sparse = [key for key in budgeted if key not in dense]
+        budget = sum(sizes[key] - zeros[key] for key in sparse) - sum(zeros[key] for key in dense)
+        epsilon = budget / sum(ratio[key] * sizes[key] for key in sparse)
+        widest = max(ratio[key] for key in sparse)
+        if epsilon * widest <= 1.0:
+            break
+        dense |= {key for key in sparse if ratio[key] == widest}
+
+    sparsities = {key: 0.0 for key in shapes} | custom
+    sparsities |= {key: 1.0 - epsilon * ratio[key] for key in budgeted if key not in dense}
+    return sparsities
+
+
+def _erk_ratio(shape: tuple[int, ...], include_kernel: bool) -> float:
+    axes = shape if include_kernel else shape[-2:]
+    return sum(axes) / math.prod(axes) if axes else 1.0
+
+
+def check_sparsity(what: str, sparsity: float) -> None:
+    """Raises a ValueError unless `sparsity` is a fraction in [0, 1)."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(
+            f"{what} {sparsity} is outside [0, 1): it is the fraction of weights that are zero, "
+            "so 0.8 prunes 80 %."
+        )
+
+
+def _custom_sparsities(custom_sparsity_map, paths) -> dict[trees.KeyPath, float]:
+    custom = trees.resolve(custom_sparsity_map, paths, "custom_sparsity_map")
+    for path, sparsity in custom.items():
+        check_sparsity(f"custom_sparsity_map: {trees.leaf_name(path)}: sparsity", sparsity)
+    return custom
+
+
+def _selected_leaves(params: Any, filter_fn: FilterFn) -> list[tuple[trees.KeyPath, Any]]:
+    return [(path, param) for path, param in trees.named_leaves(params) if filter_fn(path, param)]

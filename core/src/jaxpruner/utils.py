@@ -1,0 +1,73 @@
+"""Summaries of sparse trees, for logs. They work on concrete and on traced arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpruner import trees
+
+
+def summarize_sparsity(param_tree: Any, only_total_sparsity: bool = False) -> dict[str, Any]:
+    """The fraction of zeros, in total and of each leaf.
+
+    Args:
+      param_tree: any pytree of parameters or of boolean masks; None leaves are left out.
+      only_total_sparsity: leave out the entries of the leaves.
+
+    Returns:
+      `_total_sparsity` in [0, 1], `_nparams` and `_nparams_nnz` (entries, and those that are not
+      zero), and the sparsity of each leaf under its slash path. Floats and exact integers, or
+      float32 arrays under `jit`.
+    """
+    leaves = trees.named_leaves(param_tree)
+    nonzero = [_count_nonzero(leaf) for _, leaf in leaves]
+    sizes = [math.prod(jnp.shape(leaf)) for _, leaf in leaves]
+    summary = {
+        "_total_sparsity": _fraction_missing(sum(nonzero), sum(sizes)),
+        "_nparams": sum(sizes),
+        "_nparams_nnz": sum(nonzero),
+    }
+    if not only_total_sparsity:
+        for (path, _), count, size in zip(leaves, nonzero, sizes, strict=True):
+            summary[trees.leaf_name(path)] = _fraction_missing(count, size)
+    return summary
+
+
+def summarize_intersection(mask_tree: Any, mask_tree2: Any) -> dict[str, Any]:
+    """The share of the first tree's kept entries that the second keeps too: `|m1 & m2| / |m1|`.
+
+    Args:
+      mask_tree: a tree of masks; None leaves are left out.
+      mask_tree2: a tree of the same structure.
+
+    Returns:
+      `_total_intersection` and one entry for each leaf under its slash path, in [0, 1].
+    """
+    both = trees.map_pruned(lambda m, m2: (m != 0) & (m2 != 0), mask_tree, mask_tree2)
+    first = trees.named_leaves(trees.map_pruned(lambda m, _: m, mask_tree, both))
+    shared = [_count_nonzero(leaf) for leaf in jax.tree.leaves(both)]
+    kept = [_count_nonzero(leaf) for _, leaf in first]
+    summary = {"_total_intersection": _ratio(sum(shared), sum(kept))}
+    for (path, _), s, k in zip(first, shared, kept, strict=True):
+        summary[trees.leaf_name(path)] = _ratio(s, k)
+    return summary
+
+
+def _count_nonzero(leaf: Any) -> Any:
+    """An exact Python integer, or float32 under `jit` (where int32 would overflow in the sum)."""
+    count = jnp.sum(jnp.asarray(leaf) != 0, dtype=jnp.uint32)
+    return count.astype(jnp.float32) if isinstance(count, jax.core.Tracer) else int(count)
+
+
+def _fraction_missing(count: Any, size: int) -> Any:
+    return 1.0 - count / size if size else 0.0
+
+
+def _ratio(part: Any, whole: Any) -> Any:
+    if isinstance(whole, jax.core.Tracer):
+        return part / jnp.maximum(whole, 1)
+    return part / max(whole, 1)
