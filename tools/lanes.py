@@ -1,0 +1,79 @@
+"""Runs the core's tests on the oldest supported JAX and on the newest of each interpreter at hand.
+
+Every lane has an environment of its own under .lanes/. An interpreter that is absent is named in the
+closing table, it is not a failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+UV = Path(sys.executable).with_name("uv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    name: str
+    python: str
+    pins: tuple[str, ...] = ()
+
+
+LANES = (
+    # The floor of core/pyproject.toml, with the flax, optax and orbax of its day.
+    Lane(
+        "oldest",
+        "3.11",
+        ("jax==0.4.35", "jaxlib==0.4.35", "flax==0.10.1", "optax==0.2.4", "orbax-checkpoint==0.8.0", "numpy==1.26.4"),
+    ),
+    Lane("newest", "3.11"),
+    Lane("newest", "3.12"),
+    Lane("newest", "3.13"),
+)
+
+
+def run(lane: Lane, pytest_args: list[str]) -> str:
+    """Installs and tests one lane; returns its line of the closing table."""
+    if _uv("python", "find", "--no-python-downloads", lane.python, quiet=True):
+        return f"absent: no Python {lane.python} on this machine"
+    environment = ROOT / ".lanes" / f"{lane.name}-{lane.python}"
+    python = environment / "bin" / "python"
+    if not python.exists() and _uv("venv", "--no-python-downloads", "--python", lane.python, str(environment)):
+        return "failed: no environment"
+    upgrade = () if lane.pins else ("--upgrade",)
+    requirements = ("-e", "core", "flax", "-r", "tests/requirements.txt", *lane.pins)
+    if _uv("pip", "install", "--python", str(python), *upgrade, *requirements):
+        return "failed: installation"
+    versions = subprocess.run(
+        [python, "-c", "import jax, flax, optax; print(jax.__version__, flax.__version__, optax.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    code = subprocess.run([python, "-m", "pytest", "-n", "2", *pytest_args], cwd=ROOT, check=False).returncode
+    return f"{'passed' if code == 0 else 'FAILED'}: jax {versions[0]}, flax {versions[1]}, optax {versions[2]}"
+
+
+def _uv(*command: str, quiet: bool = False) -> int:
+    output = subprocess.DEVNULL if quiet else None
+    return subprocess.run([UV, *command], cwd=ROOT, stdout=output, stderr=output, check=False).returncode
+
+
+def main() -> int:
+    pytest_args = sys.argv[1:] or ["tests/core", "tests/contract"]
+    lines = {}
+    for lane in LANES:
+        title = f"{lane.name}, Python {lane.python}"
+        print(f"\n== lane {title} ==", flush=True)
+        lines[title] = run(lane, pytest_args)
+    print("\nlanes")
+    for title, line in lines.items():
+        print(f"  {title:22} {line}")
+    return any(line.startswith(("failed", "FAILED")) for line in lines.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Makes .venv, or mends it, and installs the workspace at the versions of constraints.txt.
+#   sh tools/setup.sh          core and baselines
+#   sh tools/setup.sh tests    and what the tests need
+set -eu
+cd "$(dirname "$0")/.."
+what=${1:-baselines}
+python=${PYTHON:-python3}
+stamp=.venv/.installed-$what
+
+fail() {
+    printf '\nsetup: %s\n' "$1" >&2
+    exit 1
+}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    fail "'$python' is not Python 3.11 or newer. Install one, or name it: make PYTHON=python3.12 ..."
+
+# An interrupted run may have left a .venv without a working pip.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    echo "setup: making .venv with $("$python" --version)"
+    rm -rf .venv
+    "$python" -m venv .venv || fail "'$python -m venv' failed. On Debian and Ubuntu: apt install python3-venv"
+fi
+
+inputs=$(cat constraints.txt core/pyproject.toml baselines/pyproject.toml tests/requirements.txt | cksum)
+[ "$(cat "$stamp" 2>/dev/null || true)" = "$inputs" ] && exit 0
+
+echo "setup: installing into .venv (once, some minutes)"
+set -- -e core -e baselines
+[ "$what" = tests ] && set -- "$@" -r tests/requirements.txt
+.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$@" ||
+    fail "installation failed, see above. Is the package registry reachable? The same command continues."
+echo "$inputs" >"$stamp"
