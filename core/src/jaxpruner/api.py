@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -82,6 +83,11 @@ def sparsify(
     if updater is not None and config:
         raise ValueError(
             f"sparsify: got an updater and the keywords {sorted(config)}; put everything into one of the two."
+        )
+    if not isinstance(updater, BaseUpdater | None) and not hasattr(updater, "items"):
+        raise ValueError(
+            f"sparsify: {updater!r} is neither an updater nor a configuration; write "
+            "sparsify(tx, algorithm=..., sparsity=...)."
         )
     if not isinstance(updater, BaseUpdater):
         updater = create_updater_from_config(config if updater is None else updater)
@@ -227,4 +233,8 @@ def _accepted_fields(algorithm: Callable[..., BaseUpdater], asked: Mapping[str, 
     parameters = inspect.signature(algorithm).parameters.values()
     names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return names | set(asked) if takes_all else names
+    if not takes_all:
+        return names
+    # It hands them on to an updater: the fields of every one, and the keys that are its own.
+    common = {field.name for field in dataclasses.fields(BaseUpdater)}
+    return names | common | (set(asked) - set(_COMMON_KEYS))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxpruner import counts, mask_storage, sparsity_distributions, sparsity_types, transformation, trees
@@ -155,7 +156,7 @@ class BaseUpdater:
     def random_keys(self, tree: Any, step: Any = -1) -> Any:
         """A tree of keys: one a leaf and mask update; -1 stands for the initial masks."""
         seed = self.rng_seed
-        key = jax.random.key(seed) if isinstance(seed, int) else seed
+        key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
         key = jax.random.fold_in(key, jnp.asarray(step, jnp.int32) + 1)
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])

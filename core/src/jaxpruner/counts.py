@@ -11,7 +11,6 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,8 +25,8 @@ _FRACTION_LIMBS = 3  # 48-bit fixed point: every float32 of [2**-24, 1] is a mul
 class Count(NamedTuple):
     """A number of entries, ``hi * 2**32 + lo``."""
 
-    hi: UInt32[Array, "..."]
-    lo: UInt32[Array, "..."]
+    hi: UInt32[Array, "*shape"]
+    lo: UInt32[Array, "*shape"]
 
 
 def from_int(value: int) -> Count:
@@ -42,7 +41,7 @@ def to_int(count: Count) -> int:
     return (int(count.hi) << 32) + int(count.lo)
 
 
-def to_float(count: Count) -> Float[Array, "..."]:
+def to_float(count: Count) -> Float[Array, "*shape"]:
     """The count as a float32, rounded: for estimates, never for decisions."""
     return count.hi.astype(jnp.float32) * 2.0**32 + count.lo.astype(jnp.float32)
 
@@ -58,22 +57,22 @@ def subtract(a: Count, b: Count) -> Count:
     return Count(a.hi - b.hi - (a.lo < b.lo).astype(jnp.uint32), a.lo - b.lo)
 
 
-def equal(a: Count, b: Count) -> Bool[Array, "..."]:
+def equal(a: Count, b: Count) -> Bool[Array, "*shape"]:
     """``a == b``."""
     return (a.hi == b.hi) & (a.lo == b.lo)
 
 
-def less(a: Count, b: Count) -> Bool[Array, "..."]:
+def less(a: Count, b: Count) -> Bool[Array, "*shape"]:
     """``a < b``."""
     return (a.hi < b.hi) | ((a.hi == b.hi) & (a.lo < b.lo))
 
 
-def less_equal(a: Count, b: Count) -> Bool[Array, "..."]:
+def less_equal(a: Count, b: Count) -> Bool[Array, "*shape"]:
     """``a <= b``."""
     return ~less(b, a)
 
 
-def where(condition: Bool[Array, "..."], a: Count, b: Count) -> Count:
+def where(condition: Bool[Array, "*shape"], a: Count, b: Count) -> Count:
     """``a`` where ``condition`` holds, ``b`` elsewhere."""
     return Count(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
 

@@ -83,7 +83,7 @@ class _Units(SparsityType):
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
         active = self.pool(mask.astype(jnp.float32)) > 0
-        number = selection.count_true(active)
+        number = _number_of(active)
         # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
         survivors = selection.top_k_mask(
             jnp.where(active, self.pool(drop_scores), jnp.nan), counts.keep_count(number, drop_fraction)
@@ -126,7 +126,8 @@ class Block(_Units):
 
     def pool(self, scores):
         wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-        planes = wide.reshape(*self._plane(scores.shape), -1)
+        rows, columns = self._plane(scores.shape)
+        planes = wide.reshape(rows, columns, math.prod(scores.shape[2:]))
         if not self.use_avg_pooling:
             return self._tiles(planes.max(-1, initial=-jnp.inf), -jnp.inf).max((1, 3), initial=-jnp.inf)
         entries = self._tiles(jnp.ones(planes.shape[:2]), 0).sum((1, 3)) * planes.shape[2]
@@ -193,7 +194,7 @@ class NByM(SparsityType):
         self.check_shape(scores.shape)
         # Elementwise comparisons within groups of m: no sort, no gather, m * (m - 1) / 2 of them.
         axis = self.axis % scores.ndim
-        keys = selection.sortable_keys(scores)
+        keys = selection._order_preserving_keys(scores)
         groups = keys.reshape(*keys.shape[:axis], -1, self.m, *keys.shape[axis + 1 :])
         members = [jnp.take(groups, i, axis + 1) for i in range(self.m)]
         better = [jnp.zeros(members[0].shape, jnp.uint8) for _ in range(self.m)]
@@ -206,13 +207,17 @@ class NByM(SparsityType):
         return kept | (jnp.asarray(sparsity) == 0)
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
-        number = selection.count_true(mask)
+        number = _number_of(mask)
         survivors = mask & selection.top_k_mask(
             jnp.where(mask, drop_scores, jnp.nan), counts.keep_count(number, drop_fraction)
         )
         # Each group refills the places it lost. A leaf that is dense stays dense.
         refilled = self.mask(jnp.where(survivors, jnp.inf, grow_scores), 0.5)
         return jnp.where(jnp.all(mask), mask, refilled)
+
+
+def _number_of(mask: Bool[Array, "*s"]) -> counts.Count:
+    return counts.Count(jnp.zeros((), jnp.uint32), jnp.sum(mask, dtype=jnp.uint32))
 
 
 def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any) -> SparsityType:

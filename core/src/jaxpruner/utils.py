@@ -28,7 +28,7 @@ def summarize_sparsity(param_tree: Any, only_total_sparsity: bool = False) -> di
     sizes = [math.prod(jnp.shape(leaf)) for _, leaf in leaves]
     summary = {
         "_total_sparsity": _fraction_missing(sum(nonzero), sum(sizes)),
-        "_nparams": sum(sizes),
+        "_nparams": _number(sum(sizes), nonzero),
         "_nparams_nnz": sum(nonzero),
     }
     if not only_total_sparsity:
@@ -47,7 +47,8 @@ def summarize_intersection(mask_tree: Any, mask_tree2: Any) -> dict[str, Any]:
     Returns:
       `_total_intersection` and one entry for each leaf under its slash path, in [0, 1].
     """
-    both = trees.map_pruned(lambda m, m2: (m != 0) & (m2 != 0), mask_tree, mask_tree2)
+    mask_tree = trees.map_pruned(lambda m, _: None if trees.is_unpruned(m) else m, mask_tree, mask_tree2)
+    both = trees.map_pruned(lambda m2, m: (m != 0) & (m2 != 0), mask_tree2, mask_tree)
     first = trees.named_leaves(trees.map_pruned(lambda m, _: m, mask_tree, both))
     shared = [_count_nonzero(leaf) for leaf in jax.tree.leaves(both)]
     kept = [_count_nonzero(leaf) for _, leaf in first]
@@ -63,8 +64,14 @@ def _count_nonzero(leaf: Any) -> Any:
     return count.astype(jnp.float32) if isinstance(count, jax.core.Tracer) else int(count)
 
 
+def _number(size: int, counts: list[Any]) -> Any:
+    """A static size as the counts are given: an integer, or float32 under `jit`, where int32 is too small."""
+    return jnp.float32(size) if any(isinstance(count, jax.core.Tracer) for count in counts) else size
+
+
 def _fraction_missing(count: Any, size: int) -> Any:
-    return 1.0 - count / size if size else 0.0
+    # The difference is exact, so a dense leaf has exactly 0 even where XLA divides by a reciprocal.
+    return (_number(size, [count]) - count) / float(size) if size else 0.0
 
 
 def _ratio(part: Any, whole: Any) -> Any:

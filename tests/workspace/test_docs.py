@@ -1,0 +1,113 @@
+"""Docstrings of everything public, and the code of the documentation, run as a reader would."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxpruner
+
+ROOT = Path(__file__).parents[2]
+MODULES = ["jaxpruner", *(found.name for found in pkgutil.walk_packages(jaxpruner.__path__, "jaxpruner."))]
+PAGES = [
+    *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def blocks(text: str) -> list[tuple[int, str]]:
+    """(line, code) of the python blocks that are to be run: not those marked `python no-run`."""
+    return [
+        (text.count("\n", 0, match.start(2)) + 1, match[2])
+        for match in FENCE.finditer(text)
+        if match[1].split() == ["python"]
+    ]
+
+
+def own_docstring(thing) -> str:
+    doc = thing.__dict__.get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    # Dataclasses and named tuples without one show their signature.
+    return "" if not doc or doc.startswith(f"{getattr(thing, '__name__', '')}(") else doc.strip()
+
+
+def public_things():
+    for name in jaxpruner.__all__:
+        yield f"jaxpruner.{name}", getattr(jaxpruner, name)
+    for module_name in MODULES:
+        module = importlib.import_module(module_name)
+        yield module_name, module
+        for name, thing in vars(module).items():
+            is_own = getattr(thing, "__module__", None) == module_name
+            if not name.startswith("_") and is_own and (inspect.isclass(thing) or inspect.isfunction(thing)):
+                yield f"{module_name}.{name}", thing
+
+
+def documented(thing) -> bool:
+    return inspect.ismodule(thing) or inspect.isclass(thing) or inspect.isfunction(thing)
+
+
+def test_everything_public_has_a_docstring():
+    assert [name for name, thing in public_things() if documented(thing) and not own_docstring(thing)] == []
+
+
+def test_methods_of_public_classes_have_docstrings():
+    classes = {name: thing for name in jaxpruner.__all__ if inspect.isclass(thing := getattr(jaxpruner, name))}
+    missing = [
+        f"{class_name}.{name}"
+        for class_name, thing in classes.items()
+        for name, member in vars(thing).items()
+        # An override may inherit the docstring of what it overrides.
+        if inspect.isfunction(member) and not name.startswith("_") and not inspect.getdoc(getattr(thing, name))
+    ]
+    assert missing == []
+
+
+def test_all_names_exist_and_are_listed_once():
+    assert len(set(jaxpruner.__all__)) == len(jaxpruner.__all__)
+    assert all(hasattr(jaxpruner, name) for name in jaxpruner.__all__)
+
+
+@pytest.mark.parametrize("module_name", MODULES)
+def test_doctests(module_name):
+    failed, _ = doctest.testmod(importlib.import_module(module_name))
+    assert failed == 0
+
+
+def test_blocks_to_run():
+    text = "a\n```python\nx = 1\n```\n```python no-run\nnever\n```\n```sh\nls\n```\n```python\ny = 2\n```\n"
+    assert blocks(text) == [(3, "x = 1\n"), (12, "y = 2\n")]
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_code_of_a_page(page, tmp_path, monkeypatch):
+    """The blocks of a page share one namespace, in order."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(jaxpruner.ALGORITHM_REGISTRY):
+        monkeypatch.setitem(jaxpruner.ALGORITHM_REGISTRY, name, jaxpruner.ALGORITHM_REGISTRY[name])
+    before = set(jaxpruner.ALGORITHM_REGISTRY)
+    namespace = {"__name__": page.stem.replace("-", "_")}
+    try:
+        for line, code in blocks(page.read_text()):
+            # Line numbers of tracebacks are those of the page.
+            exec(compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True), namespace)
+    finally:
+        for name in set(jaxpruner.ALGORITHM_REGISTRY) - before:
+            del jaxpruner.ALGORITHM_REGISTRY[name]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parts[-2] in ("docs", "core")], ids=page_name)
+def test_links_of_a_page_lead_somewhere(page):
+    targets = [target.partition("#")[0] for target in LINK.findall(page.read_text()) if "://" not in target]
+    assert [target for target in targets if target and not (page.parent / target).exists()] == []
