@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxpruner import counts
 
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # moved in jax 0.8
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 SIZES = st.one_of(st.integers(0, 1000), st.integers(0, 2**40))
 SPARSITIES = st.one_of(
     st.floats(2.0**-24, 1.0, width=32),

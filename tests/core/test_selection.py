@@ -19,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 from jaxpruner import counts, selection
 
 METHODS = ["sample", "split"]
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # moved in jax 0.8
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 NAN, INF = float("nan"), float("inf")
 
 

@@ -13,10 +13,46 @@ import numpy as np
 import optax
 
 from jaxpruner import counts, mask_storage, sparsity_distributions, sparsity_types, transformation, trees
+from jaxpruner.score_reading import Scores
 from jaxpruner.sparsity_schedules import NoUpdateSchedule, Schedule
 from jaxpruner.transformation import SparseState, apply_mask
 
 __all__ = ["BaseUpdater", "SparseState", "apply_mask"]
+
+
+def elementwise_scores(score: Callable[..., Any], needs_grads: bool = False) -> Callable[..., Any]:
+    """A `calculate_scores` of an elementwise function of weights, or of weights and gradients.
+
+    Called, it returns arrays like any other. Mask updates take its `unevaluated` scores instead,
+    which selection evaluates while it reads the weights, so that they are never stored.
+
+    Args:
+      score: `score(w)`, or `score(w, g)`.
+      needs_grads: whether it takes gradients.
+    """
+
+    def unevaluated(updater: BaseUpdater, params: Any, grads: Any) -> Any:
+        if not needs_grads:
+            return jax.tree.map(lambda w: Scores(score, (w,)), params)
+        require_grads(updater, grads)
+        return jax.tree.map(lambda w, g: Scores(score, (w, g)), params, grads)
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del sparse_state, kwargs
+        return jax.tree.map(Scores.evaluate, unevaluated(self, params, grads))
+
+    calculate_scores.unevaluated = unevaluated
+    calculate_scores.__doc__ = score.__doc__
+    return calculate_scores
+
+
+def require_grads(updater: BaseUpdater, grads: Any) -> None:
+    """Raises a ValueError for an algorithm that scores with gradients and got none."""
+    if grads is None:
+        raise ValueError(
+            f"grads: {type(updater).__name__} scores with gradients and got none; pass grads=, for "
+            "example of the loss on one batch."
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -105,7 +141,7 @@ class BaseUpdater:
             sparse_state.target_sparsities,
             sparse_state.target_sparsities,
         )
-        scores = self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
+        scores = self._scores(params, sparse_state, grads, **kwargs)
         masks = self.create_masks(scores, sparsities)
         return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks))
 
@@ -116,7 +152,7 @@ class BaseUpdater:
             if trees.is_unpruned(sparsity):
                 return None
             with trees.errors_at(path):
-                return self._topk_fn(path, score)(score, sparsity)
+                return self._mask_fn(path, score)(score, sparsity)
 
         return trees.map_named(create, scores, sparsities)
 
@@ -131,7 +167,7 @@ class BaseUpdater:
           The pruned parameters and their boolean masks, None where a leaf is not pruned.
         """
         targets = self.get_target_sparsities(params)
-        scores = self.calculate_scores(params, sparse_state=None, grads=grads, **kwargs)
+        scores = self._scores(params, None, grads, **kwargs)
         masks = self.create_masks(scores, targets)
         return self.apply_masks(params, masks), masks
 
@@ -161,8 +197,20 @@ class BaseUpdater:
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
 
-    def _topk_fn(self, path: trees.KeyPath, param: Any) -> Callable[..., Any]:
-        return self.topk_fn or sparsity_types.for_leaf(self.sparsity_type, path, param).mask
+    def _scores(self, params: Any, sparse_state: SparseState | None, grads: Any, **kwargs) -> Any:
+        """What `calculate_scores` gives, unevaluated where that is possible."""
+        unevaluated = getattr(self.calculate_scores, "unevaluated", None)
+        if unevaluated is not None:
+            return unevaluated(self, params, grads)
+        return self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
+
+    def _mask_fn(self, path: trees.KeyPath, score: Any) -> Callable[..., Any]:
+        structure = sparsity_types.for_leaf(self.sparsity_type, path, score)
+        if self.topk_fn is None and isinstance(structure, sparsity_types.Unstructured):
+            return structure.mask
+        # All but Unstructured need the scores of a group or block together.
+        fn = self.topk_fn or structure.mask
+        return lambda score, sparsity: fn(jnp.asarray(score), sparsity)
 
     def _as_float32(self, params: Any, targets: Any) -> Any:
         """Targets as the state keeps them: the float32 that keeps exactly as many weights."""

@@ -6,6 +6,7 @@ function, the order of its values, the comparisons and their sums into one pass 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 _ROWS = 64
 
 
-class Scores(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Scores:
     """Scores of one leaf that are evaluated as they are read, so that they are never stored.
 
     ``Scores(jnp.abs, (w,))`` ranks by magnitude without an array of magnitudes.
@@ -51,6 +53,22 @@ class Scores(NamedTuple):
     @property
     def dtype(self) -> np.dtype:
         return jax.eval_shape(self.fn, *self.operands).dtype
+
+    def evaluate(self) -> Num[Array, "*shape"]:
+        """The scores as an array."""
+        return jnp.broadcast_to(self.fn(*self.operands), self.shape)
+
+    # An overridden `create_masks` or a structure of a user's own may take scores for an array.
+    __jax_array__ = evaluate
+
+    def filled(self, where: Bool[Array, "*shape"], value: float) -> Scores:
+        """The same scores with `value` at some entries."""
+        return Scores(lambda where, *xs: jnp.where(where, value, self.fn(*xs)), (where, *self.operands))
+
+    @classmethod
+    def of(cls, scores: Num[Array, "*shape"] | Scores) -> Scores:
+        """Scores from an array; scores as they are."""
+        return scores if isinstance(scores, cls) else cls(lambda x: x, (jnp.asarray(scores),))
 
 
 class Leaf(NamedTuple):

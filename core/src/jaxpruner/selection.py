@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Scores", "order_preserving_keys", "top_k_mask", "top_k_masks"]
 
-_order_preserving_keys = order_preserving_keys
-
 # A sample of about one entry in 256, within these limits.
 _SAMPLED_SHARE, _MIN_SAMPLE, _MAX_SAMPLE = 256, 1024, 16384
 
@@ -98,7 +96,8 @@ def _default_method(leaves: list[Scores]) -> Method:
 
 
 def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | None) -> Scores:
-    fn, operands = leaf if isinstance(leaf, Scores) else (lambda x: x, (leaf,))
+    leaf = Scores.of(leaf)
+    fn, operands = leaf.fn, leaf.operands
     if scale is not None:
         fn, operands = (lambda scale, *xs, fn=fn: fn(*xs) / scale), (scale, *operands)
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))

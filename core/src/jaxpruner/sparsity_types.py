@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpruner import counts, selection, trees
+from jaxpruner.score_reading import Scores
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -72,6 +73,10 @@ class _Units(SparsityType):
     def expand(self, units: Bool[Array, "*units"], shape: tuple[int, ...]) -> Bool[Array, "*s"]:
         """The mask of a leaf of this shape from the mask of its units."""
 
+    def active_units(self, mask: Bool[Array, "*s"]) -> Bool[Array, "*units"]:
+        """The mask of the units from the mask of the leaf."""
+        return self.pool(mask) > 0
+
     def num_units(self, shape):
         return jax.eval_shape(self.pool, jax.ShapeDtypeStruct(shape, jnp.float32)).size
 
@@ -82,14 +87,13 @@ class _Units(SparsityType):
         return self.expand(kept, scores.shape)
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
-        active = self.pool(mask.astype(jnp.float32)) > 0
+        active = self.active_units(mask)
         number = _number_of(active)
         # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
-        survivors = selection.top_k_mask(
-            jnp.where(active, self.pool(drop_scores), jnp.nan), counts.keep_count(number, drop_fraction)
-        )
-        units = selection.top_k_mask(jnp.where(survivors & active, jnp.inf, self.pool(grow_scores)), number)
-        return self.expand(units, mask.shape)
+        drop = Scores.of(self.pool(drop_scores)).filled(~active, jnp.nan)
+        survivors = active & selection.top_k_mask(drop, counts.keep_count(number, drop_fraction))
+        grow = Scores.of(self.pool(grow_scores)).filled(survivors, jnp.inf)
+        return self.expand(selection.top_k_mask(grow, number), mask.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,9 @@ class Unstructured(_Units):
 
     def pool(self, scores):
         return scores
+
+    def active_units(self, mask):
+        return mask
 
     def expand(self, units, shape):
         del shape
@@ -125,7 +132,7 @@ class Block(_Units):
             raise ValueError(f"block_shape: {self.block_shape} is not two positive sizes; give (h, w), such as (4, 4).")
 
     def pool(self, scores):
-        wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        wide = _at_least_float32(scores)
         rows, columns = self._plane(scores.shape)
         planes = wide.reshape(rows, columns, math.prod(scores.shape[2:]))
         if not self.use_avg_pooling:
@@ -161,8 +168,7 @@ class Channel(_Units):
         _check_axis(self.axis, shape)
 
     def pool(self, scores):
-        wide = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-        return wide.sum([a for a in range(scores.ndim) if a != self.axis % scores.ndim])
+        return _at_least_float32(scores).sum([a for a in range(scores.ndim) if a != self.axis % scores.ndim])
 
     def expand(self, units, shape):
         others = [a for a in range(len(shape)) if a != self.axis % len(shape)]
@@ -194,7 +200,7 @@ class NByM(SparsityType):
         self.check_shape(scores.shape)
         # Elementwise comparisons within groups of m: no sort, no gather, m * (m - 1) / 2 of them.
         axis = self.axis % scores.ndim
-        keys = selection._order_preserving_keys(scores)
+        keys = selection.order_preserving_keys(scores)
         groups = keys.reshape(*keys.shape[:axis], -1, self.m, *keys.shape[axis + 1 :])
         members = [jnp.take(groups, i, axis + 1) for i in range(self.m)]
         better = [jnp.zeros(members[0].shape, jnp.uint8) for _ in range(self.m)]
@@ -207,13 +213,16 @@ class NByM(SparsityType):
         return kept | (jnp.asarray(sparsity) == 0)
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
-        number = _number_of(mask)
-        survivors = mask & selection.top_k_mask(
-            jnp.where(mask, drop_scores, jnp.nan), counts.keep_count(number, drop_fraction)
-        )
+        drop = Scores.of(drop_scores).filled(~mask, jnp.nan)
+        survivors = mask & selection.top_k_mask(drop, counts.keep_count(_number_of(mask), drop_fraction))
         # Each group refills the places it lost. A leaf that is dense stays dense.
-        refilled = self.mask(jnp.where(survivors, jnp.inf, grow_scores), 0.5)
+        refilled = self.mask(jnp.where(survivors, jnp.inf, jnp.asarray(grow_scores)), 0.5)
         return jnp.where(jnp.all(mask), mask, refilled)
+
+
+def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    scores = jnp.asarray(scores)
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 
 def _number_of(mask: Bool[Array, "*s"]) -> counts.Count:

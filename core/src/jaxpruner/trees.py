@@ -48,7 +48,7 @@ def named_leaves(tree: Any) -> list[tuple[KeyPath, Any]]:
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`fn(path, leaf, *others)` over a tree; `rest` may hold None or MaskedNode at its leaves."""
+    """`fn(path, leaf, *others)` over a tree; all may hold None or MaskedNode at their leaves."""
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(key_names(path), *leaves), tree, *rest, is_leaf=is_unpruned
     )

@@ -82,7 +82,7 @@ class _GlobalPruning(BaseUpdater):
         return selection.top_k_masks(leaves, keep, scales)
 
     def _scale(self, score: Any) -> Any:
-        wide = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+        wide = jnp.asarray(score).astype(jnp.promote_types(score.dtype, jnp.float32))
         return jnp.sqrt(jnp.sum(wide * wide)) + self.normalization_eps
 
     def _as_float32(self, params, targets):

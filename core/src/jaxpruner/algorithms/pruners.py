@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpruner import scores
-from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.base_updater import BaseUpdater, elementwise_scores
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,19 +32,14 @@ class NoPruning(BaseUpdater):
 class MagnitudePruning(BaseUpdater):
     """Keeps the largest `|w|` of each leaf (Zhu & Gupta, 2017)."""
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
-        del sparse_state, grads, kwargs
-        return jax.tree.map(scores.magnitude, params)
+    calculate_scores = elementwise_scores(scores.magnitude)
 
 
 @dataclasses.dataclass(eq=False)
 class SaliencyPruning(BaseUpdater):
     """Keeps the largest `|w * g|` of each leaf (Molchanov et al., 2016)."""
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
-        del sparse_state, kwargs
-        require_grads(self, grads)
-        return jax.tree.map(scores.saliency, params, grads)
+    calculate_scores = elementwise_scores(scores.saliency, needs_grads=True)
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,15 +64,6 @@ def random_scores(updater: BaseUpdater, params: Any, step: Any = -1, among: Any 
         updater.random_keys(params, step),
         among,
     )
-
-
-def require_grads(updater: BaseUpdater, grads: Any) -> None:
-    """Raises a ValueError for an algorithm that scores with gradients and got none."""
-    if grads is None:
-        raise ValueError(
-            f"grads: {type(updater).__name__} scores with gradients and got none; pass grads=, for "
-            "example of the loss on one batch."
-        )
 
 
 __all__ = ["MagnitudePruning", "NoPruning", "RandomPruning", "SaliencyPruning"]

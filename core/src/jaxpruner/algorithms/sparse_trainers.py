@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxpruner import mask_storage, scores, sparsity_types, trees
-from jaxpruner.algorithms.pruners import random_scores, require_grads
-from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.algorithms.pruners import random_scores
+from jaxpruner.base_updater import BaseUpdater, elementwise_scores, require_grads
+from jaxpruner.score_reading import Scores
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,15 +59,13 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     def grow_scores(self, params: Any, grads: Any, step: Any) -> Any:
         """A tree of scores; the highest of the inactive weights grow."""
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
-        """`|w|`, by which active weights are dropped."""
-        del sparse_state, grads, kwargs
-        return jax.tree.map(scores.magnitude, params)
+    # By |w| active weights are dropped.
+    calculate_scores = elementwise_scores(scores.magnitude)
 
     def update_state(self, sparse_state, params, grads, **kwargs):
         fraction = self.drop_fraction_fn(sparse_state.count)
         masks = self.current_masks(sparse_state, params)
-        drop_scores = self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
+        drop_scores = self._scores(params, sparse_state, grads, **kwargs)
         grow_scores = self.grow_scores(params, grads, sparse_state.count)
 
         def regrow(path, mask, drop, grow):
@@ -95,4 +94,4 @@ class RigL(_DropAndGrow):
     def grow_scores(self, params, grads, step):
         del params, step
         require_grads(self, grads)
-        return jax.tree.map(jnp.abs, grads)
+        return jax.tree.map(lambda g: Scores(jnp.abs, (g,)), grads)

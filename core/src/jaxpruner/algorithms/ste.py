@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
 from jaxpruner import scores, transformation
 from jaxpruner.algorithms.pruners import random_scores
-from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.base_updater import BaseUpdater, elementwise_scores
 
 
 @dataclasses.dataclass(eq=False)
@@ -42,9 +40,7 @@ class _StraightThrough(BaseUpdater):
 class SteMagnitudePruning(_StraightThrough):
     """Masks the smallest `|w|` of the dense weights."""
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
-        del sparse_state, grads, kwargs
-        return jax.tree.map(scores.magnitude, params)
+    calculate_scores = elementwise_scores(scores.magnitude)
 
 
 @dataclasses.dataclass(eq=False)
