@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -330,3 +331,23 @@ def test_errors_of_one_leaf_name_it():
 
 def test_valid_input_raises_nothing():
     jax.eval_shape(make(sparsity_type=Unstructured).init, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"algorithm": ["rigl"], "sparsity": 0.5}, "algorithm: "),
+        ({"algorithm": "rigl", "sparsity": "0.5"}, "Default sparsity '0.5'"),
+        ({"algorithm": "rigl", "sparsity": 0.5, "dist_type": ["erk"]}, "dist_type: "),
+        ({"algorithm": "rigl", "sparsity": 0.5, "drop_fraction": "a third"}, "drop_fraction: 'a third'"),
+        ({"algorithm": "rigl", "sparsity": 0.5, "sparsity_type": 3}, "Sparsity type 3"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jaxpruner.create_updater_from_config(config)
+
+
+def test_a_structure_class_that_needs_sizes_is_told():
+    with pytest.raises(ValueError, match="Sparsity type NByM"):
+        jaxpruner.mask_calculator.get_topk_fn(jaxpruner.sparsity_types.NByM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,9 +116,10 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
     Raises:
       ValueError: for unknown keys and values, with the list of valid ones.
     """
-    config = dict(config.items())
+    # None says "not given", as in templates.
+    config = {key: value for key, value in config.items() if value is not None}
     name = config.get("algorithm")
-    if name not in ALGORITHM_REGISTRY:
+    if not isinstance(name, str) or name not in ALGORITHM_REGISTRY:
         raise ValueError(
             f"algorithm: {name!r} is not known; jaxpruner.all_algorithm_names() are {', '.join(all_algorithm_names())}."
         )
@@ -158,7 +160,7 @@ def all_algorithm_names() -> tuple[str, ...]:
 
 def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments from the common keys; an algorithm takes those that it has."""
-    placement = {key: config[key] for key in ("filter_fn", "custom_sparsity_map") if config.get(key) is not None}
+    placement = {key: config[key] for key in ("filter_fn", "custom_sparsity_map") if key in config}
     if "custom_sparsity_map" in placement:
         placement["custom_sparsity_map"] = dict(placement["custom_sparsity_map"].items())
     offered: dict[str, Any] = dict(placement)
@@ -168,7 +170,7 @@ def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         offered["sparsity"] = config["sparsity"]
         offered["sparsity_distribution_fn"] = functools.partial(distribution, sparsity=config["sparsity"], **placement)
     # Without a start the algorithm's own schedule stands, which makes no updates for all but `preserve`.
-    if config.get("update_start_step") is not None:
+    if "update_start_step" in config:
         offered["scheduler"] = _parse_schedule(config)
     offered["drop_fraction_fn"] = _parse_drop_fraction(config)
     offered["sparsity_type"] = _parse_sparsity_type(config.get("sparsity_type", "unstructured"))
@@ -176,7 +178,7 @@ def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_distribution(dist_type: Any) -> Callable[..., Any]:
-    if dist_type not in _DISTRIBUTIONS:
+    if not isinstance(dist_type, str) or dist_type not in _DISTRIBUTIONS:
         raise ValueError(f"dist_type: {dist_type!r} is not known; use one of {', '.join(_DISTRIBUTIONS)}.")
     return _DISTRIBUTIONS[dist_type]
 
@@ -192,8 +194,8 @@ def _parse_schedule(config: Mapping[str, Any]) -> sparsity_schedules.Schedule:
 
 def _parse_drop_fraction(config: Mapping[str, Any]) -> Callable[[Any], Any]:
     fraction, end = config.get("drop_fraction", 0.1), config.get("update_end_step")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"drop_fraction: {fraction} is outside [0, 1]; it is a share of the active weights.")
+    if not isinstance(fraction, numbers.Real) or not 0 <= fraction <= 1:
+        raise ValueError(f"drop_fraction: {fraction!r} is outside [0, 1]; it is a share of the active weights.")
     return optax.cosine_decay_schedule(fraction, end) if end else optax.constant_schedule(fraction)
 
 
@@ -205,7 +207,9 @@ def _parse_sparsity_type(value: Any) -> Any:
         return {pattern: _parse_sparsity_type(structure) for pattern, structure in value.items()}
     if isinstance(value, list | tuple):
         return [(pattern, _parse_sparsity_type(structure)) for pattern, structure in value]
-    return value
+    if isinstance(value, sparsity_types.SparsityType) or callable(value):
+        return value
+    raise ValueError(_unknown_structure(value))
 
 
 def _parse_structure(text: str) -> sparsity_types.SparsityType:
@@ -223,8 +227,12 @@ def _parse_structure(text: str) -> sparsity_types.SparsityType:
                 return sparsity_types.Channel(axis)
     except ValueError as error:
         raise ValueError(f"Sparsity type {text!r}: {error}") from error
-    raise ValueError(
-        f"Sparsity type {text!r} is not known; use 'unstructured', 'nm_2,4', 'block_4,4', 'channel_-1', or an "
+    raise ValueError(_unknown_structure(text))
+
+
+def _unknown_structure(value: Any) -> str:
+    return (
+        f"Sparsity type {value!r} is not known; use 'unstructured', 'nm_2,4', 'block_4,4', 'channel_-1', or an "
         "object of jaxpruner.sparsity_types."
     )
 

@@ -78,9 +78,7 @@ class BaseUpdater:
     skip_gradients: bool = False
     is_sparse_gradients: bool = False
     sparsity_type: Any = sparsity_types.Unstructured()
-    sparsity_distribution_fn: Callable[[Any], Any] = functools.partial(
-        sparsity_distributions.uniform, sparsity=0.8
-    )
+    sparsity_distribution_fn: Callable[[Any], Any] = functools.partial(sparsity_distributions.uniform, sparsity=0.8)
     rng_seed: Any = 8
     use_packed_masks: bool = False
     topk_fn: Callable[..., Any] | None = None
@@ -99,7 +97,9 @@ class BaseUpdater:
         """The inner optimizer, made such that a stock trainer sees sparse parameters only."""
         return self.wrap_optax(inner)
 
-    def calculate_scores(self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs) -> Any:
+    def calculate_scores(
+        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
+    ) -> Any:
         """A tree of scores shaped like `params`; the highest are kept.
 
         Args:

@@ -24,7 +24,9 @@ def saliency(w: Float[Array, "*s"], g: Float[Array, "*s"]) -> Float[Array, "*s"]
     return jnp.abs(w * g)
 
 
-def uniform_random(key: PRNGKeyArray, shape: tuple[int, ...], among: Bool[Array, "*s"] | None = None) -> Float[Array, "*s"]:
+def uniform_random(
+    key: PRNGKeyArray, shape: tuple[int, ...], among: Bool[Array, "*s"] | None = None
+) -> Float[Array, "*s"]:
     """Uniform draws from [0, 1); entries outside `among` score -1, below every draw."""
     draws = jax.random.uniform(key, shape)
     return draws if among is None else jnp.where(among, draws, -1.0)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxpruner.score_reading import Method
     from jaxpruner.threshold_search import Counter
 
-__all__ = ["Scores", "order_preserving_keys", "top_k_mask", "top_k_masks"]
+__all__ = ["Scores", "count_true", "order_preserving_keys", "top_k_mask", "top_k_masks"]
 
 # A sample of about one entry in 256, within these limits.
 _SAMPLED_SHARE, _MIN_SAMPLE, _MAX_SAMPLE = 256, 1024, 16384
@@ -87,6 +87,16 @@ def top_k_masks(
     full = [leaf for leaf in scores if leaf.size]
     masks = iter(_select(full, keep, method or _default_method(full)) if full else ())
     return [next(masks) if leaf.size else jnp.zeros(leaf.shape, bool) for leaf in scores]
+
+
+def count_true(mask: Bool[Array, "*shape"]) -> Count:
+    """The number of True entries of a mask of fewer than ``2**32`` entries, in one read that stores nothing."""
+    scores = Scores.of(mask)
+    if not scores.size:
+        return counts.from_int(0)
+    method = _default_method([scores])
+    leaf = score_reading.prepare(scores, score_reading.common_rank_dtype([scores.dtype]), method)
+    return score_reading.count_equal(leaf, jnp.int32(True), method)
 
 
 def _default_method(leaves: list[Scores]) -> Method:

@@ -50,9 +50,7 @@ def uniform(
     check_sparsity("Default sparsity", sparsity)
     selected = dict(_selected_leaves(params, filter_fn))
     custom = _custom_sparsities(custom_sparsity_map, list(selected))
-    return trees.map_named(
-        lambda path, _: custom.get(path, sparsity) if path in selected else None, params
-    )
+    return trees.map_named(lambda path, _: custom.get(path, sparsity) if path in selected else None, params)
 
 
 def erk(
@@ -123,7 +121,7 @@ def get_sparsities_erdos_renyi(
             break
         dense |= {key for key in sparse if ratio[key] == widest}
 
-    sparsities = {key: 0.0 for key in shapes} | custom
+    sparsities = dict.fromkeys(shapes, 0.0) | custom
     sparsities |= {key: 1.0 - epsilon * ratio[key] for key in budgeted if key not in dense}
     return sparsities
 
@@ -135,10 +133,9 @@ def _erk_ratio(shape: tuple[int, ...], include_kernel: bool) -> float:
 
 def check_sparsity(what: str, sparsity: float) -> None:
     """Raises a ValueError unless `sparsity` is a fraction in [0, 1)."""
-    if not 0 <= sparsity < 1:
+    if not hasattr(sparsity, "__float__") or not 0 <= sparsity < 1:
         raise ValueError(
-            f"{what} {sparsity} is outside [0, 1): it is the fraction of weights that are zero, "
-            "so 0.8 prunes 80 %."
+            f"{what} {sparsity!r} is outside [0, 1): it is the fraction of weights that are zero, so 0.8 prunes 80 %."
         )
 
 

@@ -88,7 +88,7 @@ class _Units(SparsityType):
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
         active = self.active_units(mask)
-        number = _number_of(active)
+        number = selection.count_true(active)
         # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
         drop = Scores.of(self.pool(drop_scores)).filled(~active, jnp.nan)
         survivors = active & selection.top_k_mask(drop, counts.keep_count(number, drop_fraction))
@@ -214,7 +214,7 @@ class NByM(SparsityType):
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
         drop = Scores.of(drop_scores).filled(~mask, jnp.nan)
-        survivors = mask & selection.top_k_mask(drop, counts.keep_count(_number_of(mask), drop_fraction))
+        survivors = mask & selection.top_k_mask(drop, counts.keep_count(selection.count_true(mask), drop_fraction))
         # Each group refills the places it lost. A leaf that is dense stays dense.
         refilled = self.mask(jnp.where(survivors, jnp.inf, jnp.asarray(grow_scores)), 0.5)
         return jnp.where(jnp.all(mask), mask, refilled)
@@ -223,10 +223,6 @@ class NByM(SparsityType):
 def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
     scores = jnp.asarray(scores)
     return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-
-
-def _number_of(mask: Bool[Array, "*s"]) -> counts.Count:
-    return counts.Count(jnp.zeros((), jnp.uint32), jnp.sum(mask, dtype=jnp.uint32))
 
 
 def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any) -> SparsityType:
@@ -243,7 +239,7 @@ def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any) -> SparsityTyp
     """
     structure = sparsity_type
     if isinstance(structure, type):
-        structure = structure()
+        structure = _without_arguments(structure)
     elif (patterns := _patterns(structure)) is not None:
         structure = next((s for p, s in patterns.items() if trees.matches(p, path)), Unstructured())
     elif callable(structure):
@@ -254,6 +250,15 @@ def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any) -> SparsityTyp
             "Block((h, w)) or Channel(axis)."
         )
     return structure
+
+
+def _without_arguments(structure: type) -> Any:
+    try:
+        return structure()
+    except TypeError as error:
+        raise ValueError(
+            f"Sparsity type {structure.__name__} is a class that needs sizes; give an instance."
+        ) from error
 
 
 def check_patterns(sparsity_type: Any, paths: Sequence[trees.KeyPath]) -> None:
@@ -270,6 +275,4 @@ def _patterns(sparsity_type: Any) -> dict[Any, SparsityType] | None:
 
 def _check_axis(axis: int, shape: tuple[int, ...]) -> None:
     if not -len(shape) <= axis < len(shape):
-        raise ValueError(
-            f"axis {axis} does not exist in {shape}; exclude it with filter_fn or choose another axis."
-        )
+        raise ValueError(f"axis {axis} does not exist in {shape}; exclude it with filter_fn or choose another axis.")

@@ -123,9 +123,7 @@ def project(
     return end_step(step, proposed)
 
 
-def mask_params(
-    inner: optax.GradientTransformation, updater: BaseUpdater
-) -> optax.GradientTransformationExtraArgs:
+def mask_params(inner: optax.GradientTransformation, updater: BaseUpdater) -> optax.GradientTransformationExtraArgs:
     r"""Keeps parameters exactly on their masks.
 
     With :math:`u` the update of `inner`, the update is :math:`u` where the mask keeps a weight and
@@ -138,9 +136,7 @@ def mask_params(
         updates, state = tracked.update(updates, state, params, **extra_args)
         masks = mask_storage.decode_tree(updater.storage, state.masks, params)
         return (
-            trees.map_pruned(
-                lambda u, mask, p: jnp.where(mask, u, -p), updates, masks, params, otherwise=_same
-            ),
+            trees.map_pruned(lambda u, mask, p: jnp.where(mask, u, -p), updates, masks, params, otherwise=_same),
             state,
         )
 
@@ -184,9 +180,7 @@ def straight_through(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def track_masks(
-    inner: optax.GradientTransformation, updater: BaseUpdater
-) -> optax.GradientTransformationExtraArgs:
+def track_masks(inner: optax.GradientTransformation, updater: BaseUpdater) -> optax.GradientTransformationExtraArgs:
     """Makes masks on schedule and steps the inner optimizer; enforces nothing."""
 
     def init_fn(params):
@@ -201,9 +195,7 @@ def track_masks(
             return inner.update(step.grads, inner_state, params)
 
         def renew():
-            regrown = trees.map_pruned(
-                lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks
-            )
+            regrown = trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
             return reset_moments(inner_state, inner.init(apply_mask(params, step.masks)), params, regrown)
 
         def skip():
@@ -231,9 +223,7 @@ def apply_mask(params: Any, masks: Any, is_packed: bool = False) -> Any:
     """
     storage = mask_storage.PackedStorage() if is_packed else mask_storage.DenseStorage()
     masks = mask_storage.decode_tree(storage, masks, params)
-    return trees.map_pruned(
-        lambda p, mask: jnp.where(mask, p, 0), params, masks, otherwise=_same
-    )
+    return trees.map_pruned(lambda p, mask: jnp.where(mask, p, 0), params, masks, otherwise=_same)
 
 
 def find_state(opt_state: Any) -> SparseState:
@@ -248,9 +238,7 @@ def find_state(opt_state: Any) -> SparseState:
         if isinstance(node, SparseState)
     ]
     if len(found) != 1:
-        raise ValueError(
-            f"opt_state: holds {len(found)} sparse states; pass the state of one sparse transformation."
-        )
+        raise ValueError(f"opt_state: holds {len(found)} sparse states; pass the state of one sparse transformation.")
     return found[0]
 
 

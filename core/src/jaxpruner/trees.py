@@ -76,16 +76,12 @@ def map_pruned(
 
 def to_state(tree: Any) -> Any:
     """A tree with None leaves as it is kept in an optimizer state, with MaskedNode leaves."""
-    return jax.tree.map(
-        lambda leaf: optax.MaskedNode() if leaf is None else leaf, tree, is_leaf=is_unpruned
-    )
+    return jax.tree.map(lambda leaf: optax.MaskedNode() if leaf is None else leaf, tree, is_leaf=is_unpruned)
 
 
 def from_state(tree: Any) -> Any:
     """The inverse of `to_state`."""
-    return jax.tree.map(
-        lambda leaf: None if is_unpruned(leaf) else leaf, tree, is_leaf=is_unpruned
-    )
+    return jax.tree.map(lambda leaf: None if is_unpruned(leaf) else leaf, tree, is_leaf=is_unpruned)
 
 
 @contextlib.contextmanager

@@ -37,9 +37,7 @@ class _GlobalPruning(BaseUpdater):
     normalization_eps: float = 1e-8
 
     def get_target_sparsities(self, params):
-        targets = sparsity_distributions.uniform(
-            params, self.sparsity, self.filter_fn, self.custom_sparsity_map
-        )
+        targets = sparsity_distributions.uniform(params, self.sparsity, self.filter_fn, self.custom_sparsity_map)
         self._check_targets(params, targets)
         for path, _ in trees.named_leaves(targets):
             if not self._competes_alone(path):
