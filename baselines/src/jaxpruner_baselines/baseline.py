@@ -1,0 +1,100 @@
+"""What a baseline is: a name, presets, and a function that carries out one run.
+
+The runner knows nothing else, so a federated simulation or a reinforcement learning loop fits as well
+as supervised training: `train` is a generator that says how far it is and ends with what it measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.methods import DENSE
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run, which becomes one row of the results. `preset` is the baseline's own frozen dataclass."""
+
+    baseline: str
+    preset_name: str
+    preset: Any
+    method: str
+    sparsity: float
+    seed: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that decides the numbers, ready for JSON."""
+        return {
+            "baseline": self.baseline,
+            "method": self.method,
+            "sparsity": self.sparsity,
+            "seed": self.seed,
+            "preset": dataclasses.asdict(self.preset),
+        }
+
+    @property
+    def config_hash(self) -> str:
+        return hash_of(self.config)
+
+    @property
+    def title(self) -> str:
+        how_sparse = "" if self.method == DENSE else f" {self.sparsity:.4g}"
+        return f"{self.method}{how_sparse} seed {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is. `total` is in the baseline's own unit: steps, rounds, frames."""
+
+    done: int
+    total: int
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run measured: the last thing that `train` yields."""
+
+    value: float
+    sparsity_reached: float
+    steps: int
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A baseline. Make one in a module of its own and name that module in `registry.py`."""
+
+    name: str
+    summary: str
+    metric: str
+    presets: Mapping[str, Any]
+    train: Callable[[Run, Checkpoint], Iterator[Progress | Outcome]]
+    """Carries out one run: yields `Progress` now and then, and one `Outcome` at the end."""
+
+    def run(self, preset: str, method: str, sparsity: float, seed: int) -> Run:
+        sparsity = 0.0 if method == DENSE else sparsity
+        return Run(self.name, preset, self.presets[preset], method, sparsity, seed)
+
+    def plan(self, preset: str, methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]) -> list[Run]:
+        """All runs, those that differ only by their seed side by side: they share one compilation."""
+        return [
+            self.run(preset, method, sparsity, seed)
+            for method in methods
+            for sparsity in ([0.0] if method == DENSE else sparsities)
+            for seed in seeds
+        ]
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def hash_of(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:12]

@@ -1,0 +1,104 @@
+"""The command that runs the benchmarks: prints the table, writes the CSV."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jaxpruner_baselines import provenance
+from jaxpruner_baselines.benchmarks import masks, steps
+from jaxpruner_baselines.benchmarks.figures import Figure
+from jaxpruner_baselines.report import markdown_table, update_markdown
+from jaxpruner_baselines.results import Results, Row
+
+# name -> (the rows, their sizes, their sizes with --quick)
+GROUPS: dict[str, tuple[Callable, masks.Sizes | steps.Sizes, masks.Sizes | steps.Sizes]] = {
+    "mask_update": (masks.mask_update, masks.Sizes(), masks.QUICK),
+    "global_mask": (masks.global_mask, masks.Sizes(), masks.QUICK),
+    "nm_mask": (masks.nm_mask, masks.Sizes(), masks.QUICK),
+    "peak_memory": (masks.peak_memory, masks.Sizes(), masks.QUICK),
+    "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
+    "training_steps": (steps.training_steps, steps.Sizes(), steps.QUICK),
+}
+
+HEADER = ("row", "ours", "peer", "ratio", "reach", "met")
+
+
+def bench(
+    rows: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(GROUPS)}.")] = "all",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed calls of each side; default: by row.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it works.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of benchmarks.csv.")] = Path("runs"),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table into this file too, between its markers.")
+    ] = None,
+) -> None:
+    """Time the core against sorts and against a bare optimizer, alternating, in one run."""
+    names = list(GROUPS) if rows == "all" else [name.strip() for name in rows.split(",")]
+    if unknown := [name for name in names if name not in GROUPS]:
+        typer.echo(f"Unknown row {unknown[0]!r}. Valid: {', '.join(GROUPS)}.", err=True)
+        raise typer.Exit(2)
+    console = Console()
+    csv = Results(results / "benchmarks.csv")
+    figures: list[Figure] = []
+    with console.status("") as status:
+        for name in names:
+            measure, sizes, small = GROUPS[name]
+            chosen = small if quick else sizes
+            if repeats is not None:
+                slow = {"slow_repeats": repeats} if isinstance(chosen, masks.Sizes) else {}
+                chosen = dataclasses.replace(chosen, repeats=repeats, **slow)
+            started = time.monotonic()
+            for event in measure(chosen):
+                if isinstance(event, Figure):
+                    figures.append(event)
+                    csv.append(row_of(name, event, "quick" if quick else "full", time.monotonic() - started))
+                else:
+                    status.update(f"{name}: {event}")
+            console.print(f"{name}: {time.monotonic() - started:.0f} s")
+    table = Table(*HEADER, title=f"{provenance.device()}, medians")
+    for figure in figures:
+        table.add_row(*cells(figure))
+    console.print(table)
+    console.print(f"written to {csv.path}", soft_wrap=True)
+    if markdown is not None:
+        shown = markdown_table(HEADER, [cells(figure) for figure in figures])
+        versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
+        update_markdown(markdown, "benchmarks", f"{shown}\n\nMedians; {provenance.device()}; {versions}.")
+
+
+def cells(figure: Figure) -> list[str]:
+    return [
+        figure.row,
+        f"{figure.ours:.4g} {figure.unit}",
+        f"{figure.peer:.4g} {figure.unit} ({figure.peer_name})",
+        f"{figure.ratio:.3g}x faster" if figure.faster else f"{figure.ratio:.{3 if figure.ratio > 0.01 else 6}f}x",
+        str(figure.reach),
+        figure.met,
+    ]
+
+
+def row_of(group: str, figure: Figure, preset: str, seconds: float) -> Row:
+    details = {"ours": figure.ours, "peer": figure.peer, "unit": figure.unit, "reach": str(figure.reach)}
+    config = {"group": group, **figure.config}
+    return Row.measured(
+        baseline="benchmarks",
+        preset=preset,
+        method=figure.row,
+        sparsity=masks.SPARSITY,
+        sparsity_reached=masks.SPARSITY,
+        seed=0,
+        steps=figure.config.get("repeats", [1])[0],
+        metric=f"{figure.peer_name} / ours" if figure.faster else f"ours / {figure.peer_name}",
+        value=figure.ratio,
+        config=config,
+        details=details,
+        seconds=round(seconds, 3),
+    )

@@ -1,0 +1,108 @@
+"""A whole training step of a vision transformer, sparse against the bare optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import jaxpruner
+from jaxpruner_baselines.benchmarks.figures import Figure, Reach, alternate, timed
+from jaxpruner_baselines.benchmarks.masks import Events
+from jaxpruner_baselines.vit import ViT
+
+UPDATE_FREQ = 100
+BARE = "bare optimizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """ViT-S/16 on 224x224 images: 196 tokens."""
+
+    image: int = 224
+    patch: int = 16
+    dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    classes: int = 1000
+    batch: int = 8
+    repeats: int = 7
+
+
+QUICK = Sizes(image=32, patch=8, dim=32, depth=1, heads=2, classes=10, batch=2, repeats=3)
+
+# From count 1 on no mask is made before count 100; with a frequency of 1 every step makes one.
+_ALWAYS = {"update_start_step": 0, "update_end_step": 10**6}
+_PRUNER = _ALWAYS | {"algorithm": "magnitude"}
+SIDES: dict[str, dict[str, Any] | None] = {
+    BARE: None,
+    "dense masks": _PRUNER | {"update_freq": UPDATE_FREQ},
+    "packed masks": _PRUNER | {"update_freq": UPDATE_FREQ, "use_packed_masks": True},
+    "mask made": _PRUNER | {"update_freq": 1},
+    "straight-through": _ALWAYS | {"algorithm": "magnitude_ste", "update_freq": 1},
+}
+
+
+def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], Any]:
+    """A call that takes one step from where the last call ended; all buffers are donated."""
+    model = ViT(sizes.patch, sizes.dim, sizes.depth, sizes.heads, sizes.classes)
+    tx = optax.adamw(1e-3)
+    if config is not None:
+        tx = jaxpruner.sparsify(tx, sparsity=0.8, **config)
+    rng = np.random.default_rng(0)
+    images = jax.device_put(rng.standard_normal((sizes.batch, sizes.image, sizes.image, 3), dtype=np.float32))
+    labels = jax.device_put(rng.integers(0, sizes.classes, sizes.batch))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, images, labels):
+        params, opt_state = state
+
+        def loss_fn(params):
+            logits = model.apply(params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        grads = jax.grad(loss_fn)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    @jax.jit
+    def init(images):
+        params = model.init(jax.random.key(0), images)
+        return params, tx.init(params)
+
+    state = init(images)
+
+    def call():
+        nonlocal state
+        state = step(state, images, labels)
+        return state
+
+    return call
+
+
+def training_steps(sizes: Sizes) -> Events:
+    """A step between mask updates, all in, and with a mask made every step."""
+    sides = {}
+    for name, config in SIDES.items():
+        yield f"preparing {name}"
+        sides[name] = training_step(sizes, config)
+    times = yield from alternate(sides, dict.fromkeys(sides, sizes.repeats))
+    config = dataclasses.asdict(sizes)
+    all_in = [
+        ((UPDATE_FREQ - 1) * between + made) / UPDATE_FREQ
+        for between, made in zip(times["dense masks"], times["mask made"], strict=True)
+    ]
+    times["all in"] = all_in  # computed from the two kinds of step, not from 100 steps
+    for row, side, most in (
+        ("training step between updates, dense masks", "dense masks", 1.02),
+        ("training step between updates, packed masks", "packed masks", 1.04),
+        (f"training step, all in, update_freq={UPDATE_FREQ}", "all in", 1.03),
+        ("straight-through step, mask made every step", "straight-through", 1.25),
+    ):
+        figure: Figure = timed(row, times, side, BARE, Reach(at_most=most), config)
+        yield figure

@@ -1,0 +1,171 @@
+"""The command `jaxpruner-baselines`: list, run, table, plot, bench."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jaxpruner_baselines import registry, report, runner
+from jaxpruner_baselines.baseline import Baseline
+from jaxpruner_baselines.benchmarks.command import bench
+from jaxpruner_baselines.methods import all_methods
+from jaxpruner_baselines.results import ResultsError
+
+app = typer.Typer(
+    help="Baselines of JaxPruner: small trainings on real data, dense and pruned.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Name = Annotated[str, typer.Argument(help="Which baseline; see `list`.")]
+Preset = Annotated[str, typer.Option(help="Which size; see `list`.")]
+Folder = Annotated[Path, typer.Option("--results", help="Folder of the CSV, plots and checkpoints.")]
+
+app.command("bench")(bench)
+
+
+@app.command("list")
+def list_() -> None:
+    """Show baselines, presets and methods."""
+    table = Table("baseline", "presets", "metric", "what it is")
+    for name in registry.MODULES:
+        try:
+            baseline = registry.get(name)
+            table.add_row(name, ", ".join(baseline.presets), baseline.metric, baseline.summary)
+        except ImportError as error:
+            table.add_row(name, "", "", f"not installed: {error}")
+    console.print(table)
+    console.print("methods:", ", ".join(all_methods()), soft_wrap=True)
+
+
+@app.command()
+def run(
+    name: Name,
+    preset: Preset = "quick",
+    methods: Annotated[str, typer.Option(help="Comma-separated; default: all of `list`.")] = "all",
+    sparsities: Annotated[str, typer.Option(help="Comma-separated, each between 0 and 1.")] = "0.8,0.95",
+    seeds: Annotated[str, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,).")] = "3",
+    results: Folder = Path("runs"),
+) -> None:
+    """Train, and append a row per run to the results. Run it again to continue where it stopped."""
+    baseline = _baseline(name, preset)
+    plan = baseline.plan(preset, _methods(methods), _sparsities(sparsities), _seeds(seeds))
+    try:
+        count = runner.carry_out(baseline, plan, results, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted. What is finished is kept; the same command continues from here.")
+        raise typer.Exit(130) from None
+    console.print(f"{count} runs done, {len(plan) - count} finished before.\n")
+    table(name, preset, results)
+    plot(name, preset, results)
+
+
+@app.command()
+def table(
+    name: Name,
+    preset: Preset = "quick",
+    results: Folder = Path("runs"),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write it into this file too, between its results markers.")
+    ] = None,
+) -> None:
+    """Print the results: method, sparsity, mean and standard deviation over seeds."""
+    baseline = _baseline(name, preset)
+    lines = _lines(baseline, preset, results)
+    console.print(report.terminal(f"{name}, preset {preset}", lines, baseline.metric))
+    if markdown is not None:
+        report.update_markdown(markdown, f"results:{name}", report.markdown(lines, baseline.metric))
+        console.print(f"written to {markdown}", soft_wrap=True)
+
+
+@app.command()
+def plot(
+    name: Name,
+    preset: Preset = "quick",
+    results: Folder = Path("runs"),
+    output: Annotated[Path | None, typer.Option(help="The PNG; default: in the results folder.")] = None,
+) -> None:
+    """Draw the metric against the sparsity, a marker per method."""
+    from jaxpruner_baselines import plots
+
+    baseline = _baseline(name, preset)
+    path = output or results / f"{name}-{preset}.png"
+    plots.draw(path, f"{name}, preset {preset}", _lines(baseline, preset, results), baseline.metric)
+    console.print(f"plot: {path}", soft_wrap=True)
+
+
+def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:
+    results = runner.results_of(baseline, folder)
+    lines, left_out = report.summarize(baseline, preset, results)
+    if not lines:
+        _fail(
+            f"{results.path} has no results of preset {preset}. "
+            f"First: jaxpruner-baselines run {baseline.name} --preset {preset} --results {folder}"
+        )
+    if left_out:
+        console.print(f"{left_out} rows left out: repeated, or of a preset that has changed since.")
+    return lines
+
+
+def _baseline(name: str, preset: str) -> Baseline:
+    _check("baseline", name, registry.MODULES)
+    baseline = registry.get(name)
+    _check(f"preset of {name}", preset, baseline.presets)
+    return baseline
+
+
+def _methods(text: str) -> list[str]:
+    if text == "all":
+        return all_methods()
+    return [_check("method", method, all_methods()) for method in _split(text, "--methods")]
+
+
+def _sparsities(text: str) -> list[float]:
+    values = []
+    for part in _split(text, "--sparsities"):
+        try:
+            value = float(part)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < 1:
+            _fail(f"--sparsities: {part!r} is not a number between 0 and 1. Example: --sparsities 0.8,0.95")
+        values.append(value)
+    return list(dict.fromkeys(values))
+
+
+def _seeds(text: str) -> list[int]:
+    parts = _split(text, "--seeds")
+    if not all(part.isdecimal() for part in parts) or (text.isdecimal() and int(text) == 0):
+        _fail(f"--seeds: {text!r} is neither a count (3) nor a list (0,4,7). Give a list of one as '7,'.")
+    return list(range(int(text))) if text.isdecimal() else [int(part) for part in parts]
+
+
+def _split(text: str, option: str) -> list[str]:
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        _fail(f"{option}: nothing given.")
+    return parts
+
+
+def _check(what: str, value: str, valid: Iterable[str]) -> str:
+    if value not in valid:
+        _fail(f"Unknown {what} {value!r}. Valid: {', '.join(valid)}.")
+    return value
+
+
+def _fail(message: str) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    try:
+        app()
+    except ResultsError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,40 @@
+"""The methods that a baseline compares, and the config that each is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jaxpruner
+
+DENSE = "dense"
+_NOT_COMPARED = {"no_prune", "preserve"}  # the dense run itself; resuming a sparse checkpoint
+
+
+def all_methods() -> list[str]:
+    """`dense` and every algorithm of the core, those added by `register_algorithm` included."""
+    return [DENSE, *(n for n in jaxpruner.all_algorithm_names() if n not in _NOT_COMPARED)]
+
+
+def sparsify_config(method: str, sparsity: float, steps: int, *, start: float, end: float, freq: int) -> dict[str, Any]:
+    """Keyword arguments for `jaxpruner.sparsify`.
+
+    Args:
+      method: one of `all_methods()`.
+      sparsity: the target, over all pruned weights together.
+      steps: optimizer steps of the whole training.
+      start: where mask updates start, as a fraction of `steps`.
+      end: where they end; the rest of the training fine-tunes with fixed masks.
+      freq: steps between mask updates.
+    """
+    if method == DENSE:
+        return {"algorithm": "no_prune"}
+    # Mask updates happen on multiples of `freq`, so the end is put on one: the target is then reached.
+    first, last = (freq * round(fraction * steps / freq) for fraction in (start, end))
+    return {
+        "algorithm": method,
+        "sparsity": sparsity,
+        "dist_type": "erk",  # of no effect on global methods, whose one threshold distributes
+        "update_start_step": first,
+        "update_end_step": last,
+        "update_freq": freq,
+    }

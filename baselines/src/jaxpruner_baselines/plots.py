@@ -1,0 +1,85 @@
+"""The plot of a baseline: the metric against the sparsity, a marker per method, dense as a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, also where there is no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from jaxpruner_baselines.methods import DENSE
+from jaxpruner_baselines.report import FRACTIONS, Line
+
+# Paul Tol's "muted" scheme, told apart with any colour vision; markers differ as well.
+COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#555555")
+MARKERS = "osD^vP*Xph"
+SPREAD = 0.8  # of the distance between two sparsities, so that error bars do not hide one another
+
+
+def fence(means: list[float]) -> float:
+    """Tukey's far-out fence: a method below it gets an arrow, so that the others can be told apart."""
+    low, high = np.percentile(means, [25, 75])
+    return low - 3 * (high - low)
+
+
+def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
+    """Writes a PNG. The sparsities stand side by side at equal distances, methods spread around them."""
+    scale = 100 if metric in FRACTIONS else 1
+    sparsities = sorted({line.sparsity for line in lines if line.method != DENSE})
+    methods = list(dict.fromkeys(line.method for line in lines if line.method != DENSE))
+    floor = fence([scale * line.mean for line in lines])
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+
+    for line in lines:
+        if line.method == DENSE:
+            axes.axhline(scale * line.mean, color="black", linewidth=1, label="dense")
+            if line.seeds > 1:
+                low, high = scale * (line.mean - line.std), scale * (line.mean + line.std)
+                axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+    for i, method in enumerate(methods):
+        own = [line for line in lines if line.method == method]
+        offset = SPREAD * ((i + 0.5) / len(methods) - 0.5)
+        colour = COLOURS[i % len(COLOURS)]
+        for line in own:
+            if scale * line.mean < floor:
+                place = (sparsities.index(line.sparsity) + offset, 0.0)
+                axes.annotate(
+                    f"{scale * line.mean:.1f}",
+                    place,
+                    xytext=(0, 22),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    arrowprops={"arrowstyle": "->", "color": colour},
+                    color=colour,
+                    ha="center",
+                )
+        shown = [line for line in own if scale * line.mean >= floor]
+        axes.errorbar(
+            [sparsities.index(line.sparsity) + offset for line in shown],
+            [scale * line.mean for line in shown],
+            yerr=[scale * np.nan_to_num(line.std) for line in shown],
+            color=colour,
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="none",
+            markersize=7,
+            capsize=3,
+            label=method,
+        )
+    for boundary in range(1, len(sparsities)):
+        axes.axvline(boundary - 0.5, color="0.85", linewidth=1)
+    axes.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
+    axes.set_xlim(-0.5, max(len(sparsities), 1) - 0.5)
+    axes.set_xlabel("sparsity of the prunable weights")
+    axes.set_ylabel(f"test {metric} (%), mean ± std over seeds" if scale == 100 else f"{metric}, mean ± std over seeds")
+    axes.set_title(title)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

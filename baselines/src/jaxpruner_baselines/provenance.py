@@ -1,0 +1,50 @@
+"""Where a number comes from: commit, versions, device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+_PACKAGES = ("jaxpruner", "jax", "flax", "optax", "numpy")
+
+
+@functools.cache
+def commit() -> str:
+    """The git revision of this source, with `-dirty` where code differs from it, or `unknown`."""
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here.parent), *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy inside another repository
+        changed = git("status", "--porcelain", "--", ":/*.py", ":/*.toml")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from the source tree
+            found[package] = "source"
+    return found
+
+
+@functools.cache
+def device() -> str:
+    first = jax.devices()[0]
+    if first.platform == "cpu":
+        return f"cpu, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{first.platform}, {jax.device_count()} x {first.device_kind}"

@@ -1,0 +1,16 @@
+"""The one place where a baseline is registered."""
+
+from __future__ import annotations
+
+import importlib
+
+from jaxpruner_baselines.baseline import Baseline
+
+# name -> module with a `BASELINE`; imported when asked for, as some need an extra.
+MODULES = {
+    "digits_vit": "jaxpruner_baselines.digits_vit",
+}
+
+
+def get(name: str) -> Baseline:
+    return importlib.import_module(MODULES[name]).BASELINE

@@ -1,0 +1,115 @@
+"""The table of a baseline: a row per method and sparsity, mean and standard deviation over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from jaxpruner_baselines.baseline import Baseline
+from jaxpruner_baselines.methods import DENSE, all_methods
+from jaxpruner_baselines.results import Results
+
+HEADER = ("method", "sparsity asked", "sparsity reached", "steps", "", "seeds")
+FRACTIONS = {"accuracy"}  # metrics that are shown in percent
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line of the table; `std` is NaN for a single seed."""
+
+    method: str
+    sparsity: float
+    sparsity_reached: float
+    steps: int
+    mean: float
+    std: float
+    seeds: int
+
+
+def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[Line], int]:
+    """Returns the lines, dense first, and how many rows were left out.
+
+    Only rows of the preset as it is now count, the latest where one was measured twice.
+    """
+    rows = results.read()
+    rows = rows[(rows["preset"] == preset) & (rows["source"] == "ours")]
+    current = [
+        baseline.run(preset, method, float(sparsity), int(seed)).config_hash
+        for method, sparsity, seed in zip(rows["method"], rows["sparsity"], rows["seed"], strict=True)
+    ]
+    kept = rows[rows["config_hash"] == pd.Series(current, index=rows.index, dtype=str)]
+    kept = kept.drop_duplicates("config_hash", keep="last")
+    lines = [
+        Line(
+            method=str(method),
+            sparsity=float(sparsity),
+            sparsity_reached=group["sparsity_reached"].mean(),
+            steps=int(group["steps"].iloc[-1]),
+            mean=group["value"].mean(),
+            std=group["value"].std(),
+            seeds=len(group),
+        )
+        for (method, sparsity), group in kept.groupby(["method", "sparsity"])
+    ]
+    order = {method: i for i, method in enumerate(all_methods())}
+    lines.sort(key=lambda line: (line.sparsity, order.get(line.method, len(order)), line.method))
+    return lines, len(rows) - len(kept)
+
+
+def cells(line: Line, metric: str) -> list[str]:
+    scale, digits = (100, 1) if metric in FRACTIONS else (1, 3)
+    spread = f" ± {scale * line.std:.{digits}f}" if line.seeds > 1 else ""
+    return [
+        line.method,
+        "-" if line.method == DENSE else f"{100 * line.sparsity:g} %",
+        f"{100 * line.sparsity_reached:.2f} %",
+        str(line.steps),
+        f"{scale * line.mean:.{digits}f}{spread}",
+        str(line.seeds),
+    ]
+
+
+def header(metric: str) -> list[str]:
+    shown = f"{metric} (%)" if metric in FRACTIONS else metric
+    return [name or f"{shown}, mean ± std" for name in HEADER]
+
+
+def terminal(title: str, lines: list[Line], metric: str) -> Table:
+    table = Table(title=title)
+    for i, name in enumerate(header(metric)):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    previous = None
+    for line in lines:
+        if previous is not None and line.sparsity != previous:
+            table.add_section()
+        table.add_row(*cells(line, metric))
+        previous = line.sparsity
+    return table
+
+
+def markdown(lines: list[Line], metric: str) -> str:
+    return markdown_table(header(metric), [cells(line, metric) for line in lines])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in table)
+
+
+def update_markdown(path: Path, marker: str, text: str) -> None:
+    """Puts `text` between `<!-- marker -->` and `<!-- /marker -->`; a new file is written whole."""
+    opening, closing = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    block = f"{opening}\n{text}\n{closing}"
+    if not path.exists():
+        path.write_text(block + "\n")
+        return
+    before, found, rest = (content := path.read_text()).partition(opening)
+    _, closed, after = rest.partition(closing)
+    if not (found and closed):
+        raise ValueError(f"{path}: no place for the table. Add the lines {opening} and {closing} where it belongs.")
+    if content != before + block + after:
+        path.write_text(before + block + after)

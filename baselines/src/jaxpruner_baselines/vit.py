@@ -1,0 +1,54 @@
+"""A plain vision transformer (Dosovitskiy et al. 2021; fixed positions and mean pooling as in
+Beyer et al. 2022, "Better plain ViT baselines"). Every parameter with more than one axis is a kernel.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
+    """Sine-cosine embeddings of a grid, float32 of shape (height * width, dim); dim a multiple of 4."""
+    frequency = 1.0 / 10_000 ** (np.arange(dim // 4) / max(dim // 4 - 1, 1))
+    y, x = np.mgrid[:height, :width].reshape(2, -1, 1) * frequency
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, (batch, tokens, dim) to the same."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, dim = x.shape
+        y = nn.LayerNorm()(x)
+        qkv = nn.Dense(3 * dim, name="qkv")(y).reshape(batch, tokens, 3, self.heads, dim // self.heads)
+        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        x = x + nn.Dense(dim, name="out")(y.reshape(batch, tokens, dim))
+        y = nn.LayerNorm()(x)
+        y = nn.gelu(nn.Dense(4 * dim, name="mlp_in")(y))
+        return x + nn.Dense(dim, name="mlp_out")(y)
+
+
+class ViT(nn.Module):
+    """Images of shape (batch, height, width, channels) to logits of shape (batch, classes)."""
+
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        window = (self.patch, self.patch)
+        x = nn.Conv(self.dim, window, strides=window, padding="VALID", name="embed")(images)
+        _, height, width, _ = x.shape
+        x = x.reshape(x.shape[0], height * width, self.dim) + sincos_positions(height, width, self.dim)
+        for i in range(self.depth):
+            x = Block(self.heads, name=f"block_{i}")(x)
+        return nn.Dense(self.classes, name="head")(jnp.mean(nn.LayerNorm()(x), axis=1))

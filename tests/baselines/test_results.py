@@ -1,0 +1,103 @@
+"""The CSV: its schema, a half-written last line, and what the table makes of the rows."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from jaxpruner_baselines import registry, report
+from jaxpruner_baselines.baseline import Outcome, Run
+from jaxpruner_baselines.results import COLUMNS, Results, ResultsError, Row
+
+BASELINE = registry.get("digits_vit")
+
+
+def row(method="magnitude", sparsity=0.8, seed=0, value=0.9) -> Row:
+    run = BASELINE.run("smoke", method, sparsity, seed)
+    return Row.of(run, "accuracy", Outcome(value, run.sparsity, steps=7, details={"note": 'a, "b"'}), seconds=1.5)
+
+
+def test_schema(tmp_path):
+    results = Results(tmp_path / "new" / "r.csv")
+    results.append(row())
+    assert results.path.read_text().splitlines()[0].split(",") == [
+        "baseline", "preset", "method", "sparsity", "sparsity_reached", "seed", "steps", "metric", "value",
+        "source", "config_hash", "config", "details", "commit", "versions", "device", "seconds", "date",
+    ]  # fmt: skip
+    table = results.read()
+    assert list(table.columns) == COLUMNS
+    only = table.iloc[0]
+    assert only["source"] == "ours"
+    assert only["value"] == 0.9
+    assert json.loads(only["details"]) == {"note": 'a, "b"'}
+    assert json.loads(only["config"])["preset"]["dataset"] == "digits"
+    assert set(json.loads(only["versions"])) == {"python", "jaxpruner", "jax", "flax", "optax", "numpy"}
+
+
+@pytest.mark.parametrize("cut", [1, 40, 200])
+def test_half_written_last_line_is_ignored_and_then_removed(tmp_path, cut):
+    results = Results(tmp_path / "r.csv")
+    results.append(row(seed=0))
+    results.append(row(seed=1))
+    results.path.write_bytes(results.path.read_bytes()[:-cut])
+    assert list(results.read()["seed"]) == [0]
+    results.append(row(seed=2))
+    assert list(results.read()["seed"]) == [0, 2]
+    assert results.path.read_bytes().endswith(b"\n")
+
+
+def test_half_written_header(tmp_path):
+    results = Results(tmp_path / "r.csv")
+    results.path.write_text("baseline,pre")
+    assert results.finished() == set()
+    results.append(row())
+    assert len(results.read()) == 1
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ResultsError, match="its columns are a, b; expected baseline"):
+        Results(path).read()
+
+
+def test_summary_means_over_seeds_dense_first(tmp_path):
+    results = Results(tmp_path / "r.csv")
+    for method, sparsity, values in [
+        ("rigl", 0.95, [0.5]),
+        ("magnitude", 0.8, [0.7, 0.9]),
+        ("dense", 0.0, [0.9, 0.98, 1.0]),
+    ]:
+        for seed, value in enumerate(values):
+            results.append(row(method, sparsity, seed, value))
+    lines, left_out = report.summarize(BASELINE, "smoke", results)
+    assert left_out == 0
+    assert [(line.method, line.seeds) for line in lines] == [("dense", 3), ("magnitude", 2), ("rigl", 1)]
+    assert lines[0].mean == pytest.approx(0.96)
+    assert lines[0].std == pytest.approx(math.sqrt((0.06**2 + 0.02**2 + 0.04**2) / 2))
+    assert math.isnan(lines[2].std)
+    shown = report.markdown(lines, "accuracy").splitlines()
+    assert shown[0] == "| method | sparsity asked | sparsity reached | steps | accuracy (%), mean ± std | seeds |"
+    assert shown[2] == "| dense | - | 0.00 % | 7 | 96.0 ± 5.3 | 3 |"
+    assert shown[4] == "| rigl | 95 % | 95.00 % | 7 | 50.0 | 1 |"
+
+
+def test_rows_of_a_changed_preset_and_repeated_rows_are_left_out(tmp_path):
+    results = Results(tmp_path / "r.csv")
+    changed = Run("digits_vit", "smoke", BASELINE.presets["full"], "magnitude", 0.8, 0)
+    results.append(Row.of(changed, "accuracy", Outcome(0.1, 0.8, 7), 1.0))
+    results.append(row(value=0.2))
+    results.append(row(value=0.3))
+    (line,), left_out = report.summarize(BASELINE, "smoke", results)
+    assert (line.mean, line.seeds, left_out) == (0.3, 1, 2)
+
+
+def test_markdown_between_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- results:x -->\nold\n<!-- /results:x -->\nafter\n")
+    report.update_markdown(path, "results:x", "new")
+    assert path.read_text() == "before\n<!-- results:x -->\nnew\n<!-- /results:x -->\nafter\n"
+    with pytest.raises(ValueError, match=r"no place for the table\. Add the lines <!-- results:y -->"):
+        report.update_markdown(path, "results:y", "new")
