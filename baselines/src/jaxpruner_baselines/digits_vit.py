@@ -1,7 +1,7 @@
 """digits_vit: a small vision transformer on real digits, in a training loop of the reader's own.
 
     jaxpruner-baselines run digits_vit --preset quick     # minutes on 2 cores
-    jaxpruner-baselines run digits_vit --preset full      # under two hours on 2 cores
+    jaxpruner-baselines run digits_vit --preset full      # about two hours on 2 cores
 
 Flax Linen and optax; JaxPruner is the one line marked below. The model, the loss, the loop and the
 evaluation know nothing of it: `params` are exactly sparse after every `optax.apply_updates`.
