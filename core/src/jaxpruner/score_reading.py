@@ -35,7 +35,7 @@ class Scores:
 
     Attributes:
       fn: an elementwise function of the operands. It is evaluated once per read and must give the same
-        bits each time, as negation, abs, products and quotients do.
+        bits each time, as abs and products do (XLA rounds quotients and sums by what it fuses them with).
       operands: arrays of the leaf's shape, or scalars.
     """
 

@@ -66,7 +66,7 @@ def top_k_masks(
     Args:
       leaves: the scores, arrays or :class:`Scores`, of fewer than ``2**32`` entries each.
       keep: how many entries to keep, between 0 and the number of all entries; may be traced.
-      scales: a divisor per leaf, or None; a leaf is ranked by ``leaf / scale``, evaluated as it is read.
+      scales: a divisor per leaf, or None; a leaf is ranked by ``leaf * (1 / scale)``, evaluated as it is read.
       method: ``"sample"`` or ``"split"`` (see the module's docstring). None takes ``"sample"`` for large
         leaves on a single CPU device and ``"split"`` elsewhere, decided when the function is traced.
 
@@ -109,7 +109,8 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
     leaf = Scores.of(leaf)
     fn, operands = leaf.fn, leaf.operands
     if scale is not None:
-        fn, operands = (lambda scale, *xs, fn=fn: fn(*xs) / scale), (scale, *operands)
+        # XLA may round a division one way in one read and another way in the next; a product is exact.
+        fn, operands = (lambda inverse, *xs, fn=fn: fn(*xs) * inverse), (1 / scale, *operands)
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))
 
 

@@ -168,7 +168,8 @@ class Channel(_Units):
         _check_axis(self.axis, shape)
 
     def pool(self, scores):
-        return _at_least_float32(scores).sum([a for a in range(scores.ndim) if a != self.axis % scores.ndim])
+        ndim = len(scores.shape)
+        return _at_least_float32(scores).sum([a for a in range(ndim) if a != self.axis % ndim])
 
     def expand(self, units, shape):
         others = [a for a in range(len(shape)) if a != self.axis % len(shape)]

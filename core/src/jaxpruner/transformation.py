@@ -70,7 +70,7 @@ class Step(NamedTuple):
 def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState, **extra_args) -> Step:
     """Makes masks if the schedule asks for them, and masks the gradients if the updater does."""
     if isinstance(state.inner_state, StraightThroughState):
-        params = _dense_weights(params, state)
+        params = _dense_weights(params, state, mask_storage.decode_tree(updater.storage, state.masks, params))
     due = updater.scheduler.should_update_mask(state.count)
     stored = _when(
         due,
@@ -78,11 +78,17 @@ def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState
         lambda: state.masks,
     )
     masks = mask_storage.decode_tree(updater.storage, stored, params)
+    previous_masks = mask_storage.decode_tree(updater.storage, state.masks, params)
+    if updater.regrows:
+        # Regrown weights start at 0. They are 0 already, except before the first step, when parameters are dense.
+        params = trees.map_pruned(
+            lambda p, now, was: jnp.where(now & ~was, 0, p), params, masks, previous_masks, otherwise=_same
+        )
     return Step(
         params=params,
         grads=apply_mask(grads, masks) if updater.is_sparse_gradients else grads,
         masks=masks,
-        previous_masks=mask_storage.decode_tree(updater.storage, state.masks, params),
+        previous_masks=previous_masks,
         is_mask_update=due,
         state=state._replace(masks=stored, count=state.count + 1),
     )
@@ -133,12 +139,17 @@ def mask_params(inner: optax.GradientTransformation, updater: BaseUpdater) -> op
     tracked = track_masks(inner, updater)
 
     def update_fn(updates, state, params=None, **extra_args):
+        _require_params(params)
+        before = mask_storage.decode_tree(updater.storage, state.masks, params)
         updates, state = tracked.update(updates, state, params, **extra_args)
         masks = mask_storage.decode_tree(updater.storage, state.masks, params)
-        return (
-            trees.map_pruned(lambda u, mask, p: jnp.where(mask, u, -p), updates, masks, params, otherwise=_same),
-            state,
-        )
+
+        def enforce(u, now, was, p):
+            # A regrown weight steps from 0, wherever it was.
+            kept = jnp.where(was, u, u - p) if updater.regrows else u
+            return jnp.where(now, kept, -p)
+
+        return trees.map_pruned(enforce, updates, masks, before, params, otherwise=_same), state
 
     return optax.GradientTransformationExtraArgs(tracked.init, update_fn)
 
@@ -156,13 +167,14 @@ def straight_through(
 
     def init_fn(params):
         state = tracked.init(params)
-        weights = _pruned_only(params, state.masks)
+        # A copy, since hosts donate the parameters and the state together.
+        weights = jax.tree.map(jnp.copy, _pruned_only(params, state.masks))
         return state._replace(inner_state=StraightThroughState(weights, state.inner_state))
 
     def update_fn(updates, state, params=None, **extra_args):
         _require_params(params)
-        weights = _dense_weights(params, state)
         before = mask_storage.decode_tree(updater.storage, state.masks, params)
+        weights = _dense_weights(params, state, before)
         updates, state = tracked.update(
             updates, state._replace(inner_state=state.inner_state.inner_state), weights, **extra_args
         )
@@ -192,7 +204,7 @@ def track_masks(inner: optax.GradientTransformation, updater: BaseUpdater) -> op
         inner_state = state.inner_state
 
         def take():
-            return inner.update(step.grads, inner_state, params)
+            return inner.update(step.grads, inner_state, step.params)
 
         def renew():
             regrown = trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
@@ -260,16 +272,21 @@ def reset_moments(inner_state: Any, fresh_state: Any, params: Any, regrown: Any)
 
     def reset(path, old, fresh):
         owner = next((path[i:] for i in range(len(path) + 1) if path[i:] in shapes), None)
-        if owner not in grown or jnp.shape(old) != shapes[owner]:
+        if trees.is_unpruned(old) or owner not in grown or jnp.shape(old) != shapes[owner]:
             return old
         return jnp.where(grown[owner], fresh, old)
 
     return trees.map_named(reset, inner_state, fresh_state)
 
 
-def _dense_weights(params: Any, state: SparseState) -> Any:
+def _dense_weights(params: Any, state: SparseState, masks: Any) -> Any:
+    # A kept weight is read from the parameters: XLA may have rounded the hidden one's update otherwise.
     return trees.map_pruned(
-        lambda p, w: jnp.where(state.count == 0, p, w), params, state.inner_state.weights, otherwise=_same
+        lambda p, w, mask: jnp.where((state.count == 0) | mask, p, w),
+        params,
+        state.inner_state.weights,
+        masks,
+        otherwise=_same,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import scores
+from jaxpruner import scores, trees
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores
 
 
@@ -58,8 +58,8 @@ def random_scores(updater: BaseUpdater, params: Any, step: Any = -1, among: Any 
     """Uniform scores of each leaf, of the draw of this step; those outside `among` come last."""
     if among is None:
         among = jax.tree.map(lambda _: None, params)
-    return jax.tree.map(
-        lambda p, key, mask: scores.uniform_random(key, jnp.shape(p), mask),
+    return trees.map_named(
+        lambda _, p, key, mask: p if trees.is_unpruned(p) else scores.uniform_random(key, jnp.shape(p), mask),
         params,
         updater.random_keys(params, step),
         among,
