@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def frozen_dict():
     return core.freeze(cases.tree("dict"))
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kernel", "bias"], meta_fields=[])
 @dataclasses.dataclass
 class Weights:
     kernel: jax.Array

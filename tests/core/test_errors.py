@@ -341,6 +341,12 @@ def test_valid_input_raises_nothing():
         ({"algorithm": "rigl", "sparsity": 0.5, "dist_type": ["erk"]}, "dist_type: "),
         ({"algorithm": "rigl", "sparsity": 0.5, "drop_fraction": "a third"}, "drop_fraction: 'a third'"),
         ({"algorithm": "rigl", "sparsity": 0.5, "sparsity_type": 3}, "Sparsity type 3"),
+        ({"algorithm": "magnitude", "sparsity": 0.5, "update_start_step": "0"}, "update_end_step: missing"),
+        ({"algorithm": "magnitude", "sparsity": 0.5, "update_end_step": -5}, "update_end_step: -5"),
+        ({"algorithm": "magnitude", "sparsity": 0.5, "filter_fn": "kernel"}, "filter_fn: 'kernel'"),
+        ({"algorithm": "magnitude", "sparsity": 0.5, "custom_sparsity_map": ["a"]}, "custom_sparsity_map: "),
+        ({"algorithm": "preserve", "dist_type": "nope"}, "dist_type: 'nope'"),
+        ({"algorithm": "global_magnitude", "sparsity_distribution_fn": len}, "sparsity_distribution_fn: "),
     ],
 )
 def test_values_of_a_wrong_type_are_named(config, message):

@@ -45,6 +45,7 @@ from jaxpruner.transformation import (
     apply_mask,
     begin_step,
     end_step,
+    init_projection,
     project,
 )
 from jaxpruner.utils import summarize_intersection, summarize_sparsity
@@ -81,6 +82,7 @@ __all__ = [
     "begin_step",
     "create_updater_from_config",
     "end_step",
+    "init_projection",
     "mask_calculator",
     "project",
     "register_algorithm",

@@ -131,6 +131,10 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
             f"{', '.join(unknown)}: no such key for algorithm {name!r}; valid keys are "
             f"{', '.join([*_COMMON_KEYS, *sorted(accepted - set(_COMMON_KEYS))])}."
         )
+    if "sparsity" in accepted and "sparsity_distribution_fn" in fields:
+        raise ValueError(
+            f"sparsity_distribution_fn: algorithm {name!r} distributes by its own threshold; give sparsity= instead."
+        )
     if name not in _WITHOUT_SPARSITY and not {"sparsity", "sparsity_distribution_fn"} & set(config):
         raise ValueError("sparsity: missing; give the final fraction of zeros, such as sparsity=0.8.")
     offered = _common_fields(config)
@@ -160,13 +164,17 @@ def all_algorithm_names() -> tuple[str, ...]:
 
 def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments from the common keys; an algorithm takes those that it has."""
+    if not callable(config.get("filter_fn", callable)):
+        raise ValueError(f"filter_fn: {config['filter_fn']!r} is no function; give one of (path, param).")
+    if not hasattr(config.get("custom_sparsity_map", {}), "items"):
+        raise ValueError("custom_sparsity_map: not a mapping; give {path or pattern: sparsity}.")
+    distribution = _parse_distribution(config.get("dist_type", "uniform"))
     placement = {key: config[key] for key in ("filter_fn", "custom_sparsity_map") if key in config}
     if "custom_sparsity_map" in placement:
         placement["custom_sparsity_map"] = dict(placement["custom_sparsity_map"].items())
     offered: dict[str, Any] = dict(placement)
     if "sparsity" in config:
         sparsity_distributions.check_sparsity("Default sparsity", config["sparsity"])
-        distribution = _parse_distribution(config.get("dist_type", "uniform"))
         offered["sparsity"] = config["sparsity"]
         offered["sparsity_distribution_fn"] = functools.partial(distribution, sparsity=config["sparsity"], **placement)
     # Without a start the algorithm's own schedule stands, which makes no updates for all but `preserve`.
@@ -193,9 +201,11 @@ def _parse_schedule(config: Mapping[str, Any]) -> sparsity_schedules.Schedule:
 
 
 def _parse_drop_fraction(config: Mapping[str, Any]) -> Callable[[Any], Any]:
-    fraction, end = config.get("drop_fraction", 0.1), config.get("update_end_step")
+    fraction, end = config.get("drop_fraction", 0.1), config.get("update_end_step", 0)
     if not isinstance(fraction, numbers.Real) or not 0 <= fraction <= 1:
         raise ValueError(f"drop_fraction: {fraction!r} is outside [0, 1]; it is a share of the active weights.")
+    if not isinstance(end, numbers.Integral) or end < 0:
+        raise ValueError(f"update_end_step: {end!r} is not a step; give an integer of 0 or more.")
     return optax.cosine_decay_schedule(fraction, end) if end else optax.constant_schedule(fraction)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxpruner import counts, mask_storage, sparsity_distributions, sparsity_types, transformation, trees
-from jaxpruner.score_reading import Scores
+from jaxpruner.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import NoUpdateSchedule, Schedule
 from jaxpruner.transformation import SparseState, apply_mask
 
@@ -46,6 +46,11 @@ def elementwise_scores(score: Callable[..., Any], needs_grads: bool = False) -> 
     return calculate_scores
 
 
+def _own_mark(method: Callable[..., Any], mark: str) -> Any:
+    """A mark on a method of ours; `functools.wraps` copies marks to wrappers, which do not count."""
+    return None if hasattr(method, "__wrapped__") else getattr(method, mark, None)
+
+
 def require_grads(updater: BaseUpdater, grads: Any) -> None:
     """Raises a ValueError for an algorithm that scores with gradients and got none."""
     if grads is None:
@@ -61,6 +66,7 @@ class BaseUpdater:
 
     A new algorithm overrides `calculate_scores` alone: the weights of the highest scores are kept.
     Every hook is looked up when it is called, so instances may be changed after they were made.
+    Subclasses that are dataclasses say `eq=False`, which keeps them hashable.
 
     Attributes:
       scheduler: when masks are made and how sparse they are then.
@@ -85,6 +91,8 @@ class BaseUpdater:
 
     # Whether a mask update can revive weights, whose optimizer statistics must then start anew.
     regrows: ClassVar[bool] = False
+    # Whether dense weights are trained behind the masked ones.
+    straight_through: ClassVar[bool] = False
 
     def wrap_optax(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """The inner optimizer, made sparse. It must come last in a chain.
@@ -156,6 +164,8 @@ class BaseUpdater:
 
         return trees.map_named(create, scores, sparsities)
 
+    create_masks.reads_unevaluated = True
+
     def apply_masks(self, params: Any, masks: Any, is_packed: bool = False) -> Any:
         """`params` with zeros where `masks` prunes."""
         return apply_mask(params, masks, is_packed)
@@ -178,7 +188,8 @@ class BaseUpdater:
 
     def post_gradient_update(self, params: Any, sparse_state: SparseState) -> Any:
         """The parameters to go on with; on their masks already after a wrapped optimizer's step."""
-        return self.apply_masks(params, sparse_state.masks, is_packed=self.use_packed_masks)
+        masks = transformation.find_state(sparse_state).masks
+        return self.apply_masks(params, masks, is_packed=self.use_packed_masks)
 
     @property
     def storage(self) -> mask_storage.MaskStorage:
@@ -189,6 +200,10 @@ class BaseUpdater:
         """The boolean masks of a state, None where a leaf is not pruned."""
         return mask_storage.decode_tree(self.storage, sparse_state.masks, params)
 
+    def structure(self, path: trees.KeyPath, leaf: Any) -> sparsity_types.SparsityType:
+        """The structure of the leaf at this path; functions of (path, parameter) see its shape and dtype."""
+        return sparsity_types.for_leaf(self.sparsity_type, path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
     def random_keys(self, tree: Any, step: Any = -1) -> Any:
         """A tree of keys: one a leaf and mask update; -1 stands for the initial masks."""
         seed = self.rng_seed
@@ -198,19 +213,19 @@ class BaseUpdater:
         return treedef.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
 
     def _scores(self, params: Any, sparse_state: SparseState | None, grads: Any, **kwargs) -> Any:
-        """What `calculate_scores` gives, unevaluated where that is possible."""
-        unevaluated = getattr(self.calculate_scores, "unevaluated", None)
-        if unevaluated is not None:
+        """What `calculate_scores` gives, unevaluated unless someone overrode it or what reads it."""
+        unevaluated = _own_mark(self.calculate_scores, "unevaluated")
+        if unevaluated and _own_mark(self.create_masks, "reads_unevaluated"):
             return unevaluated(self, params, grads)
         return self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
 
     def _mask_fn(self, path: trees.KeyPath, score: Any) -> Callable[..., Any]:
-        structure = sparsity_types.for_leaf(self.sparsity_type, path, score)
+        structure = self.structure(path, score)
         if self.topk_fn is None and isinstance(structure, sparsity_types.Unstructured):
             return structure.mask
         # All but Unstructured need the scores of a group or block together.
         fn = self.topk_fn or structure.mask
-        return lambda score, sparsity: fn(jnp.asarray(score), sparsity)
+        return lambda score, sparsity: fn(as_array(score), sparsity)
 
     def _as_float32(self, params: Any, targets: Any) -> Any:
         """Targets as the state keeps them: the float32 that keeps exactly as many weights."""
@@ -218,7 +233,7 @@ class BaseUpdater:
         def convert(path, param, target):
             if trees.is_unpruned(target):
                 return None
-            units = sparsity_types.for_leaf(self.sparsity_type, path, param).num_units(jnp.shape(param))
+            units = self.structure(path, param).num_units(jnp.shape(param))
             return jnp.asarray(counts.float32_sparsity(units, target), jnp.float32)
 
         return trees.map_named(convert, params, targets)
@@ -239,8 +254,7 @@ class BaseUpdater:
                 sparsity_distributions.check_sparsity("sparsity", target)
                 _check_dtype(pruned[path])
                 if self.topk_fn is None:
-                    structure = sparsity_types.for_leaf(self.sparsity_type, path, pruned[path])
-                    structure.check_shape(jnp.shape(pruned[path]))
+                    self.structure(path, pruned[path]).check_shape(jnp.shape(pruned[path]))
 
 
 def _check_dtype(param: Any) -> None:

@@ -47,6 +47,10 @@ class Scores:
         return np.broadcast_shapes(*(operand.shape for operand in self.operands))
 
     @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
     def size(self) -> int:
         return math.prod(self.shape)
 
@@ -58,9 +62,6 @@ class Scores:
         """The scores as an array."""
         return jnp.broadcast_to(self.fn(*self.operands), self.shape)
 
-    # An overridden `create_masks` or a structure of a user's own may take scores for an array.
-    __jax_array__ = evaluate
-
     def filled(self, where: Bool[Array, "*shape"], value: float) -> Scores:
         """The same scores with `value` at some entries."""
         return Scores(lambda where, *xs: jnp.where(where, value, self.fn(*xs)), (where, *self.operands))
@@ -68,7 +69,16 @@ class Scores:
     @classmethod
     def of(cls, scores: Num[Array, "*shape"] | Scores) -> Scores:
         """Scores from an array; scores as they are."""
-        return scores if isinstance(scores, cls) else cls(lambda x: x, (jnp.asarray(scores),))
+        return scores if isinstance(scores, cls) else cls(_identity, (jnp.asarray(scores),))
+
+
+def as_array(scores: Num[Array, "*shape"] | Scores) -> Num[Array, "*shape"]:
+    """Scores as an array, evaluated if they are not."""
+    return scores.evaluate() if isinstance(scores, Scores) else jnp.asarray(scores)
+
+
+def _identity(x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
+    return x
 
 
 class Leaf(NamedTuple):

@@ -21,7 +21,9 @@ def magnitude(w: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 def saliency(w: Float[Array, "*s"], g: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`|w * g|`, the first-order change of the loss when w is removed (Molchanov et al., 2016)."""
-    return jnp.abs(w * g)
+    # In float32 at least: products of small float16 numbers would vanish, and ties decide.
+    wide = jnp.promote_types(jnp.result_type(w, g), jnp.float32)
+    return jnp.abs(w.astype(wide) * g.astype(wide))
 
 
 def uniform_random(

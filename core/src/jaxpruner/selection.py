@@ -16,8 +16,8 @@ Two methods choose the thresholds, and both are exact:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,8 @@ def top_k_masks(
                 "counted in 32 bits; split it into leaves of fewer than 2**32 entries."
             )
     full = [leaf for leaf in scores if leaf.size]
-    masks = iter(_select(full, keep, method or _default_method(full)) if full else ())
+    method = method or _default_method(full)
+    masks = iter(_select(tuple(s.fn for s in full), [s.operands for s in full], keep, method) if full else ())
     return [next(masks) if leaf.size else jnp.zeros(leaf.shape, bool) for leaf in scores]
 
 
@@ -114,7 +115,11 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))
 
 
-def _select(scores: list[Scores], keep: Count, method: Method) -> list[Bool[Array, "*shape"]]:
+@functools.partial(jax.jit, static_argnums=(0, 3))  # called eagerly, leaves of one shape share a compilation
+def _select(
+    fns: tuple[Callable[..., Any], ...], operands: list[tuple[Array, ...]], keep: Count, method: Method
+) -> list[Bool[Array, ...]]:
+    scores = [Scores(fn, xs) for fn, xs in zip(fns, operands, strict=True)]
     rank_dtype = score_reading.common_rank_dtype([s.dtype for s in scores])
     leaves = [score_reading.prepare(s, rank_dtype, method) for s in scores]
     zero = sum(leaf.zero() for leaf in leaves)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jaxpruner import trees
 
@@ -18,7 +18,7 @@ SparsityMap = Mapping[Any, float]
 def NOT_DIM_ONE_FILTER_FN(path: trees.KeyPath, param: Any) -> bool:  # noqa: N802 (a name scripts know)
     """Takes parameters of two or more axes: kernels and embeddings, not biases and scales."""
     del path
-    return jnp.ndim(param) > 1
+    return np.ndim(param) > 1
 
 
 def KERNEL_FILTER_FN(path: trees.KeyPath, param: Any) -> bool:  # noqa: N802 (a name scripts know)
@@ -69,7 +69,7 @@ def erk(
             "Single parameter is provided: ERK spreads a budget over several layers. Give a tree "
             "of parameters, or use the uniform distribution."
         )
-    shapes = {path: jnp.shape(param) for path, param in _selected_leaves(param_tree, filter_fn)}
+    shapes = {path: np.shape(param) for path, param in _selected_leaves(param_tree, filter_fn)}
     sparsities = get_sparsities_erdos_renyi(shapes, sparsity, custom_sparsity_map)
     return trees.map_named(lambda path, _: sparsities.get(path), param_tree)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import numbers
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -67,8 +68,8 @@ class PeriodicSchedule(Schedule):
     update_end_step: int | None = None
 
     def __post_init__(self):
-        if self.update_freq < 1:
-            raise ValueError(f"update_freq: {self.update_freq} is not a number of steps; give 1 or more.")
+        if not isinstance(self.update_freq, numbers.Integral) or self.update_freq < 1:
+            raise ValueError(f"update_freq: {self.update_freq!r} is not a number of steps; give 1 or more.")
         for name in ("update_start_step", "update_end_step"):
             if getattr(self, name) is not None:
                 _check_step(name, getattr(self, name))
@@ -117,5 +118,5 @@ class PolynomialSchedule(PeriodicSchedule):
 
 
 def _check_step(name: str, step: int) -> None:
-    if step < 0:
-        raise ValueError(f"{name}: {step} is before the first step; give 0 or more.")
+    if not isinstance(step, numbers.Integral) or step < 0:
+        raise ValueError(f"{name}: {step!r} is not a step; give an integer of 0 or more.")

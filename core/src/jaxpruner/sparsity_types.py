@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpruner import counts, selection, trees
-from jaxpruner.score_reading import Scores
+from jaxpruner.score_reading import Scores, as_array
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -144,9 +145,7 @@ class Block(_Units):
         h, w = self.block_shape
         rows, columns = self._plane(shape)
         plane = jnp.repeat(jnp.repeat(units, h, 0), w, 1)[:rows, :columns]
-        # A leaf of one axis is the single row of its plane.
-        plane = plane.reshape(shape[:2]) if len(shape) < 2 else plane.reshape(*shape[:2], *[1] * (len(shape) - 2))
-        return jnp.broadcast_to(plane, shape)
+        return jnp.broadcast_to(plane.reshape(*shape[:2], *[1] * (len(shape) - 2)), shape)
 
     def _plane(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[:2] if len(shape) > 1 else (1, math.prod(shape))
@@ -168,8 +167,7 @@ class Channel(_Units):
         _check_axis(self.axis, shape)
 
     def pool(self, scores):
-        ndim = len(scores.shape)
-        return _at_least_float32(scores).sum([a for a in range(ndim) if a != self.axis % ndim])
+        return _at_least_float32(scores).sum([a for a in range(scores.ndim) if a != self.axis % scores.ndim])
 
     def expand(self, units, shape):
         others = [a for a in range(len(shape)) if a != self.axis % len(shape)]
@@ -204,7 +202,7 @@ class NByM(SparsityType):
         keys = selection.order_preserving_keys(scores)
         groups = keys.reshape(*keys.shape[:axis], -1, self.m, *keys.shape[axis + 1 :])
         members = [jnp.take(groups, i, axis + 1) for i in range(self.m)]
-        better = [jnp.zeros(members[0].shape, jnp.uint8) for _ in range(self.m)]
+        better = [jnp.zeros(members[0].shape, np.min_scalar_type(self.m)) for _ in range(self.m)]
         for early in range(self.m):
             for late in range(early + 1, self.m):
                 late_wins = members[late] >= members[early]
@@ -217,12 +215,12 @@ class NByM(SparsityType):
         drop = Scores.of(drop_scores).filled(~mask, jnp.nan)
         survivors = mask & selection.top_k_mask(drop, counts.keep_count(selection.count_true(mask), drop_fraction))
         # Each group refills the places it lost. A leaf that is dense stays dense.
-        refilled = self.mask(jnp.where(survivors, jnp.inf, jnp.asarray(grow_scores)), 0.5)
+        refilled = self.mask(jnp.where(survivors, jnp.inf, grow_scores), 0.5)
         return jnp.where(jnp.all(mask), mask, refilled)
 
 
 def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    scores = jnp.asarray(scores)
+    scores = as_array(scores)
     return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 

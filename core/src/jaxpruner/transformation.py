@@ -67,6 +67,12 @@ class Step(NamedTuple):
     state: SparseState
 
 
+def init_projection(updater: BaseUpdater, params: Any) -> SparseState:
+    """The state for `project`, or for `begin_step` and `end_step`, at count 0."""
+    state = updater.init_state(params)
+    return _with_weights(state, params) if updater.straight_through else state
+
+
 def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState, **extra_args) -> Step:
     """Makes masks if the schedule asks for them, and masks the gradients if the updater does."""
     if isinstance(state.inner_state, StraightThroughState):
@@ -74,7 +80,7 @@ def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState
     due = updater.scheduler.should_update_mask(state.count)
     stored = _when(
         due,
-        lambda: updater.update_state(state, params, grads, **extra_args).masks,
+        lambda: trees.to_state(updater.update_state(state, params, grads, **extra_args).masks),
         lambda: state.masks,
     )
     masks = mask_storage.decode_tree(updater.storage, stored, params)
@@ -117,12 +123,17 @@ def project(
       params: parameters before the step.
       proposed: parameters that the optimizer proposes.
       grads: gradients at `params`, for the algorithms that score with them.
-      state: from `updater.init_state(params)`.
+      state: from `init_projection(updater, params)`.
       **extra_args: handed to `calculate_scores`.
 
     Returns:
       The new parameters and the new state.
     """
+    if updater.straight_through and not isinstance(state.inner_state, StraightThroughState):
+        raise ValueError(
+            f"state: holds no dense weights, which {type(updater).__name__} trains; make it with "
+            "jaxpruner.init_projection(updater, params)."
+        )
     step = begin_step(updater, params, grads, state, **extra_args)
     if updater.skip_gradients:
         proposed = _when(step.is_mask_update, lambda: step.params, lambda: proposed)
@@ -166,10 +177,7 @@ def straight_through(
     tracked = track_masks(inner, updater)
 
     def init_fn(params):
-        state = tracked.init(params)
-        # A copy, since hosts donate the parameters and the state together.
-        weights = jax.tree.map(jnp.copy, _pruned_only(params, state.masks))
-        return state._replace(inner_state=StraightThroughState(weights, state.inner_state))
+        return _with_weights(tracked.init(params), params)
 
     def update_fn(updates, state, params=None, **extra_args):
         _require_params(params)
@@ -208,7 +216,7 @@ def track_masks(inner: optax.GradientTransformation, updater: BaseUpdater) -> op
 
         def renew():
             regrown = trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
-            return reset_moments(inner_state, inner.init(apply_mask(params, step.masks)), params, regrown)
+            return reset_moments(inner, inner_state, apply_mask(params, step.masks), regrown)
 
         def skip():
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(take)[0])
@@ -254,29 +262,46 @@ def find_state(opt_state: Any) -> SparseState:
     return found[0]
 
 
-def reset_moments(inner_state: Any, fresh_state: Any, params: Any, regrown: Any) -> Any:
+def reset_moments(inner: optax.GradientTransformation, inner_state: Any, params: Any, regrown: Any) -> Any:
     """Gives regrown weights the optimizer statistics that a new weight would have.
 
-    The statistics of a weight are the state leaves whose key path ends in the parameter's and that
-    have its shape. (`optax.tree_map_params` finds fewer: it raises inside `multi_transform`, muon,
-    sm3 and lbfgs.) Factored statistics have none for a single weight and stay.
+    Factored statistics have none for a single weight and stay.
 
     Args:
-      inner_state: the state of any optimizer.
-      fresh_state: what its `init` gives for the masked parameters.
-      params: the parameters.
+      inner: the optimizer.
+      inner_state: its state.
+      params: the parameters, on their masks.
       regrown: boolean masks of the regrown weights, None where a leaf is not pruned.
+
+    Returns:
+      The state, with what `inner.init(params)` gives at the regrown weights.
     """
-    grown = dict(trees.named_leaves(regrown))
-    shapes = {path: jnp.shape(param) for path, param in trees.named_leaves(params)}
+    grown = {trees.leaf_name(path): mask for path, mask in trees.named_leaves(regrown)}
 
-    def reset(path, old, fresh):
-        owner = next((path[i:] for i in range(len(path) + 1) if path[i:] in shapes), None)
-        if trees.is_unpruned(old) or owner not in grown or jnp.shape(old) != shapes[owner]:
-            return old
-        return jnp.where(grown[owner], fresh, old)
+    def reset(old, fresh, owner):
+        mask = None if trees.is_unpruned(old) else grown.get(owner)
+        return old if mask is None or jnp.shape(old) != mask.shape else jnp.where(mask, fresh, old)
 
-    return trees.map_named(reset, inner_state, fresh_state)
+    owners = _statistics_owners(inner, inner_state, params)
+    return jax.tree.map(reset, inner_state, inner.init(params), owners, is_leaf=trees.is_unpruned)
+
+
+def _statistics_owners(inner: optax.GradientTransformation, inner_state: Any, params: Any) -> Any:
+    """A tree like the state: the name of the parameter that a leaf belongs to, or an empty string."""
+    names = trees.map_named(lambda path, _: trees.leaf_name(path), params)
+    try:
+        return optax.tree_utils.tree_map_params(
+            inner, lambda _, name: name, inner_state, names, transform_non_params=lambda _: ""
+        )
+    except Exception:
+        # It runs `init` on placeholders, which fails in unforeseeable ways: multi_transform, muon, sm3 and lbfgs
+        # are known. Their statistics are the leaves whose key path ends in the parameter's.
+        known = set(jax.tree.leaves(names))
+
+        def owner(path, _):
+            return next((name for i in range(len(path)) if (name := trees.leaf_name(path[i:])) in known), "")
+
+        return trees.map_named(owner, inner_state)
 
 
 def _dense_weights(params: Any, state: SparseState, masks: Any) -> Any:
@@ -288,6 +313,12 @@ def _dense_weights(params: Any, state: SparseState, masks: Any) -> Any:
         masks,
         otherwise=_same,
     )
+
+
+def _with_weights(state: SparseState, params: Any) -> SparseState:
+    # A copy, since hosts donate the parameters and the state together.
+    weights = jax.tree.map(jnp.copy, _pruned_only(params, state.masks))
+    return state._replace(inner_state=StraightThroughState(weights, state.inner_state))
 
 
 def _pruned_only(params: Any, masks: Any) -> Any:

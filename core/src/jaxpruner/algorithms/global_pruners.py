@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxpruner import counts, selection, sparsity_distributions, sparsity_types, trees
 from jaxpruner.algorithms.pruners import MagnitudePruning, SaliencyPruning
 from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.score_reading import as_array
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,9 +40,11 @@ class _GlobalPruning(BaseUpdater):
     def get_target_sparsities(self, params):
         targets = sparsity_distributions.uniform(params, self.sparsity, self.filter_fn, self.custom_sparsity_map)
         self._check_targets(params, targets)
-        for path, _ in trees.named_leaves(targets):
-            if not self._competes_alone(path):
-                self._check_unstructured(path)
+        shared = trees.map_named(
+            lambda path, p, t: None if t is None or self._competes_alone(path) else p, params, targets
+        )
+        for path, param in trees.named_leaves(shared):
+            self._check_unstructured(path, param)
         return targets
 
     def create_masks(self, scores: Any, target_sparsity: Any) -> Any:
@@ -53,9 +56,7 @@ class _GlobalPruning(BaseUpdater):
             leaf, in which the leaves of the custom map may differ.
         """
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(target_sparsity)):
-            target_sparsity = trees.map_named(
-                lambda path, score: target_sparsity if self.filter_fn(path, score) else None, scores
-            )
+            target_sparsity = self._spread(scores, target_sparsity)
         shared = trees.map_named(
             lambda path, _, target: None if self._competes_alone(path) else target, scores, target_sparsity
         )
@@ -74,14 +75,29 @@ class _GlobalPruning(BaseUpdater):
             is_leaf=trees.is_unpruned,
         )
 
+    create_masks.reads_unevaluated = True
+
+    def _spread(self, scores: Any, sparsity: Any) -> Any:
+        """The sparsity of each selected leaf: its own, or the common one (which may be traced)."""
+        own = trees.resolve(
+            self.custom_sparsity_map,
+            [path for path, score in trees.named_leaves(scores) if self.filter_fn(path, score)],
+            "custom_sparsity_map",
+        )
+        return trees.map_named(
+            lambda path, score: own.get(path, sparsity) if self.filter_fn(path, score) else None, scores
+        )
+
     def _select(self, leaves: list[Any], sparsity: Any) -> list[Any]:
         keep = counts.keep_count(sum(leaf.size for leaf in leaves), sparsity)
         scales = [self._scale(leaf) for leaf in leaves] if self.use_normalization else None
         return selection.top_k_masks(leaves, keep, scales)
 
     def _scale(self, score: Any) -> Any:
-        wide = jnp.asarray(score).astype(jnp.promote_types(score.dtype, jnp.float32))
-        return jnp.sqrt(jnp.sum(wide * wide)) + self.normalization_eps
+        wide = as_array(score).astype(jnp.promote_types(score.dtype, jnp.float32))
+        norm = jnp.sqrt(jnp.sum(wide * wide)) + self.normalization_eps
+        # One NaN or infinity must not take its whole leaf along: such a leaf competes with its raw scores.
+        return jnp.where(jnp.isfinite(norm), norm, 1)
 
     def _as_float32(self, params, targets):
         shared = trees.map_named(
@@ -96,8 +112,8 @@ class _GlobalPruning(BaseUpdater):
     def _competes_alone(self, path: trees.KeyPath) -> bool:
         return any(trees.matches(pattern, path) for pattern in self.custom_sparsity_map or {})
 
-    def _check_unstructured(self, path: trees.KeyPath) -> None:
-        structure = sparsity_types.for_leaf(self.sparsity_type, path, None)
+    def _check_unstructured(self, path: trees.KeyPath, param: Any) -> None:
+        structure = self.structure(path, param)
         if not isinstance(structure, sparsity_types.Unstructured):
             raise ValueError(
                 f"{trees.leaf_name(path)}: cannot use {type(self).__name__} with {structure}. This is "

@@ -19,6 +19,10 @@ class NoPruning(BaseUpdater):
     def get_target_sparsities(self, params):
         return jax.tree.map(lambda _: None, params)
 
+    def create_masks(self, scores, sparsities):
+        del sparsities
+        return jax.tree.map(lambda _: None, scores)
+
     def update_state(self, sparse_state, params, grads, **kwargs):
         del params, grads, kwargs
         return sparse_state

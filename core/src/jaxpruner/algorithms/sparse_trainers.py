@@ -14,7 +14,7 @@ import optax
 from jaxpruner import mask_storage, scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores, require_grads
-from jaxpruner.score_reading import Scores
+from jaxpruner.score_reading import Scores, as_array
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,7 +44,8 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     Of the :math:`k` active weights of a leaf, the :math:`\mathrm{round}(k (1 - f))` largest in
     :math:`|w|` survive, with :math:`f` = `drop_fraction_fn(count)`; the others are replaced by the
     weights of the highest grow score among all that did not survive. :math:`k` never changes.
-    Regrown weights start at 0 with fresh optimizer statistics.
+    Weights that come newly into the mask start at 0 with fresh optimizer statistics; one that is
+    dropped and grows back at once keeps both.
 
     Attributes:
       drop_fraction_fn: count -> fraction of the active weights that is dropped.
@@ -54,6 +55,14 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     drop_fraction_fn: Callable[[Any], Any] = optax.constant_schedule(0.1)
 
     regrows = True
+
+    def get_target_sparsities(self, params):
+        if self.topk_fn is not None:
+            raise ValueError(
+                f"topk_fn: cannot be used with {type(self).__name__}. This is because masks regrow within a "
+                "structure; give sparsity_type."
+            )
+        return super().get_target_sparsities(params)
 
     @abc.abstractmethod
     def grow_scores(self, params: Any, grads: Any, step: Any) -> Any:
@@ -71,7 +80,9 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
         def regrow(path, mask, drop, grow):
             if trees.is_unpruned(mask):
                 return None
-            structure = sparsity_types.for_leaf(self.sparsity_type, path, mask)
+            structure = self.structure(path, drop)
+            if not isinstance(structure, sparsity_types.Unstructured):
+                drop, grow = as_array(drop), as_array(grow)
             return structure.regrow(mask, drop, grow, fraction)
 
         masks = trees.map_named(regrow, masks, drop_scores, grow_scores)

@@ -19,6 +19,8 @@ class _StraightThrough(BaseUpdater):
     optimizer state and the parameters are their masked projection.
     """
 
+    straight_through = True
+
     def wrap_optax(self, inner):
         return transformation.track_masks(inner, self)
 
