@@ -118,5 +118,7 @@ class PolynomialSchedule(PeriodicSchedule):
 
 
 def _check_step(name: str, step: int) -> None:
-    if not isinstance(step, numbers.Integral) or step < 0:
+    if not isinstance(step, numbers.Integral):
         raise ValueError(f"{name}: {step!r} is not a step; give an integer of 0 or more.")
+    if step < 0:
+        raise ValueError(f"{name}: {step} is before the first step; give 0 or more.")
