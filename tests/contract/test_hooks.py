@@ -102,7 +102,11 @@ def test_post_gradient_update_finds_its_state():
 def test_statistics_of_parameters_named_like_statistics():
     params = {"k": jnp.ones((4, 4)), "mu": {"k": jnp.ones((4, 4))}}
     grads = jax.tree.map(lambda p: jnp.arange(16.0).reshape(4, 4) + 1, params)
-    updater = jaxpruner.RigL(scheduler=jaxpruner.OneShotSchedule(1), drop_fraction_fn=lambda _: 0.5)
+    updater = jaxpruner.RigL(
+        scheduler=jaxpruner.OneShotSchedule(1),
+        sparsity_distribution_fn=functools.partial(jaxpruner.sparsity_distributions.uniform, sparsity=0.5),
+        drop_fraction_fn=lambda _: 0.5,
+    )
     tx = updater.wrap_optax(optax.adam(0.1))
     update = jax.jit(tx.update)
     state = before = tx.init(params)

@@ -32,14 +32,7 @@ from jaxpruner.api import (
     sparsify,
 )
 from jaxpruner.base_updater import BaseUpdater
-from jaxpruner.sparsity_schedules import (
-    NoUpdateSchedule,
-    OneShotSchedule,
-    PeriodicSchedule,
-    PolynomialSchedule,
-)
-from jaxpruner.sparsity_types import SparsityType
-from jaxpruner.transformation import (
+from jaxpruner.projection import (
     SparseState,
     StraightThroughState,
     apply_mask,
@@ -48,6 +41,13 @@ from jaxpruner.transformation import (
     init_projection,
     project,
 )
+from jaxpruner.sparsity_schedules import (
+    NoUpdateSchedule,
+    OneShotSchedule,
+    PeriodicSchedule,
+    PolynomialSchedule,
+)
+from jaxpruner.sparsity_types import SparsityType
 from jaxpruner.utils import summarize_intersection, summarize_sparsity
 
 __version__ = "0.1.0"

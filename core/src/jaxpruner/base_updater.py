@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpruner import counts, mask_storage, sparsity_distributions, sparsity_types, transformation, trees
+from jaxpruner import counts, mask_storage, projection, sparsity_distributions, sparsity_types, transformation, trees
+from jaxpruner.projection import SparseState, apply_mask
 from jaxpruner.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import NoUpdateSchedule, Schedule
-from jaxpruner.transformation import SparseState, apply_mask
 
 __all__ = ["BaseUpdater", "SparseState", "apply_mask"]
 
@@ -188,7 +188,7 @@ class BaseUpdater:
 
     def post_gradient_update(self, params: Any, sparse_state: SparseState) -> Any:
         """The parameters to go on with; on their masks already after a wrapped optimizer's step."""
-        masks = transformation.find_state(sparse_state).masks
+        masks = projection.find_state(sparse_state).masks
         return self.apply_masks(params, masks, is_packed=self.use_packed_masks)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxpruner import scores, transformation
+from jaxpruner import projection, scores, transformation
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores
 
@@ -29,7 +29,7 @@ class _StraightThrough(BaseUpdater):
 
     def pre_forward_update(self, params: Any, opt_state: Any) -> Any:
         """The masked parameters, for the forward pass."""
-        state = transformation.find_state(opt_state)
+        state = projection.find_state(opt_state)
         return self.apply_masks(params, state.masks, is_packed=self.use_packed_masks)
 
     def post_gradient_update(self, params: Any, sparse_state: Any) -> Any:

@@ -1,0 +1,53 @@
+"""The statistics that an inner optimizer keeps of single weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpruner import trees
+
+
+def reset_moments(inner: optax.GradientTransformation, inner_state: Any, params: Any, regrown: Any) -> Any:
+    """Gives regrown weights the optimizer statistics that a new weight would have.
+
+    Factored statistics have none for a single weight and stay.
+
+    Args:
+      inner: the optimizer.
+      inner_state: its state.
+      params: the parameters, on their masks.
+      regrown: boolean masks of the regrown weights, None where a leaf is not pruned.
+
+    Returns:
+      The state, with what `inner.init(params)` gives at the regrown weights.
+    """
+    grown = {trees.leaf_name(path): mask for path, mask in trees.named_leaves(regrown)}
+
+    def reset(old, fresh, owner):
+        mask = None if trees.is_unpruned(old) else grown.get(owner)
+        return old if mask is None or jnp.shape(old) != mask.shape else jnp.where(mask, fresh, old)
+
+    owners = _statistics_owners(inner, inner_state, params)
+    return jax.tree.map(reset, inner_state, inner.init(params), owners, is_leaf=trees.is_unpruned)
+
+
+def _statistics_owners(inner: optax.GradientTransformation, inner_state: Any, params: Any) -> Any:
+    """A tree like the state: the name of the parameter that a leaf belongs to, or an empty string."""
+    names = trees.map_named(lambda path, _: trees.leaf_name(path), params)
+    try:
+        return optax.tree_utils.tree_map_params(
+            inner, lambda _, name: name, inner_state, names, transform_non_params=lambda _: ""
+        )
+    except Exception:
+        # It runs `init` on placeholders, which fails in unforeseeable ways: multi_transform, muon, sm3 and lbfgs
+        # are known. Their statistics are the leaves whose key path ends in the parameter's.
+        known = set(jax.tree.leaves(names))
+
+        def owner(path, _):
+            return next((name for i in range(len(path)) if (name := trees.leaf_name(path[i:])) in known), "")
+
+        return trees.map_named(owner, inner_state)
