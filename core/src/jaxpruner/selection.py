@@ -110,7 +110,7 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
     leaf = Scores.of(leaf)
     fn, operands = leaf.fn, leaf.operands
     if scale is not None:
-        # XLA may round a division one way in one read and another way in the next; a product is exact.
+        # XLA may round a division one way in one read and another way in the next; a product rounds one way only.
         fn, operands = (lambda inverse, *xs, fn=fn: fn(*xs) * inverse), (1 / scale, *operands)
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))
 
