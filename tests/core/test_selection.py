@@ -21,6 +21,7 @@ from jaxpruner import counts, selection
 METHODS = ["sample", "split"]
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 NAN, INF = float("nan"), float("inf")
+AVAILABLE = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @functools.cache
@@ -240,6 +241,19 @@ def test_counts_of_huge_leaves_are_exact_in_the_program(method):
     keep = jax.eval_shape(lambda: counts.from_int(0))
     lowered = jax.jit(functools.partial(selection.top_k_masks, method=method)).lower([huge, huge], keep)
     assert [mask.shape for mask in jax.tree.leaves(lowered.out_info)] == [huge.shape] * 2
+
+
+@pytest.mark.skipif(AVAILABLE < 10e9, reason="needs 10 GB of memory")
+def test_entries_past_32_bits_are_counted_exactly():
+    # Two leaves of more than 2**31 entries each, more than 2**32 together (one array: they are only read). All
+    # scores tie, so that the last place kept is found by its index, past 2**31, in the second leaf.
+    size, beyond = 2**31 + 1000, 2**31 + 5
+    leaf = jnp.zeros(size, jnp.uint8)
+    masks = selection.top_k_masks([leaf, leaf], counts.from_int(size + beyond), method="sample")
+    whole, cut = map(np.asarray, masks)
+    assert np.count_nonzero(whole) == size
+    assert np.count_nonzero(cut) == beyond
+    assert cut[beyond - 2 : beyond + 2].tolist() == [True, True, False, False]
 
 
 def test_a_leaf_past_32_bits_is_told():

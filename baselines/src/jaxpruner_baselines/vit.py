@@ -21,34 +21,43 @@ class Block(nn.Module):
     """Pre-norm attention and MLP, (batch, tokens, dim) to the same."""
 
     heads: int
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, dim = x.shape
-        y = nn.LayerNorm()(x)
-        qkv = nn.Dense(3 * dim, name="qkv")(y).reshape(batch, tokens, 3, self.heads, dim // self.heads)
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        qkv = nn.Dense(3 * dim, dtype=self.dtype, name="qkv")(y).reshape(
+            batch, tokens, 3, self.heads, dim // self.heads
+        )
         y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        x = x + nn.Dense(dim, name="out")(y.reshape(batch, tokens, dim))
-        y = nn.LayerNorm()(x)
-        y = nn.gelu(nn.Dense(4 * dim, name="mlp_in")(y))
-        return x + nn.Dense(dim, name="mlp_out")(y)
+        x = x + nn.Dense(dim, dtype=self.dtype, name="out")(y.reshape(batch, tokens, dim))
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        y = nn.gelu(nn.Dense(4 * dim, dtype=self.dtype, name="mlp_in")(y))
+        return x + nn.Dense(dim, dtype=self.dtype, name="mlp_out")(y)
 
 
 class ViT(nn.Module):
-    """Images of shape (batch, height, width, channels) to logits of shape (batch, classes)."""
+    """Images of shape (batch, height, width, channels) to float32 logits of shape (batch, classes).
+
+    `dtype` is that of activations, by default the images'.
+    """
 
     patch: int
     dim: int
     depth: int
     heads: int
     classes: int
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         window = (self.patch, self.patch)
-        x = nn.Conv(self.dim, window, strides=window, padding="VALID", name="embed")(images)
+        x = nn.Conv(self.dim, window, strides=window, padding="VALID", dtype=self.dtype, name="embed")(images)
         _, height, width, _ = x.shape
-        x = x.reshape(x.shape[0], height * width, self.dim) + sincos_positions(height, width, self.dim)
+        x = x.reshape(x.shape[0], height * width, self.dim) + jnp.asarray(
+            sincos_positions(height, width, self.dim), x.dtype
+        )
         for i in range(self.depth):
-            x = Block(self.heads, name=f"block_{i}")(x)
+            x = Block(self.heads, self.dtype, name=f"block_{i}")(x)
         return nn.Dense(self.classes, name="head")(jnp.mean(nn.LayerNorm()(x), axis=1))

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpruner import counts, mask_storage, projection, sparsity_distributions, sparsity_types, transformation, trees
+from jaxpruner import (
+    counts,
+    mask_storage,
+    projection,
+    selection,
+    sparsity_distributions,
+    sparsity_types,
+    transformation,
+    trees,
+)
 from jaxpruner.projection import SparseState, apply_mask
 from jaxpruner.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import NoUpdateSchedule, Schedule
@@ -44,6 +53,19 @@ def elementwise_scores(score: Callable[..., Any], needs_grads: bool = False) -> 
     calculate_scores.unevaluated = unevaluated
     calculate_scores.__doc__ = score.__doc__
     return calculate_scores
+
+
+def map_choosing(choose: Callable[..., selection.Choosing], tree: Any, *rest: Any) -> Any:
+    """`trees.map_named` of a generator function, the selections of all leaves made together."""
+    choosing: list[selection.Choosing] = []
+
+    def place(*arguments):
+        choosing.append(choose(*arguments))
+        return len(choosing) - 1
+
+    places = trees.map_named(place, tree, *rest)
+    chosen = selection.together(choosing)
+    return jax.tree.map(lambda i: chosen[i], places)
 
 
 def _own_mark(method: Callable[..., Any], mark: str) -> Any:
@@ -160,9 +182,11 @@ class BaseUpdater:
             if trees.is_unpruned(sparsity):
                 return None
             with trees.errors_at(path):
-                return self._mask_fn(path, score)(score, sparsity)
+                if self.topk_fn is not None:
+                    return self.topk_fn(as_array(score), sparsity)
+                return (yield from sparsity_types.masking(self.structure(path, score), score, sparsity))
 
-        return trees.map_named(create, scores, sparsities)
+        return map_choosing(create, scores, sparsities)
 
     create_masks.reads_unevaluated = True
 
@@ -218,14 +242,6 @@ class BaseUpdater:
         if unevaluated and _own_mark(self.create_masks, "reads_unevaluated"):
             return unevaluated(self, params, grads)
         return self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
-
-    def _mask_fn(self, path: trees.KeyPath, score: Any) -> Callable[..., Any]:
-        structure = self.structure(path, score)
-        if self.topk_fn is None and isinstance(structure, sparsity_types.Unstructured):
-            return structure.mask
-        # All but Unstructured need the scores of a group or block together.
-        fn = self.topk_fn or structure.mask
-        return lambda score, sparsity: fn(as_array(score), sparsity)
 
     def _as_float32(self, params: Any, targets: Any) -> Any:
         """Targets as the state keeps them: the float32 that keeps exactly as many weights."""

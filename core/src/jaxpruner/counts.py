@@ -77,6 +77,21 @@ def where(condition: Bool[Array, "*shape"], a: Count, b: Count) -> Count:
     return Count(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
 
 
+def sum_where(chosen: Bool[np.ndarray, "n m"], count: Count) -> Count:
+    """For each row of `chosen`, the sum of the counts it chooses; counts of shape (m, ...) to (n, ...)."""
+    if chosen.shape[0] == chosen.shape[1] and (chosen == np.eye(len(chosen), dtype=bool)).all():
+        return count
+
+    def add_up(words):
+        shape = (*chosen.shape, *[1] * (words.ndim - 1))
+        return jnp.sum(jnp.where(chosen.reshape(shape), words, 0), axis=1, dtype=jnp.uint32)
+
+    # Halves of 16 bits, up to 2**16 of which add up without passing 32.
+    low, high = add_up(count.lo & _LIMB_MASK), add_up(count.lo >> _LIMB_BITS)
+    high += low >> _LIMB_BITS
+    return Count(add_up(count.hi) + (high >> _LIMB_BITS), high << _LIMB_BITS | low & _LIMB_MASK)
+
+
 def keep_count(size: int | Count, sparsity: float | Float[Array, ""]) -> Count:
     r"""The number of entries that a sparsity keeps.
 

@@ -146,14 +146,12 @@ def prepare(scores: Scores, rank_dtype: np.dtype, method: Method) -> Leaf:
 
 
 def count(
-    holds: Callable[[Leaf, Int[Array, ""]], Bool[Array, "*shape"]],
-    leaf: Leaf,
-    thresholds: Int[Array, " t"],
-    method: Method,
+    values: Callable[[Leaf], Int[Array, "*shape"]], leaf: Leaf, thresholds: Int[Array, " t"], method: Method
 ) -> Count:
-    """For each threshold, the number of entries for which ``holds(leaf, threshold)``, in one read of the leaf."""
+    """For each threshold, the number of entries whose value is at or above it, in one read of the leaf."""
     leaf, thresholds = leaf.pinned(thresholds)
-    flags = [holds(leaf, t).astype(jnp.uint32) for t in thresholds]
+    read = values(leaf)
+    flags = [(read >= t).astype(jnp.uint32) for t in thresholds]
     if method == "sample":
         # On XLA's CPU backend a reduction of several operands is one fused loop. A reduction of one operand stores
         # the comparison and is done in stages. (Sharded, it is the other way round: only sums of one operand become
@@ -165,13 +163,6 @@ def count(
     else:
         found = jnp.stack([jnp.sum(flag, dtype=jnp.uint32) for flag in flags])
     return Count(jnp.zeros_like(found), found)
-
-
-def count_equal(leaf: Leaf, key: Int[Array, ""], method: Method) -> Count:
-    """The number of entries of the leaf whose key is ``key``."""
-    # Counted twice, and both used: see `count` on reductions of one operand.
-    twice = count(lambda leaf, t: leaf.keys() == t, leaf, jnp.stack([key, key]), method)
-    return Count(jnp.min(twice.hi), jnp.min(twice.lo))
 
 
 def common_rank_dtype(dtypes: list[np.dtype]) -> np.dtype:

@@ -11,13 +11,16 @@ Two methods choose the thresholds, and both are exact:
 - ``"split"`` (accelerators, sharded arrays, small leaves): every read splits the bracket in four, so
   float32 takes 16. Only elementwise operations and full sums touch the scores, in their own shape: a
   sharded array stays where it is, and nothing but counts is reduced over devices.
+
+The leaves of a tree are searched together: see :func:`select` and :func:`together`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +29,47 @@ from jax import lax
 from jaxpruner import counts, score_reading, threshold_search
 from jaxpruner.counts import Count
 from jaxpruner.score_reading import Leaf, Scores, order_preserving_keys
-from jaxpruner.threshold_search import Bracket
+from jaxpruner.threshold_search import Field, Searches
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Num, UInt32
+    from jaxtyping import Array, Bool, Float, Num
 
     from jaxpruner.score_reading import Method
-    from jaxpruner.threshold_search import Counter
 
-__all__ = ["Scores", "count_true", "order_preserving_keys", "top_k_mask", "top_k_masks"]
+__all__ = [
+    "Competition",
+    "Scores",
+    "count_true",
+    "order_preserving_keys",
+    "select",
+    "together",
+    "top_k_mask",
+    "top_k_masks",
+]
 
 # A sample of about one entry in 256, within these limits.
 _SAMPLED_SHARE, _MIN_SAMPLE, _MAX_SAMPLE = 256, 1024, 16384
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Competition:
+    """Leaves whose entries compete for ``keep`` places.
+
+    Attributes:
+      leaves: the scores, arrays or :class:`Scores`, of fewer than ``2**32`` entries each.
+      keep: how many entries to keep, between 0 and the number of all entries; may be traced.
+      scales: a divisor per leaf, or None; a leaf is ranked by ``leaf * (1 / scale)``, evaluated as it is read.
+    """
+
+    leaves: Sequence[Num[Array, "*shape"] | Scores]
+    keep: Count
+    scales: Sequence[Float[Array, ""] | None] | None = None
+
+
+# What asks for masks of competitions and makes something of them.
+Choosing = Generator[Competition, "list[Bool[Array, '...']]", T]
 
 
 def top_k_mask(
@@ -54,40 +86,78 @@ def top_k_masks(
     *,
     method: Method | None = None,
 ) -> list[Bool[Array, "*shape"]]:
-    r"""The masks of the ``keep`` highest scores over all leaves together.
+    """The masks of the ``keep`` highest scores over all leaves together; see :func:`select`."""
+    return select([Competition(leaves, keep, scales)], method=method)[0]
+
+
+def together(choosing: Sequence[Choosing[T]]) -> list[T]:
+    """What each of these makes of the masks it asks for, their searches made together.
+
+    Each is a generator that yields a :class:`Competition`, is sent its masks, and returns a result:
+    leaves that are chosen in the same way take part in the same few searches.
+    """
+    results: dict[int, T] = {}
+    asked: dict[int, Competition] = {}
+
+    def proceed(i, masks):
+        try:
+            asked[i] = choosing[i].send(masks)
+        except StopIteration as stop:
+            results[i] = stop.value
+
+    for i in range(len(choosing)):
+        proceed(i, None)
+    while asked:
+        waiting, competitions = zip(*asked.items(), strict=True)
+        asked.clear()
+        for i, masks in zip(waiting, select(competitions), strict=True):
+            proceed(i, masks)
+    return [results[i] for i in range(len(choosing))]
+
+
+def select(competitions: Sequence[Competition], *, method: Method | None = None) -> list[list[Bool[Array, ...]]]:
+    r"""The masks of the highest scores of each competition.
 
     .. math:: mask_i = key_i > T \lor (key_i = T \land i < end)
 
-    with the threshold ``T`` and the flat index ``end`` such that exactly ``keep`` entries are True. Ties
-    keep the earlier leaf, then the lower flat (C-order) index. NaN ranks below everything and ``-0.0``
-    ties with ``0.0``. The leaves are neither concatenated nor copied. Leaves of several dtypes are
-    ranked as float32 (as float64 if one has 64 bits).
+    with the threshold ``T`` of the competition and the flat index ``end`` of the leaf such that exactly
+    ``keep`` entries are True. Ties keep the earlier leaf, then the lower flat (C-order) index. NaN ranks
+    below everything and ``-0.0`` ties with ``0.0``. The leaves are neither concatenated nor copied. Leaves
+    of several dtypes that compete are ranked as float32 (as float64 if one has 64 bits).
 
     Args:
-      leaves: the scores, arrays or :class:`Scores`, of fewer than ``2**32`` entries each.
-      keep: how many entries to keep, between 0 and the number of all entries; may be traced.
-      scales: a divisor per leaf, or None; a leaf is ranked by ``leaf * (1 / scale)``, evaluated as it is read.
+      competitions: one per threshold. All of one dtype are searched in one loop.
       method: ``"sample"`` or ``"split"`` (see the module's docstring). None takes ``"sample"`` for large
         leaves on a single CPU device and ``"split"`` elsewhere, decided when the function is traced.
 
     Returns:
-      One mask per leaf, of its shape.
+      For each competition, one mask per leaf, of its shape.
 
     Raises:
       ValueError: if a leaf has ``2**32`` entries or more.
     """
-    scales = [None] * len(leaves) if scales is None else scales
-    scores = [_as_scores(leaf, scale) for leaf, scale in zip(leaves, scales, strict=True)]
-    for i, leaf in enumerate(scores):
-        if leaf.size >= 2**32:
-            raise ValueError(
-                f"leaf {i} of shape {leaf.shape}: {leaf.size} entries are too many, the entries of a leaf are "
-                "counted in 32 bits; split it into leaves of fewer than 2**32 entries."
-            )
-    full = [leaf for leaf in scores if leaf.size]
-    method = method or _default_method(full)
-    masks = iter(_select(tuple(s.fn for s in full), [s.operands for s in full], keep, method) if full else ())
-    return [next(masks) if leaf.size else jnp.zeros(leaf.shape, bool) for leaf in scores]
+    masks = [[jnp.zeros(leaf.shape, bool) for leaf in map(Scores.of, c.leaves)] for c in competitions]
+    # Competitions that are ranked and read alike, by their index and that of their leaves.
+    alike: dict[Any, list[tuple[int, list[int], list[Scores]]]] = {}
+    for i, competition in enumerate(competitions):
+        scores = _checked_scores(competition)
+        full = [j for j, leaf in enumerate(scores) if leaf.size]
+        if full:
+            scores = [scores[j] for j in full]
+            rank_dtype = score_reading.common_rank_dtype([leaf.dtype for leaf in scores])
+            alike.setdefault((rank_dtype, method or _default_method(scores)), []).append((i, full, scores))
+    for (rank_dtype, chosen_method), members in alike.items():
+        found = _select(
+            tuple(tuple(leaf.fn for leaf in scores) for _, _, scores in members),
+            [[leaf.operands for leaf in scores] for _, _, scores in members],
+            [competitions[i].keep for i, _, _ in members],
+            rank_dtype,
+            chosen_method,
+        )
+        for (i, full, _), found_masks in zip(members, found, strict=True):
+            for j, mask in zip(full, found_masks, strict=True):
+                masks[i][j] = mask
+    return masks
 
 
 def count_true(mask: Bool[Array, "*shape"]) -> Count:
@@ -97,13 +167,27 @@ def count_true(mask: Bool[Array, "*shape"]) -> Count:
         return counts.from_int(0)
     method = _default_method([scores])
     leaf = score_reading.prepare(scores, score_reading.common_rank_dtype([scores.dtype]), method)
-    return score_reading.count_equal(leaf, jnp.int32(True), method)
+    # Counted twice, and both used: see `count` on reductions of one operand.
+    twice = score_reading.count(Leaf.keys, leaf, jnp.ones(2, jnp.int32), method)
+    return Count(jnp.min(twice.hi), jnp.min(twice.lo))
 
 
 def _default_method(leaves: list[Scores]) -> Method:
     is_single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     is_large = sum(leaf.size for leaf in leaves) > _MAX_SAMPLE
     return "sample" if is_single_cpu and is_large else "split"
+
+
+def _checked_scores(competition: Competition) -> list[Scores]:
+    scales = [None] * len(competition.leaves) if competition.scales is None else competition.scales
+    scores = [_as_scores(leaf, scale) for leaf, scale in zip(competition.leaves, scales, strict=True)]
+    for i, leaf in enumerate(scores):
+        if leaf.size >= 2**32:
+            raise ValueError(
+                f"leaf {i} of shape {leaf.shape}: {leaf.size} entries are too many, the entries of a leaf are "
+                "counted in 32 bits; split it into leaves of fewer than 2**32 entries."
+            )
+    return scores
 
 
 def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | None) -> Scores:
@@ -115,100 +199,77 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))  # called eagerly, leaves of one shape share a compilation
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))  # called eagerly, trees of one shape share a compilation
 def _select(
-    fns: tuple[Callable[..., Any], ...], operands: list[tuple[Array, ...]], keep: Count, method: Method
-) -> list[Bool[Array, ...]]:
-    scores = [Scores(fn, xs) for fn, xs in zip(fns, operands, strict=True)]
-    rank_dtype = score_reading.common_rank_dtype([s.dtype for s in scores])
-    leaves = [score_reading.prepare(s, rank_dtype, method) for s in scores]
-    zero = sum(leaf.zero() for leaf in leaves)
-    sizes = jnp.asarray([leaf.size for leaf in leaves], jnp.uint32) + zero.astype(jnp.uint32)
-
-    found = _search_keys(leaves, keep, zero, method)
-    untied = counts.equal(found.at_least, keep)
-    ends = lax.cond(untied, lambda: sizes, lambda: _search_ends(leaves, sizes, keep, found, method))
-    masks = []
-    for s, leaf, end in zip(scores, leaves, ends, strict=True):
-        leaf, (threshold, end) = leaf.pinned((found.lo, end))
+    fns: tuple[tuple[Callable[..., Any], ...], ...],
+    operands: list[list[tuple[Array, ...]]],
+    keeps: list[Count],
+    rank_dtype: Any,
+    method: Method,
+) -> list[list[Bool[Array, ...]]]:
+    scores = [Scores(fn, xs) for members in zip(fns, operands, strict=True) for fn, xs in zip(*members, strict=True)]
+    leaves = [score_reading.prepare(leaf, rank_dtype, method) for leaf in scores]
+    field = Field(
+        sizes=tuple(leaf.size for leaf in leaves),
+        search=tuple(i for i, members in enumerate(fns) for _ in members),
+        lowest=score_reading.key_range(rank_dtype)[0],
+        highest=score_reading.key_range(rank_dtype)[1],
+    )
+    searches = _search(field, leaves, jax.tree.map(lambda *words: jnp.stack(words), *keeps), method)
+    masks: list[list[Any]] = [[] for _ in fns]
+    for i, (threshold, end) in enumerate(zip(*threshold_search.results(field, searches), strict=True)):
+        leaf, (threshold, end) = leaves[i].pinned((threshold, end))
         keys = leaf.keys()
         mask = (keys > threshold) | ((keys == threshold) & (leaf.flat_index() < end))
-        masks.append(mask.reshape(s.shape))
+        masks[field.search[i]].append(mask.reshape(scores[i].shape))
     return masks
 
 
-def _search_keys(leaves: list[Leaf], keep: Count, zero: Int[Array, ""], method: Method) -> Bracket:
-    rank_dtype = leaves[0].rank_dtype
-    lowest, highest = score_reading.key_range(rank_dtype)
-    total = sum(leaf.size for leaf in leaves)
+def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Searches:
+    searches = threshold_search.start(field, keep, score_reading.key_dtype(leaves[0].rank_dtype))
+    # All searches vary over the mesh axes that any leaf does: they share a loop.
+    zero = sum(leaf.zero() for leaf in leaves)
+    searches = jax.tree.map(lambda x: x ^ zero.astype(x.dtype), searches)
 
-    def count(thresholds):
-        found = [score_reading.count(lambda leaf, t: leaf.keys() >= t, leaf, thresholds, method) for leaf in leaves]
-        return functools.reduce(counts.add, found)
+    def read(i, searches, thresholds):
+        search = field.search[i]
 
-    key_type = score_reading.key_dtype(rank_dtype)
-    bracket = Bracket(
-        jnp.asarray(lowest, key_type), jnp.asarray(highest, key_type), counts.from_int(total), counts.from_int(0)
-    )
-    bracket = jax.tree.map(lambda x: x + zero.astype(x.dtype), bracket)
-    sample = None
-    if method == "sample":
-        stride = max(1, total // min(max(total // _SAMPLED_SHARE, _MIN_SAMPLE), _MAX_SAMPLE))
-        sample = jnp.sort(jnp.concatenate([leaf.sample(stride) for leaf in leaves]))
-    return _search(count, keep, bracket, method, highest - lowest, sample)
+        def values(leaf):
+            keys = leaf.keys()
+            is_tie = (searches.partial[search] == i) & (keys == searches.key[search])
+            floor = threshold_search.index_floor(keys.dtype)
+            backwards = (jnp.uint32(leaf.size) - leaf.flat_index()).astype(keys.dtype)
+            index = jnp.where(is_tie, floor + backwards, floor)
+            return jnp.where(searches.is_tied[search], index, keys)
 
+        return score_reading.count(values, leaves[i], thresholds[search], method)
 
-def _search_ends(
-    leaves: list[Leaf], sizes: UInt32[Array, " leaves"], keep: Count, found: Bracket, method: Method
-) -> UInt32[Array, " leaves"]:
-    """The flat index of every leaf before which the entries on the threshold are kept, the first ones of all."""
-    threshold = found.lo
-    wanted, left = counts.subtract(keep, found.above), counts.subtract(found.at_least, found.above)
-    ends, partial = [], jnp.int32(0)
-    partial_ties = partial_wanted = counts.from_int(0)
-    for i, leaf in enumerate(leaves):
-        is_last = i + 1 == len(leaves)
-        ties = left if is_last else score_reading.count_equal(leaf, threshold, method)
-        taken = counts.where(counts.less(wanted, ties), wanted, ties)
-        wanted, left = counts.subtract(wanted, taken), counts.subtract(left, ties)
-        # At most one leaf keeps some of its ties and drops others.
-        is_partial = (taken.lo > 0) & counts.less(taken, ties)
-        partial = jnp.where(is_partial, i, partial)
-        partial_ties = counts.where(is_partial, ties, partial_ties)
-        partial_wanted = counts.where(is_partial, taken, partial_wanted)
-        ends.append(jnp.where(counts.equal(taken, ties), sizes[i], 0))
+    def count(searches, thresholds):
+        return _stack([read(i, searches, thresholds) for i in range(len(leaves))])
 
-    # An end is searched as `size - t`, so that counts fall with t as those of scores do.
-    def count_before(leaf, thresholds):
-        size = jnp.uint32(leaf.size)
+    def count_open(searches, thresholds):
+        def nothing(searches, thresholds):
+            zeros = (thresholds[0] ^ thresholds[0]).astype(jnp.uint32)
+            return Count(zeros, zeros)
 
-        def holds(leaf, end):
-            return jnp.where(leaf.keys() == threshold, leaf.flat_index(), size) < end
+        open_leaves = field.per_leaf(threshold_search.is_open(field, searches))
+        return _stack([
+            lax.cond(open_leaves[i], functools.partial(read, i), nothing, searches, thresholds)
+            for i in range(len(leaves))
+        ])  # fmt: skip
 
-        return score_reading.count(holds, leaf, size - thresholds, method)
-
-    branches = [functools.partial(count_before, leaf) for leaf in leaves]
-    size = sizes[partial]
-    none = counts.subtract(partial_ties, partial_ties)
-    found = _search(
-        lambda thresholds: lax.switch(partial, branches, thresholds),
-        partial_wanted,
-        Bracket(size - size, size, partial_ties, none),
-        method,
-        max(leaf.size for leaf in leaves),
-    )
-    is_partial = (jnp.arange(len(leaves)) == partial) & (partial_wanted.lo > 0)
-    return jnp.where(is_partial, size - found.lo, jnp.stack(ends))
-
-
-def _search(
-    count: Counter,
-    keep: Count,
-    bracket: Bracket,
-    method: Method,
-    max_width: int,
-    sample: Int[Array, " s"] | None = None,
-) -> Bracket:
     if method == "split":
-        return threshold_search.split(count, keep, bracket, max_width)
-    return threshold_search.interpolate(count, keep, bracket, sample)
+        # On accelerators a branch costs more than a read that was not needed.
+        return threshold_search.split(field, count, count_open, searches)
+    first = []
+    for search in range(field.search[-1] + 1):
+        group = [leaf for i, leaf in enumerate(leaves) if field.search[i] == search]
+        total = sum(leaf.size for leaf in group)
+        stride = max(1, total // min(max(total // _SAMPLED_SHARE, _MIN_SAMPLE), _MAX_SAMPLE))
+        sample = jnp.sort(jnp.concatenate([leaf.sample(stride) for leaf in group]))
+        first.append(threshold_search.sampled_thresholds(total, Count(keep.hi[search], keep.lo[search]), sample))
+    return threshold_search.interpolate(field, count_open, searches, jnp.stack(first))
+
+
+def _stack(found: Sequence[Count]) -> Count:
+    return jax.tree.map(lambda *words: jnp.stack(words), *found)

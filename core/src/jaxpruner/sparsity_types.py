@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxpruner import counts, selection, trees
 from jaxpruner.score_reading import Scores, as_array
+from jaxpruner.selection import Competition
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -82,19 +83,29 @@ class _Units(SparsityType):
         return jax.eval_shape(self.pool, jax.ShapeDtypeStruct(shape, jnp.float32)).size
 
     def mask(self, scores, sparsity):
-        self.check_shape(scores.shape)
-        units = self.pool(scores)
-        kept = selection.top_k_mask(units, counts.keep_count(units.size, sparsity))
-        return self.expand(kept, scores.shape)
+        return selection.together([self.masking(scores, sparsity)])[0]
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+        return selection.together([self.regrowing(mask, drop_scores, grow_scores, drop_fraction)])[0]
+
+    def masking(self, scores, sparsity) -> selection.Choosing:
+        """`mask`, as it asks for its selection."""
+        self.check_shape(scores.shape)
+        units = self.pool(scores)
+        (kept,) = yield Competition([units], counts.keep_count(units.size, sparsity))
+        return self.expand(kept, scores.shape)
+
+    def regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
+        """`regrow`, as it asks for its two selections."""
         active = self.active_units(mask)
         number = selection.count_true(active)
         # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
         drop = Scores.of(self.pool(drop_scores)).filled(~active, jnp.nan)
-        survivors = active & selection.top_k_mask(drop, counts.keep_count(number, drop_fraction))
+        (kept,) = yield Competition([drop], counts.keep_count(number, drop_fraction))
+        survivors = active & kept
         grow = Scores.of(self.pool(grow_scores)).filled(survivors, jnp.inf)
-        return self.expand(selection.top_k_mask(grow, number), mask.shape)
+        (grown,) = yield Competition([grow], number)
+        return self.expand(grown, mask.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +228,25 @@ class NByM(SparsityType):
         # Each group refills the places it lost. A leaf that is dense stays dense.
         refilled = self.mask(jnp.where(survivors, jnp.inf, grow_scores), 0.5)
         return jnp.where(jnp.all(mask), mask, refilled)
+
+
+def masking(structure: SparsityType, scores: Any, sparsity: Sparsity) -> selection.Choosing:
+    """`structure.mask`, whose selection can be made together with those of other leaves.
+
+    A structure whose `mask` someone overrode is called as it is, with an array.
+    """
+    if type(structure).mask is not _Units.mask:
+        return structure.mask(as_array(scores), sparsity)
+    return (yield from structure.masking(scores, sparsity))
+
+
+def regrowing(
+    structure: SparsityType, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity
+) -> selection.Choosing:
+    """`structure.regrow`, whose selections can be made together with those of other leaves."""
+    if type(structure).regrow is not _Units.regrow:
+        return structure.regrow(mask, as_array(drop_scores), as_array(grow_scores), drop_fraction)
+    return (yield from structure.regrowing(mask, drop_scores, grow_scores, drop_fraction))
 
 
 def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:

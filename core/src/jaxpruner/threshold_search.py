@@ -1,9 +1,14 @@
-r"""The highest threshold that enough entries reach, found by counting.
+r"""The searches for the thresholds of masks, by counting, all of them in one loop.
+
+A search is for the places of one competition among leaves:
 
 .. math:: T = \max \{ t : |\{i : key_i \ge t\}| \ge k \}
 
-A bracket holds ``T``; every read counts the entries at or above a few thresholds and narrows it. What
-is searched need not be scores: ties are broken by the same search over flat indices.
+A bracket holds ``T``; every read counts the entries of each leaf at or above a few thresholds and
+narrows the bracket. Where more entries than wanted share the value ``T``, the search reopens over
+their flat indices, in the one leaf that keeps some of its ties and drops others. One loop for all
+searches and both questions is one program to compile for each leaf, and one exchange of counts
+between devices for each read.
 """
 
 from __future__ import annotations
@@ -11,138 +16,286 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpruner import counts
 from jaxpruner.counts import Count
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, UInt
+    from jaxtyping import Array, Bool, Int, Num, UInt, UInt32
 
-    # Ascending thresholds to the number of entries at or above each of them.
-    Counter = Callable[[Int[Array, " t"]], Count]
+    # Ascending thresholds of each search to the number of entries of each leaf at or above them. What it says of
+    # the leaves of a search that is closed does not matter.
+    Counter = Callable[["Searches", Int[Array, "searches t"]], Count]
 
 # Thresholds of one read, in a search by splitting: evenly spaced ones.
 _SPLITS = 3
-# In a search by interpolation: the likely one, its successor, others some standard deviations around it, and
-# evenly spaced ones, which bound the number of reads.
-_DEVIATIONS = (-2.0, -0.7, 0.7, 2.0)
+# In a search by interpolation: the likely one, its successor, one a standard deviation to each side, and evenly
+# spaced ones, which bound the number of reads. (More of them cost more than the reads they save.)
+_DEVIATIONS = (-1.0, 1.0)
 _EVEN = 2
-# In its first read: so many standard deviations around the quantile of the sample.
-_SAMPLE_DEVIATIONS = (-4.0, -1.0, 1.0, 4.0)
+# In its first read: so many standard deviations around the quantile of a sample.
+_SAMPLE_DEVIATIONS = (-2.0, 0.0, 2.0)
 
 
-class Bracket(NamedTuple):
-    """Where a threshold lies: in ``[lo, last]``, with ``at_least >= k > above``."""
+class Field(NamedTuple):
+    """Who takes part, known when the program is traced.
 
-    lo: Int[Array, ""]
-    last: Int[Array, ""]
-    at_least: Count  # entries at or above lo
-    above: Count  # entries above last
-
-
-def split(count: Counter, keep: Count, bracket: Bracket, max_width: int) -> Bracket:
-    """Splits the bracket in four with every read, down to one threshold.
-
-    The number of reads is static, half the bits of ``max_width``.
+    Attributes:
+      sizes: the number of entries of each leaf.
+      search: the search that each leaf belongs to, ascending.
+      lowest: the lowest key.
+      highest: the highest key.
     """
 
-    def read(_, bracket):
-        thresholds = _even_thresholds(bracket, _SPLITS)
-        return _narrow(bracket, thresholds, count(thresholds), keep)
+    sizes: tuple[int, ...]
+    search: tuple[int, ...]
+    lowest: int
+    highest: int
 
-    return lax.fori_loop(0, -(-max_width.bit_length() // 2), read, bracket)
+    @property
+    def membership(self) -> np.ndarray:
+        """Whether a leaf belongs to a search, of shape (searches, leaves)."""
+        return np.arange(self.search[-1] + 1)[:, None] == np.asarray(self.search)
+
+    def per_leaf(self, values: Num[Array, " searches"]) -> Num[Array, " leaves"]:
+        """The value of each leaf's search."""
+        return values[np.asarray(self.search)]
+
+    def total(self, count: Count) -> Count:
+        """The sum over the leaves of each search."""
+        return counts.sum_where(self.membership, count)
+
+    def cumulated(self, count: Count) -> Count:
+        """The sum of each leaf and those before it in its search."""
+        search = np.asarray(self.search)
+        return counts.sum_where(np.tril(search[:, None] == search), count)
 
 
-def interpolate(count: Counter, keep: Count, bracket: Bracket, sample: Int[Array, " s"] | None = None) -> Bracket:
-    """Narrows the bracket to one threshold, or to a ``lo`` that exactly ``keep`` entries reach.
+class Searches(NamedTuple):
+    """The state of all searches: ``T`` lies in ``[lo, last]``, with ``at_least >= wanted > above`` in total.
 
-    Args:
-      count: counts entries.
-      keep: the number of entries that the threshold is for.
-      bracket: where to search.
-      sample: a sorted sample of what is searched. Without one, it is taken to be spread evenly at first.
-
-    Returns:
-      The bracket, with ``lo`` as the threshold.
+    Attributes:
+      lo: the lowest value that the threshold can have.
+      last: the highest.
+      at_least: the entries of each leaf at or above ``lo``.
+      above: the entries of each leaf above ``last``.
+      wanted: how many entries to keep; of the ties, once they are searched.
+      is_tied: whether the search is over indices now.
+      key: the value that is tied, where it is.
+      partial: the leaf that keeps some of its ties and drops others, where they are searched.
     """
 
-    def is_open(state):
-        bracket, _ = state
-        return ~counts.equal(bracket.at_least, keep) & (bracket.lo != bracket.last)
-
-    def read(state):
-        bracket, thresholds = state
-        bracket = _narrow(bracket, thresholds, count(thresholds), keep)
-        return bracket, _interpolated_thresholds(bracket, keep, sample)
-
-    if sample is None:
-        first = _interpolated_thresholds(bracket, keep, None)
-    else:
-        first = _sampled_thresholds(bracket, keep, sample)
-    return lax.while_loop(is_open, read, (bracket, first))[0]
+    lo: Int[Array, " searches"]
+    last: Int[Array, " searches"]
+    at_least: Count
+    above: Count
+    wanted: Count
+    is_tied: Bool[Array, " searches"]
+    key: Int[Array, " searches"]
+    partial: Int[Array, " searches"]
 
 
-def _narrow(bracket: Bracket, thresholds: Int[Array, " t"], found: Count, keep: Count) -> Bracket:
-    """The part of the bracket between the last threshold with enough entries and the next one."""
-    enough = jnp.sum(counts.less_equal(keep, found), dtype=jnp.int32)
-
-    def below(old, new):
-        return jnp.concatenate([old[None], new])[enough]
-
-    def beyond(new, old):
-        return jnp.concatenate([new, old[None]])[enough]
-
-    return Bracket(
-        lo=below(bracket.lo, thresholds),
-        last=beyond(thresholds - 1, bracket.last),
-        at_least=Count(*map(below, bracket.at_least, found)),
-        above=Count(*map(beyond, found, bracket.above)),
+def start(field: Field, keep: Count, key_dtype: np.dtype) -> Searches:
+    """Searches that know nothing yet."""
+    shape = (field.search[-1] + 1,)
+    sizes = jnp.asarray(field.sizes, jnp.uint32)
+    none = jnp.zeros_like(sizes)
+    return Searches(
+        lo=jnp.full(shape, field.lowest, key_dtype),
+        last=jnp.full(shape, field.highest, key_dtype),
+        at_least=Count(none, sizes),
+        above=Count(none, none),
+        wanted=keep,
+        is_tied=jnp.zeros(shape, bool),
+        key=jnp.full(shape, field.lowest, key_dtype),
+        partial=jnp.zeros(shape, jnp.int32),
     )
 
 
-def _width(bracket: Bracket) -> UInt[Array, ""]:
-    """``last - lo``, which may pass the range of a signed key."""
-    return (bracket.last - bracket.lo).astype(f"uint{bracket.lo.dtype.itemsize * 8}")
+def split(field: Field, count: Counter, count_open: Counter, searches: Searches) -> Searches:
+    """Splits brackets in four with every read, down to one threshold.
+
+    The number of reads is static, half the bits of a key, and half those of an index if there are ties.
+    """
+
+    def read(count):
+        def body(_, searches):
+            thresholds = jax.vmap(lambda lo, last: _even_thresholds(lo, last, _SPLITS))(searches.lo, searches.last)
+            return _proceed(field, searches, thresholds, count(searches, thresholds))
+
+        return body
+
+    searches = lax.fori_loop(0, _reads_of(field.highest - field.lowest), read(count), searches)
+    return lax.cond(
+        jnp.any(is_open(field, searches)),
+        lambda searches: lax.fori_loop(0, _reads_of(max(field.sizes)), read(count_open), searches),
+        lambda searches: searches,
+        searches,
+    )
 
 
-def _even_thresholds(bracket: Bracket, number: int) -> Int[Array, " number"]:
+def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Array, "searches t"]) -> Searches:
+    """Narrows brackets by interpolation between their exact counts, until each is closed.
+
+    Args:
+      field: who takes part.
+      count: counts entries.
+      searches: where to start.
+      first: the thresholds of the first read.
+    """
+
+    def read(state):
+        searches, thresholds = state
+        searches = _proceed(field, searches, thresholds, count(searches, thresholds))
+        return searches, jax.vmap(_interpolated_thresholds)(
+            searches.lo,
+            searches.last,
+            field.total(searches.at_least),
+            field.total(searches.above),
+            searches.wanted,
+        )
+
+    return lax.while_loop(lambda state: jnp.any(is_open(field, state[0])), read, (searches, first))[0]
+
+
+def is_open(field: Field, searches: Searches) -> Bool[Array, " searches"]:
+    """Whether a search goes on: several thresholds are possible, and ``lo`` has not just the entries wanted."""
+    return ~counts.equal(field.total(searches.at_least), searches.wanted) & (searches.lo != searches.last)
+
+
+def sampled_thresholds(size: int, wanted: Count, sample: Int[Array, " s"]) -> Int[Array, " t"]:
+    """For the first read of one search: keys around a quantile of a sorted sample of its `size` entries.
+
+    Each comes with its successor, to recognise a value that many entries share.
+    """
+    density = counts.to_float(wanted) / float(size)
+    deviation = jnp.sqrt(sample.size * density * (1 - density)) + 1
+    ranks = sample.size * (1 - density) + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32) * deviation
+    keys = sample[jnp.clip(ranks.astype(jnp.int32), 0, sample.size - 1)]
+    highest = jnp.iinfo(keys.dtype).max
+    return jnp.sort(jnp.concatenate([keys, jnp.minimum(keys, highest - 1) + 1]))
+
+
+def index_floor(key_dtype: np.dtype) -> int:
+    """The value, in a search over indices, of entries that are not on the tied key: below all others."""
+    return int(jnp.iinfo(key_dtype).min)
+
+
+def results(field: Field, searches: Searches) -> tuple[Int[Array, " leaves"], UInt32[Array, " leaves"]]:
+    """For each leaf, the key above which all is kept, and the flat index before which ties with it are."""
+    sizes = jnp.asarray(field.sizes, jnp.uint32)
+    keys = field.per_leaf(jnp.where(searches.is_tied, searches.key, searches.lo))
+    found = field.per_leaf((searches.lo - index_floor(searches.lo.dtype)).astype(jnp.uint32))
+    partial_end = jnp.where(field.per_leaf(searches.wanted.lo) == 0, 0, sizes - found + 1)
+    leaf, partial = jnp.arange(len(sizes)), field.per_leaf(searches.partial)
+    tied_ends = jnp.where(leaf < partial, sizes, jnp.where(leaf == partial, partial_end, 0))
+    return keys, jnp.where(field.per_leaf(searches.is_tied), tied_ends, sizes)
+
+
+def _reads_of(width: int) -> int:
+    return -(-width.bit_length() // 2)
+
+
+def _proceed(field: Field, searches: Searches, thresholds: Int[Array, "searches t"], found: Count) -> Searches:
+    """The searches after one read."""
+    was_open = is_open(field, searches)
+    searches = _where(field, was_open, _narrow(field, searches, thresholds, found), searches)
+    closed_on_ties = (
+        ~searches.is_tied
+        & (searches.lo == searches.last)
+        & ~counts.equal(field.total(searches.at_least), searches.wanted)
+    )
+    return _where(field, closed_on_ties, _reopen(field, searches), searches)
+
+
+def _narrow(field: Field, searches: Searches, thresholds: Int[Array, "searches t"], found: Count) -> Searches:
+    """Between the last threshold with enough entries and the next one."""
+    wanted = Count(*(word[:, None] for word in searches.wanted))
+    enough = jnp.sum(counts.less_equal(wanted, field.total(found)), axis=1, dtype=jnp.int32)
+
+    def below(old, new, enough):
+        return jax.vmap(lambda old, new, i: jnp.concatenate([old[None], new])[i])(old, new, enough)
+
+    def beyond(old, new, enough):
+        return jax.vmap(lambda old, new, i: jnp.concatenate([new, old[None]])[i])(old, new, enough)
+
+    of_leaf = field.per_leaf(enough)
+    return searches._replace(
+        lo=below(searches.lo, thresholds, enough),
+        last=beyond(searches.last, thresholds - 1, enough),
+        at_least=Count(*(below(old, new, of_leaf) for old, new in zip(searches.at_least, found, strict=True))),
+        above=Count(*(beyond(old, new, of_leaf) for old, new in zip(searches.above, found, strict=True))),
+    )
+
+
+def _reopen(field: Field, searches: Searches) -> Searches:
+    """The searches over the indices of the entries on ``lo``.
+
+    An entry of index i is searched as ``index_floor + size - i``, so that counts fall with the threshold.
+    """
+    ties = counts.subtract(searches.at_least, searches.above)
+    wanted = counts.subtract(searches.wanted, field.total(searches.above))
+    through = field.cumulated(ties)
+    is_cut = counts.less(Count(*map(field.per_leaf, wanted)), through)
+    partial = jnp.argmax(field.membership & is_cut, axis=1)
+    is_partial = jnp.arange(len(field.sizes)) == field.per_leaf(partial)
+    sizes = jnp.asarray(field.sizes, jnp.uint32)
+    nothing = counts.subtract(ties, ties)
+    floor = index_floor(searches.lo.dtype)
+    return Searches(
+        lo=jnp.full_like(searches.lo, floor + 1),
+        last=floor + sizes[partial].astype(searches.lo.dtype),
+        at_least=counts.where(is_partial, ties, nothing),
+        above=nothing,
+        wanted=counts.subtract(wanted, Count(*(word[partial] for word in counts.subtract(through, ties)))),
+        is_tied=jnp.ones_like(searches.is_tied),
+        key=searches.lo,
+        partial=partial.astype(jnp.int32),
+    )
+
+
+def _where(field: Field, condition: Bool[Array, " searches"], new: Searches, old: Searches) -> Searches:
+    """The state of each search from the one or the other."""
+    of_leaf = field.per_leaf(condition)
+    chosen = {
+        name: jnp.where(condition, getattr(new, name), getattr(old, name))
+        for name in ("lo", "last", "is_tied", "key", "partial")
+    }
+    return Searches(
+        **chosen,
+        wanted=counts.where(condition, new.wanted, old.wanted),
+        at_least=counts.where(of_leaf, new.at_least, old.at_least),
+        above=counts.where(of_leaf, new.above, old.above),
+    )
+
+
+def _even_thresholds(lo: Int[Array, ""], last: Int[Array, ""], number: int) -> Int[Array, " number"]:
     """Thresholds that split a bracket of width w into parts no wider than ``w // (number + 1)``."""
-    width = _width(bracket)
+    width = _width(lo, last)
     step = width // (number + 1) + 1
     offsets = jnp.minimum(step * jnp.arange(1, number + 1, dtype=width.dtype), width)
-    return bracket.lo + offsets.astype(bracket.lo.dtype)
+    return lo + offsets.astype(lo.dtype)
 
 
-def _interpolated_thresholds(bracket: Bracket, keep: Count, sample: Int[Array, " s"] | None) -> Int[Array, " t"]:
-    width = _width(bracket)
-    inside = counts.to_float(counts.subtract(bracket.at_least, bracket.above))
-    fraction = counts.to_float(counts.subtract(bracket.at_least, keep)) / inside
+def _interpolated_thresholds(
+    lo: Int[Array, ""], last: Int[Array, ""], at_least: Count, above: Count, wanted: Count
+) -> Int[Array, " t"]:
+    width = _width(lo, last)
+    inside = counts.to_float(counts.subtract(at_least, above))
+    fraction = counts.to_float(counts.subtract(at_least, wanted)) / inside
     # Of entries spread at random over the bracket, so far off is the one of that rank.
     deviation = jnp.sqrt(fraction * (1 - fraction) / inside) + 0.5 / inside
     fractions = jnp.clip(fraction + jnp.asarray((0.0, *_DEVIATIONS), jnp.float32) * deviation, 0, 1 - 2.0**-24)
     likely, *around = (fractions * width.astype(jnp.float32)).astype(width.dtype)
-    if sample is not None:
-        likely = _likely_in_sample(bracket, fraction, sample)
     # The likely one comes with its successor: one read then recognises a value that many entries share.
-    offsets = jnp.clip(jnp.stack([likely, likely + 1, *around]), 1, width).astype(bracket.lo.dtype)
-    return jnp.sort(jnp.concatenate([bracket.lo + offsets, _even_thresholds(bracket, _EVEN)]))
+    offsets = jnp.clip(jnp.stack([likely, likely + 1, *around]), 1, width).astype(lo.dtype)
+    return jnp.sort(jnp.concatenate([lo + offsets, _even_thresholds(lo, last, _EVEN)]))
 
 
-def _likely_in_sample(bracket: Bracket, fraction: Float[Array, ""], sample: Int[Array, " s"]) -> UInt[Array, ""]:
-    """The offset from ``lo`` of the key at that fraction of the sample inside the bracket."""
-    begin = jnp.searchsorted(sample, bracket.lo, side="right")
-    end = jnp.searchsorted(sample, bracket.last, side="right")
-    rank = begin + (fraction * (end - begin)).astype(begin.dtype)
-    key = jnp.clip(sample[jnp.clip(rank, 0, sample.size - 1)], bracket.lo, bracket.last)
-    return _width(bracket._replace(last=key))
-
-
-def _sampled_thresholds(bracket: Bracket, keep: Count, sample: Int[Array, " s"]) -> Int[Array, " t"]:
-    """Keys around a quantile of the sample, each with its successor to recognise a shared value."""
-    density = counts.to_float(keep) / counts.to_float(bracket.at_least)
-    deviation = jnp.sqrt(sample.size * density * (1 - density)) + 1
-    ranks = sample.size * (1 - density) + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32) * deviation
-    keys = sample[jnp.clip(ranks.astype(jnp.int32), 0, sample.size - 1)]
-    return jnp.sort(jnp.concatenate([keys, jnp.minimum(keys, bracket.last - 1) + 1]))
+def _width(lo: Int[Array, ""], last: Int[Array, ""]) -> UInt[Array, ""]:
+    """``last - lo``, which may pass the range of a signed key."""
+    return (last - lo).astype(f"uint{lo.dtype.itemsize * 8}")

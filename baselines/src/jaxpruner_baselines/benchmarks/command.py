@@ -6,27 +6,34 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import provenance
-from jaxpruner_baselines.benchmarks import masks, steps
+from jaxpruner_baselines.benchmarks import accelerators, masks, peers, steps
 from jaxpruner_baselines.benchmarks.figures import Figure
 from jaxpruner_baselines.report import markdown_table, update_markdown
 from jaxpruner_baselines.results import Results, Row
 
 # name -> (the rows, their sizes, their sizes with --quick)
-GROUPS: dict[str, tuple[Callable, masks.Sizes | steps.Sizes, masks.Sizes | steps.Sizes]] = {
+GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "mask_update": (masks.mask_update, masks.Sizes(), masks.QUICK),
+    "drop_and_grow": (masks.drop_and_grow, masks.Sizes(), masks.QUICK),
     "global_mask": (masks.global_mask, masks.Sizes(), masks.QUICK),
     "nm_mask": (masks.nm_mask, masks.Sizes(), masks.QUICK),
+    "crossover": (masks.crossover, masks.Sizes(), masks.QUICK),
     "peak_memory": (masks.peak_memory, masks.Sizes(), masks.QUICK),
     "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
     "training_steps": (steps.training_steps, steps.Sizes(), steps.QUICK),
+    "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
+    "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),
 }
+# Too large for a CPU: left out there, unless they are asked for by name or with --quick.
+ACCELERATOR_GROUPS = ("accelerator_masks", "accelerator_steps")
 
 HEADER = ("row", "ours", "peer", "ratio", "reach", "met")
 
@@ -41,11 +48,17 @@ def bench(
     ] = None,
 ) -> None:
     """Time the core against sorts and against a bare optimizer, alternating, in one run."""
-    names = list(GROUPS) if rows == "all" else [name.strip() for name in rows.split(",")]
+    on_cpu = jax.default_backend() == "cpu" and not quick
+    default = [name for name in GROUPS if not (on_cpu and name in ACCELERATOR_GROUPS)]
+    names = default if rows == "all" else [name.strip() for name in rows.split(",")]
     if unknown := [name for name in names if name not in GROUPS]:
         typer.echo(f"Unknown row {unknown[0]!r}. Valid: {', '.join(GROUPS)}.", err=True)
         raise typer.Exit(2)
     console = Console()
+    if not peers.has_torch():
+        console.print(peers.NO_TORCH, markup=False, soft_wrap=True)
+    if rows == "all" and len(default) < len(GROUPS):
+        console.print(f"No accelerator: {', '.join(ACCELERATOR_GROUPS)} are left out.", soft_wrap=True)
     csv = Results(results / "benchmarks.csv")
     figures: list[Figure] = []
     with console.status("") as status:
@@ -53,8 +66,8 @@ def bench(
             measure, sizes, small = GROUPS[name]
             chosen = small if quick else sizes
             if repeats is not None:
-                slow = {"slow_repeats": repeats} if isinstance(chosen, masks.Sizes) else {}
-                chosen = dataclasses.replace(chosen, repeats=repeats, **slow)
+                own = {field.name for field in dataclasses.fields(chosen)} & {"repeats", "slow_repeats"}
+                chosen = dataclasses.replace(chosen, **dict.fromkeys(own, repeats))
             started = time.monotonic()
             for event in measure(chosen):
                 if isinstance(event, Figure):
@@ -92,8 +105,8 @@ def row_of(group: str, figure: Figure, preset: str, seconds: float) -> Row:
         baseline="benchmarks",
         preset=preset,
         method=figure.row,
-        sparsity=masks.SPARSITY,
-        sparsity_reached=masks.SPARSITY,
+        sparsity=peers.SPARSITY,
+        sparsity_reached=peers.SPARSITY,
         seed=0,
         steps=figure.config.get("repeats", [1])[0],
         metric=f"{figure.peer_name} / ours" if figure.faster else f"ours / {figure.peer_name}",

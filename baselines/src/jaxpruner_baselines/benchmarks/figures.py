@@ -82,10 +82,14 @@ def timed(
     peer: str,
     reach: Reach,
     config: Mapping[str, Any],
+    faster: bool | None = None,
 ) -> Figure:
-    """A figure of two timed sides: medians, and the median of the ratios within one round."""
+    """A figure of two timed sides: medians, and the median of the ratios within one round.
+
+    `faster` says which way the ratio is taken; by default it follows from what should be reached.
+    """
     pairs = list(zip(times[ours], times[peer], strict=False))
-    faster = reach.at_most is None
+    faster = reach.at_most is None if faster is None else faster
     return Figure(
         row=row,
         ours=statistics.median(times[ours]),

@@ -13,8 +13,8 @@ import optax
 
 from jaxpruner import mask_storage, scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
-from jaxpruner.base_updater import BaseUpdater, elementwise_scores, require_grads
-from jaxpruner.score_reading import Scores, as_array
+from jaxpruner.base_updater import BaseUpdater, elementwise_scores, map_choosing, require_grads
+from jaxpruner.score_reading import Scores
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,12 +80,9 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
         def regrow(path, mask, drop, grow):
             if trees.is_unpruned(mask):
                 return None
-            structure = self.structure(path, drop)
-            if not isinstance(structure, sparsity_types.Unstructured):
-                drop, grow = as_array(drop), as_array(grow)
-            return structure.regrow(mask, drop, grow, fraction)
+            return (yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction))
 
-        masks = trees.map_named(regrow, masks, drop_scores, grow_scores)
+        masks = map_choosing(regrow, masks, drop_scores, grow_scores)
         return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks))
 
 
