@@ -79,7 +79,9 @@ def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState
     due = updater.scheduler.should_update_mask(state.count)
     stored = when(
         due,
-        lambda: trees.to_state(updater.update_state(state, params, grads, **extra_args).masks),
+        lambda: _laid_out_as(
+            state.masks, trees.to_state(updater.update_state(state, params, grads, **extra_args).masks)
+        ),
         lambda: state.masks,
     )
     masks = mask_storage.decode_tree(updater.storage, stored, params)
@@ -197,6 +199,19 @@ def when(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) 
     if isinstance(predicate, bool):
         return then() if predicate else otherwise()
     return jax.lax.cond(predicate, then, otherwise)
+
+
+def _laid_out_as(old: Any, new: Any) -> Any:
+    """The new masks in the layout of the old ones, which is part of their types on a mesh of explicit axes."""
+
+    def move(x, y):
+        layout = getattr(jax.typeof(x), "sharding", None)
+        is_other = layout is not None and layout != getattr(jax.typeof(y), "sharding", None)
+        return jax.sharding.reshard(y, layout) if is_other and layout.mesh.are_all_axes_explicit else y
+
+    # Old versions have no such meshes. Hooks may return trees of another shape, for others to complain about.
+    is_known = hasattr(jax, "typeof") and jax.tree.structure(old) == jax.tree.structure(new)
+    return jax.tree.map(move, old, new) if is_known else new
 
 
 def same(leaf: Any) -> Any:
