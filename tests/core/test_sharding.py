@@ -105,11 +105,11 @@ print(json.dumps(report))
 
 
 def run(*arguments: object) -> dict[str, dict]:
-    return run_on_8_devices("-c", SCRIPT, json.dumps(arguments))
+    return json.loads(run_on_8_devices("-c", SCRIPT, json.dumps(arguments)).splitlines()[-1])
 
 
-def run_on_8_devices(*arguments: str) -> dict:
-    """What a program prints last."""
+def run_on_8_devices(*arguments: str) -> str:
+    """What a program prints."""
     # Collectives under `lax.cond` on more virtual devices than cores can starve XLA's thread pool, which NPROC sizes.
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -120,8 +120,8 @@ def run_on_8_devices(*arguments: str) -> dict:
     result = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=900
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.mark.parametrize(("structure", "packed", "axis", "algorithms"), [
@@ -161,7 +161,8 @@ def test_sharded_masks(structure, packed, axis, algorithms):
 def test_transformer(packed, algorithms):
     """A train step with parameters split over both axes of a (data, model) mesh, in two ways."""
     script = Path(__file__).with_name("sharded_transformer.py")
-    report = run_on_8_devices(str(script), json.dumps({"packed": packed, "algorithms": algorithms}))
+    printed = run_on_8_devices(str(script), json.dumps({"packed": packed, "algorithms": algorithms}))
+    report = json.loads(printed.splitlines()[-1])
     assert len(report) == 2 * len(algorithms)
     faults = {
         case: fault
@@ -172,3 +173,8 @@ def test_transformer(packed, algorithms):
     }
     assert not faults, json.dumps(faults, indent=1)
     assert report[f"{algorithms[0]}, fsdp"]["largest all-reduce"] > 0
+
+
+def test_state_shardings():
+    cases = Path(__file__).with_name("state_shardings_cases.py")
+    run_on_8_devices("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(cases))

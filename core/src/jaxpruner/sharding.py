@@ -49,7 +49,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
       True
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
-    placed = _placed(params, params if shardings is None else shardings, "params" if shardings is None else "shardings")
+    placed = _placed(params, shardings)
     # Without shardings of their own: `init` is traced for its shapes, on no mesh.
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
     state = jax.eval_shape(tx.init, shapes)
@@ -71,13 +71,13 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
     return trees.map_named(place, state)
 
 
-def _placed(params: Any, source: Any, what: str) -> dict[trees.KeyPath, tuple[tuple[int, ...], NamedSharding]]:
-    """The shape and the sharding of each parameter; `source` has shardings, or arrays that have them."""
-    found = dict(trees.named_leaves(source))
+def _placed(params: Any, shardings: Any) -> dict[trees.KeyPath, tuple[tuple[int, ...], NamedSharding]]:
+    """The shape and the sharding of each parameter."""
+    given = dict(trees.named_leaves(shardings))
+    what = "params" if shardings is None else "shardings"
     placed = {}
     for path, param in trees.named_leaves(params):
-        sharding = found.get(path)
-        sharding = sharding if isinstance(sharding, jax.sharding.Sharding) else getattr(sharding, "sharding", None)
+        sharding = getattr(param, "sharding", None) if shardings is None else given.get(path)
         if not isinstance(sharding, NamedSharding):
             has = "nothing" if sharding is None else f"a {type(sharding).__name__}"
             raise ValueError(
