@@ -167,7 +167,7 @@ def test_nothing_is_run():
     ids=["no sharding", "one device", "a leaf missing", "a spec alone", "two meshes"],
 )
 def test_errors(params, shardings, words):
-    with pytest.raises(ValueError, match="shardings:|params:") as info:
+    with pytest.raises(ValueError, match=r"shardings:|params:") as info:
         jaxpruner.state_shardings(sparse(), params, shardings)
     assert all(word in str(info.value) for word in words), str(info.value)
 

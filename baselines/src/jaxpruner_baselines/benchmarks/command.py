@@ -13,18 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import provenance
-from jaxpruner_baselines.benchmarks import masks, steps
+from jaxpruner_baselines.benchmarks import masks, sharding, steps
 from jaxpruner_baselines.benchmarks.figures import Figure
 from jaxpruner_baselines.report import markdown_table, update_markdown
 from jaxpruner_baselines.results import Results, Row
 
 # name -> (the rows, their sizes, their sizes with --quick)
-GROUPS: dict[str, tuple[Callable, masks.Sizes | steps.Sizes, masks.Sizes | steps.Sizes]] = {
+Sizes = masks.Sizes | sharding.Sizes | steps.Sizes
+GROUPS: dict[str, tuple[Callable, Sizes, Sizes]] = {
     "mask_update": (masks.mask_update, masks.Sizes(), masks.QUICK),
     "global_mask": (masks.global_mask, masks.Sizes(), masks.QUICK),
     "nm_mask": (masks.nm_mask, masks.Sizes(), masks.QUICK),
     "peak_memory": (masks.peak_memory, masks.Sizes(), masks.QUICK),
     "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
+    "sharded_update": (sharding.sharded_update, sharding.Sizes(), sharding.QUICK),
     "training_steps": (steps.training_steps, steps.Sizes(), steps.QUICK),
 }
 
