@@ -202,16 +202,14 @@ def when(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) 
 
 
 def _laid_out_as(old: Any, new: Any) -> Any:
-    """The new masks in the layout of the old ones, which is part of their types on a mesh of explicit axes."""
+    """The new masks in the layout of the old ones, where layouts are part of their types."""
 
     def move(x, y):
-        layout = getattr(jax.typeof(x), "sharding", None)
-        is_other = layout is not None and layout != getattr(jax.typeof(y), "sharding", None)
-        return jax.sharding.reshard(y, layout) if is_other and layout.mesh.are_all_axes_explicit else y
+        layout = trees.explicit_layout(x)
+        return y if layout is None or layout == trees.explicit_layout(y) else jax.sharding.reshard(y, layout)
 
-    # Old versions have no such meshes. Hooks may return trees of another shape, for others to complain about.
-    is_known = hasattr(jax, "typeof") and jax.tree.structure(old) == jax.tree.structure(new)
-    return jax.tree.map(move, old, new) if is_known else new
+    # Hooks may return trees of another shape, for others to complain about.
+    return jax.tree.map(move, old, new) if jax.tree.structure(old) == jax.tree.structure(new) else new
 
 
 def same(leaf: Any) -> Any:

@@ -70,7 +70,7 @@ def sharded_update(sizes: Sizes) -> Events:
             moves, reduces = float(one["moves"]), float(one["all-reduces"])
             row = f"whole update, gathers and other moves, {_count(devices)}"
             ratio = moves / reduces
-            yield Figure(row, moves, "all-reduces", reduces, "", ratio, False, Reach(at_most=0), config | one)
+            yield Figure(row, moves, "all-reduces", reduces, "ops", ratio, False, Reach(at_most=0), config | one)
 
 
 def _against_one_device(row: str, one: dict[str, Any], single: dict[str, Any], key: str, config: Any) -> Figure:
