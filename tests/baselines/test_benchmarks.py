@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from jaxpruner_baselines.benchmarks import masks, peers
+from jaxpruner_baselines.benchmarks import hlo, masks, peers
 from jaxpruner_baselines.benchmarks.command import GROUPS
 from jaxpruner_baselines.benchmarks.figures import Figure, Reach, alternate
 from jaxpruner_baselines.cli import app
@@ -28,6 +28,14 @@ ROWS = {
     "mask memory, packed, worst of 10 algorithms": 1,
     "mask memory, dense, worst of 10 algorithms": 1,
     **{f"mask memory, {name}": 1 for name in peers.host_peers()},
+    "mask update, bytes touched by a device, 1 device": 1,
+    "mask update, bytes touched by a device, 2 devices": 1,
+    "whole update, bytes touched by a device, 1 device": 1,
+    "whole update, bytes touched by a device, 2 devices": 1,
+    "whole update, scratch of a device, 1 device": 1,
+    "whole update, scratch of a device, 2 devices": 1,
+    "whole update, all-reduced, 2 devices": 1,
+    "whole update, gathers and other moves, 2 devices": 1,
     "training step between updates, dense masks": 2,  # one of them at the size of an accelerator
     "training step between updates, packed masks": 2,
     "training step, all in, update_freq=100": 2,
@@ -48,6 +56,7 @@ def test_quick_prints_and_writes_all_rows(tmp_path):
         assert result.output.count(row) == count
     assert set(table["preset"]) == {"quick"}
     assert (table["value"] >= 0).all()
+    assert table["value"][table["method"] == "whole update, gathers and other moves, 2 devices"].item() == 0
     assert {json.loads(config)["group"] for config in table["config"]} == set(GROUPS)
     assert (peers.NO_TORCH in result.output) == (not HAS_TORCH)
 
@@ -92,3 +101,54 @@ def test_sides_alternate_and_drop_out():
 )
 def test_reach(reach, ratio, met):
     assert reach.met(ratio) is met
+
+
+HLO = """HloModule example, entry_computation_layout={()->()}
+
+%add (x: u32[], y: u32[]) -> u32[] {
+  ROOT %sum = u32[] add(%x, %y)
+}
+
+%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-reduce.1 = (u32[], /*index=1*/u32[]) all-reduce(%a, %b), channel_id=1, to_apply=%add
+  %all-gather.1 = bf16[4,2]{1,0:T(8,128)} all-gather(%c), dimensions={0}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %f)
+}
+
+%outer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %w = (s32[], f32[8]) while(%p), condition=%cond, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+%left (p: f32[8]) -> f32[8] {
+  %r = f32[8]{0} all-reduce-start(%p), to_apply=%add
+  ROOT %d = f32[8]{0} all-reduce-done(%r)
+}
+
+%right (p: f32[8]) -> f32[8] {
+  ROOT %q = pred[3] collective-permute(%p), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%x), condition=%cond, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
+  %k = f32[8] call(%x), to_apply=%left
+  ROOT %c = f32[8]{0} conditional(%p, %x, %x), branch_computations={%left, %right}
+}
+"""
+
+
+def test_collectives_of_a_program():
+    found = hlo.collectives(HLO)
+    assert found == [
+        hlo.Collective("all-reduce", 8, 15),
+        hlo.Collective("all-gather", 16, 15),
+        hlo.Collective("all-reduce", 32, 1),
+        hlo.Collective("all-reduce", 32, 1),
+        hlo.Collective("collective-permute", 3, 1),
+    ]
+
+
+def test_collectives_that_cannot_be_counted():
+    with pytest.raises(ValueError, match="unknown length"):
+        hlo.collectives(HLO.replace('"n":"5"', ""))
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.collectives("")

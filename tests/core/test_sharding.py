@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,11 @@ print(json.dumps(report))
 
 
 def run(*arguments: object) -> dict[str, dict]:
+    return json.loads(run_on_8_devices("-c", SCRIPT, json.dumps(arguments)).splitlines()[-1])
+
+
+def run_on_8_devices(*arguments: str) -> str:
+    """What a program prints."""
     # Collectives under `lax.cond` on more virtual devices than cores can starve XLA's thread pool, which NPROC sizes.
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -112,14 +118,10 @@ def run(*arguments: object) -> dict[str, dict]:
         "JAX_PLATFORMS": "cpu",
     }
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=900
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.mark.parametrize(("structure", "packed", "axis", "algorithms"), [
@@ -145,3 +147,34 @@ def test_sharded_masks(structure, packed, axis, algorithms):
         })
     }  # fmt: skip
     assert not faults, json.dumps(faults, indent=1)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "algorithms",
+    [
+        ("rigl", "random", "global_magnitude", "magnitude_ste", "preserve", "static_sparse"),
+        ("set", "magnitude", "global_saliency", "random_ste", "saliency"),
+    ],
+    ids=lambda algorithms: algorithms[0],
+)
+def test_transformer(packed, algorithms):
+    """A train step with parameters split over both axes of a (data, model) mesh, in two ways."""
+    script = Path(__file__).with_name("sharded_transformer.py")
+    printed = run_on_8_devices(str(script), json.dumps({"packed": packed, "algorithms": algorithms}))
+    report = json.loads(printed.splitlines()[-1])
+    assert len(report) == 2 * len(algorithms)
+    faults = {
+        case: fault
+        for case, found in report.items()
+        if (fault := {key: value for key, value in found.items() if value is False or value == [] or key == "moves"})
+        != {"moves": []}
+        or found["largest all-reduce"] > 4096
+    }
+    assert not faults, json.dumps(faults, indent=1)
+    assert report[f"{algorithms[0]}, fsdp"]["largest all-reduce"] > 0
+
+
+def test_state_shardings():
+    cases = Path(__file__).with_name("state_shardings_cases.py")
+    run_on_8_devices("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(cases))

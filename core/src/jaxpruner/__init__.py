@@ -41,6 +41,7 @@ from jaxpruner.projection import (
     init_projection,
     project,
 )
+from jaxpruner.sharding import state_shardings
 from jaxpruner.sparsity_schedules import (
     NoUpdateSchedule,
     OneShotSchedule,
@@ -90,6 +91,7 @@ __all__ = [
     "sparsity_distributions",
     "sparsity_schedules",
     "sparsity_types",
+    "state_shardings",
     "summarize_intersection",
     "summarize_sparsity",
     "utils",

@@ -71,6 +71,13 @@ def packed_axis(shape: tuple[int, ...]) -> int:
     return max(range(len(shape)), key=lambda axis: (math.gcd(shape[axis], 1 << 30), -axis))
 
 
+def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the packed mask of a parameter of this shape."""
+    shape = shape or (1,)
+    axis = packed_axis(shape)
+    return (*shape[:axis], -(-shape[axis] // _BITS), *shape[axis + 1 :])
+
+
 def _bit_positions(ndim: int, axis: int) -> UInt8[Array, "*ones"]:
     shape = [1] * ndim
     shape[axis] = _BITS

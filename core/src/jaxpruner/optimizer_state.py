@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import jax
@@ -45,9 +46,16 @@ def _statistics_owners(inner: optax.GradientTransformation, inner_state: Any, pa
     except Exception:
         # It runs `init` on placeholders, which fails in unforeseeable ways: multi_transform, muon, sm3 and lbfgs
         # are known. Their statistics are the leaves whose key path ends in the parameter's.
-        known = set(jax.tree.leaves(names))
+        known = {path for path, _ in trees.named_leaves(params)}
 
         def owner(path, _):
-            return next((name for i in range(len(path)) if (name := trees.leaf_name(path[i:])) in known), "")
+            found = owner_of(path, known)
+            return "" if found is None else trees.leaf_name(found)
 
         return trees.map_named(owner, inner_state)
+
+
+def owner_of(path: trees.KeyPath, parameters: Container[trees.KeyPath]) -> trees.KeyPath | None:
+    """The parameter that a leaf of the state belongs to, by the longest end of its path that names one."""
+    # The last end is empty: it names a bare array.
+    return next((path[i:] for i in range(len(path) + 1) if path[i:] in parameters), None)

@@ -79,7 +79,9 @@ def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState
     due = updater.scheduler.should_update_mask(state.count)
     stored = when(
         due,
-        lambda: trees.to_state(updater.update_state(state, params, grads, **extra_args).masks),
+        lambda: _laid_out_as(
+            state.masks, trees.to_state(updater.update_state(state, params, grads, **extra_args).masks)
+        ),
         lambda: state.masks,
     )
     masks = mask_storage.decode_tree(updater.storage, stored, params)
@@ -197,6 +199,17 @@ def when(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) 
     if isinstance(predicate, bool):
         return then() if predicate else otherwise()
     return jax.lax.cond(predicate, then, otherwise)
+
+
+def _laid_out_as(old: Any, new: Any) -> Any:
+    """The new masks in the layout of the old ones, where layouts are part of their types."""
+
+    def move(x, y):
+        layout = trees.explicit_layout(x)
+        return y if layout is None or layout == trees.explicit_layout(y) else jax.sharding.reshard(y, layout)
+
+    # Hooks may return trees of another shape, for others to complain about.
+    return jax.tree.map(move, old, new) if jax.tree.structure(old) == jax.tree.structure(new) else new
 
 
 def same(leaf: Any) -> Any:

@@ -5,7 +5,7 @@ Each function takes arrays to an array of the same shape and knows nothing of ma
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def saliency(w: Float[Array, "*s"], g: Float[Array, "*s"]) -> Float[Array, "*s"]
 
 
 def uniform_random(
-    key: PRNGKeyArray, shape: tuple[int, ...], among: Bool[Array, "*s"] | None = None
+    key: PRNGKeyArray, shape: tuple[int, ...], among: Bool[Array, "*s"] | None = None, layout: Any = None
 ) -> Float[Array, "*s"]:
-    """Uniform draws from [0, 1); entries outside `among` score -1, below every draw."""
-    draws = jax.random.uniform(key, shape)
+    """Uniform draws from [0, 1), made in a sharding if one is given; outside `among` -1, below every draw."""
+    draws = jax.random.uniform(key, shape) if layout is None else jax.random.uniform(key, shape, out_sharding=layout)
     return draws if among is None else jnp.where(among, draws, -1.0)

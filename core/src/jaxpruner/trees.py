@@ -84,6 +84,15 @@ def from_state(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: None if is_unpruned(leaf) else leaf, tree, is_leaf=is_unpruned)
 
 
+def explicit_layout(leaf: Any) -> Any:
+    """The sharding that is part of a leaf's type, on a mesh of explicit axes; None elsewhere."""
+    if not hasattr(jax, "typeof"):  # of a JAX that has no such meshes
+        return None
+    layout = getattr(jax.typeof(leaf), "sharding", None)
+    is_explicit = layout is not None and not layout.mesh.empty and layout.mesh.are_all_axes_explicit
+    return layout if is_explicit else None
+
+
 @contextlib.contextmanager
 def errors_at(path: KeyPath) -> Iterator[None]:
     """Puts the name of the leaf in front of a ValueError."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import provenance
-from jaxpruner_baselines.benchmarks import accelerators, masks, peers, steps
+from jaxpruner_baselines.benchmarks import accelerators, masks, peers, sharding, steps
 from jaxpruner_baselines.benchmarks.figures import Figure
 from jaxpruner_baselines.report import markdown_table, update_markdown
 from jaxpruner_baselines.results import Results, Row
@@ -28,6 +28,7 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "crossover": (masks.crossover, masks.Sizes(), masks.QUICK),
     "peak_memory": (masks.peak_memory, masks.Sizes(), masks.QUICK),
     "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
+    "sharded_update": (sharding.sharded_update, sharding.Sizes(), sharding.QUICK),
     "training_steps": (steps.training_steps, steps.Sizes(), steps.QUICK),
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
     "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),

@@ -62,12 +62,13 @@ def random_scores(updater: BaseUpdater, params: Any, step: Any = -1, among: Any 
     """Uniform scores of each leaf, of the draw of this step; those outside `among` come last."""
     if among is None:
         among = jax.tree.map(lambda _: None, params)
-    return trees.map_named(
-        lambda _, p, key, mask: p if trees.is_unpruned(p) else scores.uniform_random(key, jnp.shape(p), mask),
-        params,
-        updater.random_keys(params, step),
-        among,
-    )
+
+    def draw(_, p, key, mask):
+        if trees.is_unpruned(p):
+            return p
+        return scores.uniform_random(key, jnp.shape(p), mask, trees.explicit_layout(p))
+
+    return trees.map_named(draw, params, updater.random_keys(params, step), among)
 
 
 __all__ = ["MagnitudePruning", "NoPruning", "RandomPruning", "SaliencyPruning"]
