@@ -6,6 +6,7 @@ import federated_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from federated_cases import fedjax
 
@@ -38,11 +39,10 @@ def test_masked_clients_send_nothing_outside_the_masks(client_optimizer):
     state = sparse_state(optimizer)
     sent = deltas(optimizer, state, CLIENT_OPTIMIZERS[client_optimizer](), masked=True)
     assert len(sent) == 3
-    masks = jax.tree.leaves(optimizer.masks(state))
     for delta in sent.values():
-        kernels = [np.asarray(leaf) for leaf in jax.tree.leaves(delta) if leaf.ndim > 1]
-        assert all(not kernel[~np.asarray(mask)].any() for kernel, mask in zip(kernels, masks, strict=True))
-        assert any(kernel.any() for kernel in kernels)
+        ((kernel, mask),) = cases.pruned(optimizer, state, delta)
+        assert not kernel[~mask].any()
+        assert kernel[mask].any()
 
 
 @pytest.mark.parametrize("client_optimizer", CLIENT_OPTIMIZERS)
@@ -51,10 +51,9 @@ def test_stock_clients_move_pruned_weights(client_optimizer):
     optimizer = cases.server("magnitude")
     state = sparse_state(optimizer)
     sent = deltas(optimizer, state, CLIENT_OPTIMIZERS[client_optimizer](), masked=False)
-    masks = jax.tree.leaves(optimizer.masks(state))
     for delta in sent.values():
-        kernels = [np.asarray(leaf) for leaf in jax.tree.leaves(delta) if leaf.ndim > 1]
-        assert any(kernel[~np.asarray(mask)].any() for kernel, mask in zip(kernels, masks, strict=True))
+        ((kernel, mask),) = cases.pruned(optimizer, state, delta)
+        assert kernel[~mask].any()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -79,19 +78,18 @@ def test_top_k_sends_the_largest_changes(masked, share):
     sgd = fedjax.optimizers.sgd(0.1)
     whole = deltas(optimizer, state, sgd, masked=masked)
     sent = deltas(optimizer, state, sgd, masked=masked, top_k=share)
-    masks = [np.asarray(mask) for mask in jax.tree.leaves(optimizer.masks(state))]
+    masks = jax.tree.leaves(optimizer.masks(state), is_leaf=lambda mask: mask is None)
     for client_id, delta in sent.items():
-        pairs = list(zip(jax.tree.leaves(delta), jax.tree.leaves(whole[client_id]), strict=True))
-        for few, all_ in pairs:
+        for few, every, mask in zip(jax.tree.leaves(delta), jax.tree.leaves(whole[client_id]), masks, strict=True):
+            few, every = np.asarray(few), np.asarray(every)
             if few.ndim < 2:
-                np.testing.assert_array_equal(few, all_)
-        kernels = [(np.asarray(few), np.asarray(all_)) for few, all_ in pairs if few.ndim > 1]
-        for (few, all_), mask in zip(kernels, masks, strict=True):
-            candidates = int(mask.sum()) if masked else mask.size
+                np.testing.assert_array_equal(few, every)
+                continue
+            candidates = int(mask.sum()) if masked and mask is not None else few.size
             k = max(1, round(share * candidates))
-            cut = np.sort(np.abs(all_), axis=None)[::-1][k - 1]
-            np.testing.assert_array_equal(few[few != 0], all_[few != 0])
-            assert np.count_nonzero(few) == min(k, np.count_nonzero(all_))
+            cut = np.sort(np.abs(every), axis=None)[::-1][k - 1]
+            np.testing.assert_array_equal(few[few != 0], every[few != 0])
+            assert np.count_nonzero(few) == min(k, np.count_nonzero(every))
             if np.count_nonzero(few):
                 assert np.abs(few[few != 0]).min() >= cut
 
@@ -129,7 +127,8 @@ def test_top_k_outside_its_range(share):
 
 
 def test_a_bad_pattern_is_told_before_the_first_round():
-    optimizer = cases.server("magnitude", sparsity_type={"no/such/*": "nm_2,4"})
+    patterns = {"no/such/*": "nm_2,4"}
+    optimizer = jaxpruner_fedjax.server_optimizer(optax.sgd(0.1), cases.config("magnitude", sparsity_type=patterns))
     with pytest.raises(ValueError, match="no/such"):
         cases.masked(optimizer).init(cases.params())
 

@@ -26,7 +26,7 @@ def test_stock_fed_avg_keeps_the_server_exactly_sparse(algorithm, packed):
     if algorithm == "no_prune":
         assert leaves == []
         return
-    assert len(leaves) == 2
+    assert len(leaves) == 1 + (algorithm in cases.GLOBAL)
     sizes, kept = [mask.size for _, mask in leaves], [int(mask.sum()) for _, mask in leaves]
     if algorithm in cases.GLOBAL:
         assert sum(kept) == round(sum(sizes) * 0.2)
@@ -61,7 +61,7 @@ def test_fed_prox_and_agnostic_fed_avg():
     for built in (fed_prox, agnostic):
         for state in cases.run(built, rounds=2)[1:]:
             cases.assert_on_masks(optimizer, state)
-            assert [int(mask.sum()) for _, mask in cases.pruned(optimizer, state)] == [941, 12]
+            assert [int(mask.sum()) for _, mask in cases.pruned(optimizer, state)] == [941]
 
 
 def test_saliency_and_rigl_see_the_mean_of_the_clients_changes():

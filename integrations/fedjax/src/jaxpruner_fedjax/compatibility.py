@@ -1,6 +1,6 @@
 """Lets FedJAX 0.0.17 run on today's JAX and NumPy.
 
-FedJAX calls names that JAX and NumPy have removed since. `mend` puts them back where FedJAX looks
+FedJAX calls what JAX and NumPy have removed, or narrowed, since. `mend` puts them back where FedJAX looks
 for them, inside FedJAX's own modules; `jax` and `numpy` stay as they are for everyone else. Where
 FedJAX no longer uses a name, or the name exists, nothing is done.
 """
@@ -37,8 +37,9 @@ def mend() -> tuple[str, ...]:
         module = sys.modules.get(module_name)
         if module is None or f"{library}.{name}(" not in inspect.getsource(module):
             continue
-        if not _has(getattr(module, library), name):
-            setattr(module, library, _Extended(getattr(module, library), {name: replacement}))
+        seen = getattr(module, library)
+        if not (isinstance(seen, _Extended) or _works(seen, name)):
+            setattr(module, library, _Extended(seen, {name: replacement}))
             mended.append(f"{module_name}: {library}.{name}")
     clients = sys.modules["fedjax.core.for_each_client"]
     if _uses_removed_placement(clients.ForEachClientPmapBackend):
@@ -106,15 +107,23 @@ def _is_scalar_type(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, np.generic)
 
 
+def _ones_like(values: Any) -> Any:
+    """What `jax.numpy.ones_like` did of a list of numbers."""
+    return jnp.ones_like(jnp.asarray(values))
+
+
 # Where FedJAX looks, the library, the name that it calls, and what stands in for it.
 _REMOVED = (
     ("fedjax.core.tree_util", "jax", "tree_map", jax.tree_util.tree_map),
     ("fedjax.core.regularizers", "jax", "tree_map", jax.tree_util.tree_map),
     ("fedjax.core.serialization", "np", "issctype", _is_scalar_type),
+    ("fedjax.algorithms.agnostic_fed_avg", "jnp", "ones_like", _ones_like),
 )
 
 
-def _has(library: types.ModuleType, name: str) -> bool:
+def _works(library: types.ModuleType, name: str) -> bool:
+    if name == "ones_like":
+        return False  # it exists, but takes arrays only; to try it out would start a device
     with warnings.catch_warnings():  # a deprecated name still is one
         warnings.simplefilter("ignore")
         return hasattr(library, name)
