@@ -131,7 +131,10 @@ def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:
 
 def _baseline(name: str, preset: str) -> Baseline:
     _check("baseline", name, registry.MODULES)
-    baseline = registry.get(name)
+    try:
+        baseline = registry.get(name)
+    except ImportError as error:
+        _fail(f"{name} needs a package that is not installed ({error}); baselines/README.md says which.")
     _check(f"preset of {name}", preset, baseline.presets)
     return baseline
 

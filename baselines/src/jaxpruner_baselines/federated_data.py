@@ -91,3 +91,8 @@ def examples(split: data.Split) -> Examples:
     if (side := pictures.shape[1]) != 28:
         pictures = ndimage.zoom(pictures, (1, 28 / side, 28 / side), order=1)
     return {"pixels": (1 - pictures).astype(np.float32), "label": split.labels}
+
+
+def digits_task() -> tuple[fedjax.FederatedData, fedjax.FederatedData, fedjax.Model]:
+    """The digits with the convolutional model, for `python -m jaxpruner_fedjax.train --task`."""
+    return *digits(), fedjax.models.emnist.create_conv_model(only_digits=False)

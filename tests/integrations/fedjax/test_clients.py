@@ -65,8 +65,8 @@ def test_a_server_of_masked_clients_stays_exactly_sparse(algorithm, packed):
 
 
 def test_neither_masked_nor_top_k_is_fed_avg():
-    own = cases.run(cases.masked(cases.server("rigl"), masked=False), rounds=2)[-1]
-    stock = cases.run(cases.fed_avg(cases.server("rigl")), rounds=2)[-1]
+    own = cases.run(cases.masked(cases.server("magnitude"), masked=False), rounds=2)[-1]
+    stock = cases.run(cases.fed_avg(cases.server("magnitude")), rounds=2)[-1]
     cases.assert_same_bits(own, stock)
 
 
