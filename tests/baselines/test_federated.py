@@ -33,7 +33,8 @@ def rows(clients) -> dict[bytes, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("validation", [False, True])
 @pytest.mark.parametrize(
-    ("name", "clients", "test_clients", "examples"), [("digits", (11, 9), (3, 2), 1797), ("mnist5k", (60, 60), (1, 1), 5000)]
+    ("name", "clients", "test_clients", "examples"),
+    [("digits", (11, 9), (3, 2), 1797), ("mnist5k", (60, 60), (1, 1), 5000)],
 )
 def test_clients(name, clients, test_clients, examples, validation):
     federated = federated_data.DATASETS[name](validation=validation)
