@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes .venv, or mends it, and installs the workspace at the versions of constraints.txt.
 #   sh tools/setup.sh          core and baselines
-#   sh tools/setup.sh tests    and what the tests need
+#   sh tools/setup.sh tests    and the integrations, and what the tests need
 set -eu
 cd "$(dirname "$0")/.."
 what=${1:-baselines}
@@ -23,12 +23,17 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv .venv || fail "'$python -m venv' failed. On Debian and Ubuntu: apt install python3-venv"
 fi
 
-inputs=$(cat constraints.txt core/pyproject.toml baselines/pyproject.toml tests/requirements.txt | cksum)
+inputs=$(cat constraints.txt core/pyproject.toml baselines/pyproject.toml integrations/*/pyproject.toml tests/requirements.txt | cksum)
 [ "$(cat "$stamp" 2>/dev/null || true)" = "$inputs" ] && exit 0
 
 echo "setup: installing into .venv (once, some minutes)"
 set -- -e core -e baselines
-[ "$what" = tests ] && set -- "$@" -r tests/requirements.txt
+if [ "$what" = tests ]; then
+    for member in integrations/*/pyproject.toml; do
+        set -- "$@" -e "${member%/pyproject.toml}"
+    done
+    set -- "$@" -r tests/requirements.txt
+fi
 .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt "$@" ||
     fail "installation failed, see above. Is the package registry reachable? The same command continues."
 echo "$inputs" >"$stamp"

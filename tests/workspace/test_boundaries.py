@@ -21,7 +21,18 @@ INTEGRATIONS = sorted(path.parent for path in (ROOT / "integrations").glob("*/py
 STDLIB = sys.stdlib_module_names
 ARRAYS = {"jax", "numpy", "optax"}
 # What trainers of every host are written with.
-HOST_TOOLS = {"absl", "clu", "etils", "flax", "gin", "haiku", "jaxtyping", "ml_collections", "tensorflow"}
+HOST_TOOLS = {
+    "absl",
+    "clu",
+    "etils",
+    "flax",
+    "gin",
+    "haiku",
+    "jaxtyping",
+    "ml_collections",
+    "tensorboardX",
+    "tensorflow",
+}
 # Hosts whose trainers come in more packages than one.
 HOST_PACKAGES = {"t5x": {"t5x", "seqio", "airio"}, "dopamine": {"dopamine", "gym", "gymnasium"}}
 MAX_LINES = 300

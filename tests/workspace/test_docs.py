@@ -18,6 +18,7 @@ MODULES = ["jaxpruner", *(found.name for found in pkgutil.walk_packages(jaxprune
 PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "integrations").glob("*/README.md")),
 ]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -92,7 +93,9 @@ def page_name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_of_a_page(page, tmp_path, monkeypatch):
-    """The blocks of a page share one namespace, in order."""
+    """The blocks of a page share one namespace, in order. A page of an integration needs its host."""
+    if "integrations" in page.parts:
+        pytest.importorskip(page.parent.name)
     monkeypatch.chdir(tmp_path)
     for name in list(jaxpruner.ALGORITHM_REGISTRY):
         monkeypatch.setitem(jaxpruner.ALGORITHM_REGISTRY, name, jaxpruner.ALGORITHM_REGISTRY[name])
@@ -107,7 +110,9 @@ def test_code_of_a_page(page, tmp_path, monkeypatch):
             del jaxpruner.ALGORITHM_REGISTRY[name]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.parts[-2] in ("docs", "core")], ids=page_name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.parts[-2] in ("docs", "core") or "integrations" in p.parts], ids=page_name
+)
 def test_links_of_a_page_lead_somewhere(page):
     targets = [target.partition("#")[0] for target in LINK.findall(page.read_text()) if "://" not in target]
     assert [target for target in targets if target and not (page.parent / target).exists()] == []

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxpruner_baselines.checkpoint import Checkpoint
-from jaxpruner_baselines.methods import DENSE
+from jaxpruner_baselines.methods import all_methods, is_dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        how_sparse = "" if self.method == DENSE else f" {self.sparsity:.4g}"
+        how_sparse = "" if is_dense(self.method) else f" {self.sparsity:.4g}"
         return f"{self.method}{how_sparse} seed {self.seed}"
 
 
@@ -68,6 +68,22 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a baseline's runs spend: a number in `Outcome.details`, for a column and a plot of its own."""
+
+    key: str
+    label: str
+
+
+class NotReady(Exception):  # noqa: N818  (no error of the program: something has to be done first)
+    """What a baseline needs is not there; the message says what to do."""
+
+
+def nothing(preset: Any) -> None:
+    """The preparation of a baseline that needs none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Baseline:
     """A baseline. Make one in a module of its own and name that module in `registry.py`."""
 
@@ -77,9 +93,18 @@ class Baseline:
     presets: Mapping[str, Any]
     train: Callable[[Run, Checkpoint], Iterator[Progress | Outcome]]
     """Carries out one run: yields `Progress` now and then, and one `Outcome` at the end."""
+    prepare: Callable[[Any], None] = nothing
+    """Called with the preset before the first run; raises `NotReady` where something is missing."""
+    variants: tuple[str, ...] = ()
+    """Methods of its own beside the common ones, as `method+option`."""
+    cost: Cost | None = None
+
+    @property
+    def methods(self) -> list[str]:
+        return [*all_methods(), *self.variants]
 
     def run(self, preset: str, method: str, sparsity: float, seed: int) -> Run:
-        sparsity = 0.0 if method == DENSE else sparsity
+        sparsity = 0.0 if is_dense(method) else sparsity
         return Run(self.name, preset, self.presets[preset], method, sparsity, seed)
 
     def plan(self, preset: str, methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]) -> list[Run]:
@@ -87,7 +112,7 @@ class Baseline:
         return [
             self.run(preset, method, sparsity, seed)
             for method in methods
-            for sparsity in ([0.0] if method == DENSE else sparsities)
+            for sparsity in ([0.0] if is_dense(method) else sparsities)
             for seed in seeds
         ]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import registry, report, runner
-from jaxpruner_baselines.baseline import Baseline
+from jaxpruner_baselines.baseline import Baseline, NotReady
 from jaxpruner_baselines.benchmarks.command import bench
 from jaxpruner_baselines.methods import all_methods
 from jaxpruner_baselines.results import ResultsError
@@ -34,14 +34,19 @@ app.command("bench")(bench)
 def list_() -> None:
     """Show baselines, presets and methods."""
     table = Table("baseline", "presets", "metric", "what it is")
+    variants = []
     for name in registry.MODULES:
         try:
             baseline = registry.get(name)
             table.add_row(name, ", ".join(baseline.presets), baseline.metric, baseline.summary)
+            if baseline.variants:
+                variants.append(f"{name} also: {', '.join(baseline.variants)}")
         except ImportError as error:
             table.add_row(name, "", "", f"not installed: {error}")
     console.print(table)
     console.print("methods:", ", ".join(all_methods()), soft_wrap=True)
+    for line in variants:
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -55,12 +60,14 @@ def run(
 ) -> None:
     """Train, and append a row per run to the results. Run it again to continue where it stopped."""
     baseline = _baseline(name, preset)
-    plan = baseline.plan(preset, _methods(methods), _sparsities(sparsities), _seeds(seeds))
+    plan = baseline.plan(preset, _methods(baseline, methods), _sparsities(sparsities), _seeds(seeds))
     try:
         count = runner.carry_out(baseline, plan, results, console)
     except KeyboardInterrupt:
         console.print("Interrupted. What is finished is kept; the same command continues from here.")
         raise typer.Exit(130) from None
+    except NotReady as error:
+        _fail(str(error))
     console.print(f"{count} runs done, {len(plan) - count} finished before.\n")
     table(name, preset, results)
     plot(name, preset, results)
@@ -78,9 +85,13 @@ def table(
     """Print the results: method, sparsity, mean and standard deviation over seeds."""
     baseline = _baseline(name, preset)
     lines = _lines(baseline, preset, results)
-    console.print(report.terminal(f"{name}, preset {preset}", lines, baseline.metric))
+    console.print(report.terminal(f"{name}, preset {preset}", lines, baseline.metric, baseline.cost))
     if markdown is not None:
-        report.update_markdown(markdown, f"results:{name}", report.markdown(lines, baseline.metric))
+        # A place for each preset, where the file has one.
+        marker = f"results:{name}-{preset}"
+        if not (markdown.exists() and f"<!-- {marker} -->" in markdown.read_text()):
+            marker = f"results:{name}"
+        report.update_markdown(markdown, marker, report.markdown(lines, baseline.metric, baseline.cost))
         console.print(f"written to {markdown}", soft_wrap=True)
 
 
@@ -91,13 +102,18 @@ def plot(
     results: Folder = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="The PNG; default: in the results folder.")] = None,
 ) -> None:
-    """Draw the metric against the sparsity, a marker per method."""
+    """Draw the metric against the sparsity, and against what runs cost where that is counted."""
     from jaxpruner_baselines import plots
 
     baseline = _baseline(name, preset)
     path = output or results / f"{name}-{preset}.png"
-    plots.draw(path, f"{name}, preset {preset}", _lines(baseline, preset, results), baseline.metric)
+    lines = _lines(baseline, preset, results)
+    plots.draw(path, f"{name}, preset {preset}", lines, baseline.metric)
     console.print(f"plot: {path}", soft_wrap=True)
+    if baseline.cost:
+        path = path.with_stem(f"{path.stem}-{baseline.cost.key}")
+        plots.draw_cost(path, f"{name}, preset {preset}", lines, baseline.metric, baseline.cost)
+        console.print(f"plot: {path}", soft_wrap=True)
 
 
 def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:
@@ -115,15 +131,18 @@ def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:
 
 def _baseline(name: str, preset: str) -> Baseline:
     _check("baseline", name, registry.MODULES)
-    baseline = registry.get(name)
+    try:
+        baseline = registry.get(name)
+    except ImportError as error:
+        _fail(f"{name} needs a package that is not installed ({error}); baselines/README.md says which.")
     _check(f"preset of {name}", preset, baseline.presets)
     return baseline
 
 
-def _methods(text: str) -> list[str]:
+def _methods(baseline: Baseline, text: str) -> list[str]:
     if text == "all":
-        return all_methods()
-    return [_check("method", method, all_methods()) for method in _split(text, "--methods")]
+        return baseline.methods
+    return [_check("method", method, baseline.methods) for method in _split(text, "--methods")]
 
 
 def _sparsities(text: str) -> list[float]:

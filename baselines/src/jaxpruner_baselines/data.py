@@ -24,14 +24,17 @@ MNIST_TEST_PER_CLASS = 100
 
 @dataclasses.dataclass(frozen=True)
 class Split:
+    """Pictures and what they show; `forms` says who wrote each, where that is known."""
+
     images: np.ndarray
     labels: np.ndarray
+    forms: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> Split:
-        return Split(self.images[rows], self.labels[rows])
+        return Split(self.images[rows], self.labels[rows], None if self.forms is None else self.forms[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,8 @@ def digits(validation: bool = False) -> Dataset:
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    everything = Split((loaded.images[..., None] / 16.0).astype(np.float32), loaded.target.astype(np.int32))
     forms = digits_forms()
+    everything = Split((loaded.images[..., None] / 16.0).astype(np.float32), loaded.target.astype(np.int32), forms)
     is_test = np.isin(forms, DIGITS_TEST_FORMS)
     is_train = ~is_test
     if validation:

@@ -10,6 +10,11 @@ DENSE = "dense"
 _NOT_COMPARED = {"no_prune", "preserve"}  # the dense run itself; resuming a sparse checkpoint
 
 
+def is_dense(method: str) -> bool:
+    """Whether a method prunes nothing: `dense`, or a baseline's variant of it such as `dense+top_k`."""
+    return method.partition("+")[0] == DENSE
+
+
 def all_methods() -> list[str]:
     """`dense` and every algorithm of the core, those added by `register_algorithm` included."""
     return [DENSE, *(n for n in jaxpruner.all_algorithm_names() if n not in _NOT_COMPARED)]

@@ -1,8 +1,9 @@
-"""The plot of a baseline: the metric against the sparsity, a marker per method, dense as a line."""
+"""The plots of a baseline: the metric against the sparsity, or against what runs cost; a marker per method."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,12 +12,14 @@ matplotlib.use("Agg")  # files only, also where there is no display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxpruner_baselines.methods import DENSE
+from jaxpruner_baselines.baseline import Cost
+from jaxpruner_baselines.methods import is_dense
 from jaxpruner_baselines.report import FRACTIONS, Line
 
 # Paul Tol's "muted" scheme, told apart with any colour vision; markers differ as well.
 COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#555555")
 MARKERS = "osD^vP*Xph"
+DASHES = ("-", "--", ":", "-.")
 SPREAD = 0.8  # of the distance between two sparsities, so that error bars do not hide one another
 
 
@@ -29,21 +32,22 @@ def fence(means: list[float]) -> float:
 def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
     """Writes a PNG. The sparsities stand side by side at equal distances, methods spread around them."""
     scale = 100 if metric in FRACTIONS else 1
-    sparsities = sorted({line.sparsity for line in lines if line.method != DENSE})
-    methods = list(dict.fromkeys(line.method for line in lines if line.method != DENSE))
+    sparsities = sorted({line.sparsity for line in lines if not is_dense(line.method)})
+    methods = list(dict.fromkeys(line.method for line in lines if not is_dense(line.method)))
     floor = fence([scale * line.mean for line in lines])
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
 
-    for line in lines:
-        if line.method == DENSE:
-            axes.axhline(scale * line.mean, color="black", linewidth=1, label="dense")
-            if line.seeds > 1:
-                low, high = scale * (line.mean - line.std), scale * (line.mean + line.std)
-                axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+    for i, line in enumerate(line for line in lines if is_dense(line.method)):
+        axes.axhline(
+            scale * line.mean, color="black", linewidth=1, linestyle=DASHES[i % len(DASHES)], label=line.method
+        )
+        if line.seeds > 1:
+            low, high = scale * (line.mean - line.std), scale * (line.mean + line.std)
+            axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
     for i, method in enumerate(methods):
         own = [line for line in lines if line.method == method]
         offset = SPREAD * ((i + 0.5) / len(methods) - 0.5)
-        colour = COLOURS[i % len(COLOURS)]
+        style = look(i)
         for line in own:
             if scale * line.mean < floor:
                 place = (sparsities.index(line.sparsity) + offset, 0.0)
@@ -53,8 +57,8 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
                     xytext=(0, 22),
                     xycoords=("data", "axes fraction"),
                     textcoords="offset points",
-                    arrowprops={"arrowstyle": "->", "color": colour},
-                    color=colour,
+                    arrowprops={"arrowstyle": "->", "color": style["color"]},
+                    color=style["color"],
                     ha="center",
                 )
         shown = [line for line in own if scale * line.mean >= floor]
@@ -62,19 +66,55 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
             [sparsities.index(line.sparsity) + offset for line in shown],
             [scale * line.mean for line in shown],
             yerr=[scale * np.nan_to_num(line.std) for line in shown],
-            color=colour,
-            marker=MARKERS[i % len(MARKERS)],
-            linestyle="none",
-            markersize=7,
-            capsize=3,
             label=method,
+            **style,
         )
     for boundary in range(1, len(sparsities)):
         axes.axvline(boundary - 0.5, color="0.85", linewidth=1)
     axes.set_xticks(range(len(sparsities)), [f"{100 * s:g} %" for s in sparsities])
     axes.set_xlim(-0.5, max(len(sparsities), 1) - 0.5)
     axes.set_xlabel("sparsity of the prunable weights")
-    axes.set_ylabel(f"test {metric} (%), mean ± std over seeds" if scale == 100 else f"{metric}, mean ± std over seeds")
+    finish(path, figure, axes, title, metric)
+
+
+def draw_cost(path: Path, title: str, lines: list[Line], metric: str, cost: Cost) -> None:
+    """Writes a PNG of the metric against a cost on a logarithmic axis; cheap and good is top left."""
+    scale = 100 if metric in FRACTIONS else 1
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    for i, method in enumerate(dict.fromkeys(line.method for line in lines)):
+        own = [line for line in lines if line.method == method]
+        axes.errorbar(
+            [line.cost for line in own],
+            [scale * line.mean for line in own],
+            yerr=[scale * np.nan_to_num(line.std) for line in own],
+            label=method,
+            **(look(i - 1) if i else look(0) | {"color": "black"}),
+        )
+        if len(own) > 1:
+            for line in own:
+                place = (line.cost, scale * line.mean)
+                axes.annotate(f"{100 * line.sparsity:g} %", place, xytext=(6, 6), textcoords="offset points", size=7)
+    axes.set_xscale("log")
+    axes.set_xlabel(cost.label)
+    finish(path, figure, axes, title, metric)
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and marker of the i-th method; hollow once all have been used."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "fillstyle": "none" if i // len(COLOURS) % 2 else "full",
+        "linestyle": "none",
+        "markersize": 7,
+        "capsize": 3,
+    }
+
+
+def finish(path: Path, figure: Any, axes: Any, title: str, metric: str) -> None:
+    axes.set_ylabel(
+        f"test {metric} (%), mean ± std over seeds" if metric in FRACTIONS else f"{metric}, mean ± std over seeds"
+    )
     axes.set_title(title)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

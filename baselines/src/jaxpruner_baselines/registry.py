@@ -9,6 +9,7 @@ from jaxpruner_baselines.baseline import Baseline
 # name -> module with a `BASELINE`; imported when asked for, as some need an extra.
 MODULES = {
     "digits_vit": "jaxpruner_baselines.digits_vit",
+    "fed_emnist": "jaxpruner_baselines.fed_emnist",
 }
 
 

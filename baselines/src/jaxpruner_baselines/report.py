@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
 
-from jaxpruner_baselines.baseline import Baseline
-from jaxpruner_baselines.methods import DENSE, all_methods
+from jaxpruner_baselines.baseline import Baseline, Cost
+from jaxpruner_baselines.methods import is_dense
 from jaxpruner_baselines.results import Results
 
 HEADER = ("method", "sparsity asked", "sparsity reached", "steps", "", "seeds")
@@ -19,7 +20,7 @@ FRACTIONS = {"accuracy"}  # metrics that are shown in percent
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of the table; `std` is NaN for a single seed."""
+    """One line of the table; `std` is NaN for a single seed, `cost` a mean where the baseline counts one."""
 
     method: str
     sparsity: float
@@ -28,6 +29,7 @@ class Line:
     mean: float
     std: float
     seeds: int
+    cost: float | None = None
 
 
 def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[Line], int]:
@@ -52,10 +54,11 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
             mean=group["value"].mean(),
             std=group["value"].std(),
             seeds=len(group),
+            cost=baseline.cost and group["details"].map(lambda text: json.loads(text)[baseline.cost.key]).mean(),
         )
         for (method, sparsity), group in kept.groupby(["method", "sparsity"])
     ]
-    order = {method: i for i, method in enumerate(all_methods())}
+    order = {method: i for i, method in enumerate(baseline.methods)}
     lines.sort(key=lambda line: (line.sparsity, order.get(line.method, len(order)), line.method))
     return lines, len(rows) - len(kept)
 
@@ -65,22 +68,23 @@ def cells(line: Line, metric: str) -> list[str]:
     spread = f" ± {scale * line.std:.{digits}f}" if line.seeds > 1 else ""
     return [
         line.method,
-        "-" if line.method == DENSE else f"{100 * line.sparsity:g} %",
+        "-" if is_dense(line.method) else f"{100 * line.sparsity:g} %",
         f"{100 * line.sparsity_reached:.2f} %",
         str(line.steps),
         f"{scale * line.mean:.{digits}f}{spread}",
         str(line.seeds),
+        *([] if line.cost is None else [f"{line.cost:,.1f}"]),
     ]
 
 
-def header(metric: str) -> list[str]:
+def header(metric: str, cost: Cost | None = None) -> list[str]:
     shown = f"{metric} (%)" if metric in FRACTIONS else metric
-    return [name or f"{shown}, mean ± std" for name in HEADER]
+    return [*(name or f"{shown}, mean ± std" for name in HEADER), *([cost.key] if cost else [])]
 
 
-def terminal(title: str, lines: list[Line], metric: str) -> Table:
+def terminal(title: str, lines: list[Line], metric: str, cost: Cost | None = None) -> Table:
     table = Table(title=title)
-    for i, name in enumerate(header(metric)):
+    for i, name in enumerate(header(metric, cost)):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     previous = None
     for line in lines:
@@ -91,8 +95,8 @@ def terminal(title: str, lines: list[Line], metric: str) -> Table:
     return table
 
 
-def markdown(lines: list[Line], metric: str) -> str:
-    return markdown_table(header(metric), [cells(line, metric) for line in lines])
+def markdown(lines: list[Line], metric: str, cost: Cost | None = None) -> str:
+    return markdown_table(header(metric, cost), [cells(line, metric) for line in lines])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

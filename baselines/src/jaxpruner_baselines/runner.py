@@ -31,6 +31,8 @@ def carry_out(baseline: Baseline, runs: Sequence[Run], folder: Path, console: Co
         else:
             todo.append(run)
 
+    for preset in {run.preset_name: run.preset for run in todo}.values():
+        baseline.prepare(preset)
     if todo:
         _compile_once(folder / "compiled")
     columns = (

@@ -1,0 +1,194 @@
+r"""What clients send, and how many bytes travel in a round.
+
+A message has the values that the receiver cannot know, and a mask only where the receiver does not hold
+it yet. With :math:`n` weights in a leaf, :math:`k` of them on its mask and :math:`b` bytes a value (4 for float32):
+
+- server to client: :math:`k b`, and :math:`\lceil n / 8 \rceil` if the mask changed since this client last had it;
+- client to server, stock: :math:`n b`;
+- client to server, masked: :math:`k b`;
+- client to server, the largest j changes of c candidates (:math:`c = k` if masked, else :math:`n`):
+  :math:`j b` and where they stand, :math:`\min(4 j, \lceil c / 8 \rceil)`, a list or a bitmap.
+
+Before the first round all clients hold the mask of ones. Leaves that are not pruned have :math:`k = n` and no
+mask. The few bytes of a message that do not grow with the model (shapes, the number of examples) are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpruner import trees
+
+INDEX_BYTES = 4
+DENSE = 0  # the digest of a mask of ones, which everyone holds from the start
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientUpdates:
+    """What a client sends to the server.
+
+    Attributes:
+      masked: whether clients train and send only the weights on the server's masks.
+      top_k: the share of the candidate weights (those on the mask if masked, else all) whose change is
+        sent, the largest by magnitude of each leaf of two or more axes; None sends all.
+
+    Raises:
+      ValueError: if `top_k` is not in (0, 1].
+    """
+
+    masked: bool = False
+    top_k: float | None = None
+
+    def __post_init__(self):
+        if self.top_k is not None and not 0 < self.top_k <= 1:
+            raise ValueError(f"top_k: {self.top_k!r} is outside (0, 1]; it is the share of the changes that is sent.")
+
+
+class LeafTraffic(NamedTuple):
+    """One leaf as messages see it.
+
+    Attributes:
+      size: entries.
+      kept: entries on the mask.
+      value_bytes: bytes of one entry.
+      is_pruned: whether it has a mask.
+      is_vector: whether it has fewer than two axes, and is never thinned out by `top_k`.
+    """
+
+    size: int
+    kept: int
+    value_bytes: int
+    is_pruned: bool
+    is_vector: bool
+
+    @property
+    def down(self) -> int:
+        """Bytes of the values that the server sends."""
+        return self.kept * self.value_bytes
+
+    @property
+    def mask(self) -> int:
+        """Bytes of the mask."""
+        return _bits(self.size) if self.is_pruned else 0
+
+    def candidates(self, updates: ClientUpdates) -> int:
+        """Entries that a client may change."""
+        return self.kept if updates.masked else self.size
+
+    def top_k(self, updates: ClientUpdates) -> int | None:
+        """How many changes a client sends; None if it sends all."""
+        if updates.top_k is None or self.is_vector:
+            return None
+        candidates = self.candidates(updates)
+        return min(candidates, max(1, round(updates.top_k * candidates)))
+
+    def up(self, updates: ClientUpdates) -> int:
+        """Bytes that a client sends."""
+        candidates, sent = self.candidates(updates), self.top_k(updates)
+        if sent is None or sent == candidates:
+            return candidates * self.value_bytes
+        return sent * self.value_bytes + min(INDEX_BYTES * sent, _bits(candidates))
+
+
+def leaf_traffic(params: Any, masks: Any) -> list[LeafTraffic]:
+    """The leaves of `params` in flattening order.
+
+    Args:
+      params: the server's parameters.
+      masks: their masks, None where a leaf is not pruned; of ones where everything is sent.
+    """
+    leaves = jax.tree.leaves(params)
+    return [
+        LeafTraffic(
+            size=leaf.size,
+            kept=leaf.size if mask is None else int(np.count_nonzero(mask)),
+            value_bytes=leaf.dtype.itemsize,
+            is_pruned=mask is not None,
+            is_vector=leaf.ndim < 2,
+        )
+        for leaf, mask in zip(leaves, jax.tree.leaves(masks, is_leaf=trees.is_unpruned), strict=True)
+    ]
+
+
+def masks_on_wire(params: Any, masks: Any) -> Any:
+    """The masks that describe `params` as they are: of ones where a leaf does not lie on its mask yet.
+
+    `static_sparse`, `set` and `rigl` have masks before the first round, but the stock algorithms hold dense
+    parameters until its end.
+    """
+
+    def describe(param, mask):
+        mask = np.asarray(mask)
+        return mask if not np.any(np.asarray(param)[~mask]) else np.ones_like(mask)
+
+    return trees.map_pruned(describe, params, masks)
+
+
+class Traffic(NamedTuple):
+    """Bytes of one round over all its clients."""
+
+    down: int
+    up: int
+
+
+class Ledger:
+    """Counts the bytes of each round, and knows which mask each client holds.
+
+    Args:
+      client_ids: all clients there are.
+      updates: what clients send; the default is that of the stock algorithms.
+
+    Attributes:
+      held: a digest of the mask that each client holds, int64 in the order of `client_ids`; save it with a
+        checkpoint and put it back to resume.
+    """
+
+    def __init__(self, client_ids: Iterable[Hashable], updates: ClientUpdates = ClientUpdates()):
+        self.updates = updates
+        self._places = {client_id: place for place, client_id in enumerate(client_ids)}
+        self.held = np.full(len(self._places), DENSE, np.int64)
+
+    def record(self, client_ids: Sequence[Hashable], params: Any, masks: Any) -> Traffic:
+        """The bytes of a round, to be called with what the server holds before it.
+
+        Args:
+          client_ids: the clients that take part.
+          params: the parameters that the server sends.
+          masks: its boolean masks (`SparseOptimizer.masks`), None where a leaf is not pruned.
+
+        Raises:
+          ValueError: for a client that was not named at the start.
+        """
+        unknown = [client_id for client_id in client_ids if client_id not in self._places]
+        if unknown:
+            raise ValueError(f"client_ids: {unknown[0]!r} is none of the {len(self._places)} clients of this ledger.")
+        masks = masks_on_wire(params, masks)
+        leaves = leaf_traffic(params, masks)
+        digest = _digest(masks)
+        places = [self._places[client_id] for client_id in client_ids]
+        missing = int(np.count_nonzero(self.held[places] != digest))
+        self.held[places] = digest
+        return Traffic(
+            down=len(places) * sum(leaf.down for leaf in leaves) + missing * sum(leaf.mask for leaf in leaves),
+            up=len(places) * sum(leaf.up(self.updates) for leaf in leaves),
+        )
+
+
+def _bits(count: int) -> int:
+    return -(-count // 8)
+
+
+def _digest(masks: Any) -> int:
+    leaves = [np.asarray(mask) for mask in jax.tree.leaves(masks)]
+    if all(mask.all() for mask in leaves):
+        return DENSE
+    digest = hashlib.sha256()
+    for mask in leaves:
+        digest.update(np.packbits(mask).tobytes())
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)

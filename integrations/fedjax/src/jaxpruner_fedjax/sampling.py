@@ -1,0 +1,58 @@
+"""Who takes part in a round, as a pure function of seed and round: what a bit-exact resume needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fedjax
+import jax
+import numpy as np
+
+
+class SeededDataset(fedjax.ClientDataset):
+    """A client's data with a shuffling seed of its own.
+
+    FedJAX takes the seed from the batch hyperparameters, which are the same in all rounds and, by default,
+    a new one from the system at each call.
+    """
+
+    def __init__(self, dataset: fedjax.ClientDataset, seed: int):
+        super().__init__(dataset.raw_examples, dataset.preprocessor)
+        self._seed = seed
+
+    def shuffle_repeat_batch(self, hparams: Any = None, **kwargs: Any) -> Any:
+        """As in FedJAX, with this seed in place of that of `hparams`."""
+        return super().shuffle_repeat_batch(hparams, **(kwargs | {"seed": self._seed}))
+
+
+def sample_clients(
+    data: fedjax.FederatedData, num_clients: int, seed: int, round_num: int
+) -> list[tuple[fedjax.ClientId, fedjax.ClientDataset, Any]]:
+    """The clients of a round, without replacement, for `FederatedAlgorithm.apply`.
+
+    Args:
+      data: all clients.
+      num_clients: how many take part.
+      seed: of the whole training.
+      round_num: which round; with `seed` it decides who takes part, the keys and how data are shuffled.
+
+    Returns:
+      (client id, data, key) of each.
+
+    Raises:
+      ValueError: if there are fewer clients than that.
+    """
+    if not 1 <= num_clients <= data.num_clients():
+        raise ValueError(
+            f"num_clients: {num_clients} clients a round cannot be taken from {data.num_clients()}; "
+            "give a number between 1 and that."
+        )
+    generator = np.random.default_rng([seed, round_num])
+    ids = list(data.client_ids())
+    chosen = [ids[i] for i in generator.choice(len(ids), num_clients, replace=False)]
+    shuffles = generator.integers(2**32, size=num_clients)
+    keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(seed), round_num), num_clients)
+    return [
+        (client_id, SeededDataset(dataset, int(shuffle)), key)
+        for (client_id, dataset), shuffle, key in zip(data.get_clients(chosen), shuffles, keys, strict=True)
+    ]

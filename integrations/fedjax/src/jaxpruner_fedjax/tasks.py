@@ -1,0 +1,66 @@
+"""The data and model of a training: FedJAX's own tasks, or a function of yours."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import urllib.request
+from typing import Any
+
+import fedjax
+
+EMNIST_URL = "https://storage.googleapis.com/gresearch/fedjax/emnist/"
+EMNIST_FILES = ("federated_emnist_train.sqlite", "federated_emnist_test.sqlite")
+TIMEOUT = 10  # seconds, to find out whether the data can be had at all
+
+Task = tuple[fedjax.FederatedData, fedjax.FederatedData, fedjax.Model]
+
+
+def load_task(name: str, cache_dir: str | None = None) -> Task:
+    """The (training data, test data, model) of a task.
+
+    Args:
+      name: one of `fedjax.training.ALL_TASKS`, or `module:function` of a function that returns the three.
+      cache_dir: where FedJAX keeps what it downloads; by default `~/.cache/fedjax`.
+
+    Raises:
+      ValueError: for an unknown name.
+      FileNotFoundError: if the data of an EMNIST task are not there and cannot be fetched.
+    """
+    module, _, function = name.partition(":")
+    if function:
+        try:
+            make: Any = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"task {name!r}: {error}; give module:function of a function that can be imported."
+            ) from error
+        return make()
+    if name not in fedjax.training.ALL_TASKS:
+        raise ValueError(
+            f"task {name!r} is not known; use one of {', '.join(fedjax.training.ALL_TASKS)}, or module:function of a "
+            "function that returns (training data, test data, model)."
+        )
+    if name.startswith("EMNIST_"):
+        require_emnist(cache_dir)
+    return fedjax.training.get_task(name, cache_dir=cache_dir)
+
+
+def require_emnist(cache_dir: str | None = None) -> None:
+    """Finds out in seconds whether federated EMNIST is there, or FedJAX will be able to fetch it.
+
+    Raises:
+      FileNotFoundError: if not; it says what to download and where to put it.
+    """
+    folder = cache_dir or fedjax.datasets.downloads.default_cache_dir()
+    missing = [name for name in EMNIST_FILES if not os.path.exists(os.path.join(folder, name))]
+    try:
+        for name in missing:
+            request = urllib.request.Request(EMNIST_URL + name, method="HEAD")
+            urllib.request.urlopen(request, timeout=TIMEOUT).close()
+    except OSError as error:
+        urls = "\n".join(f"  {EMNIST_URL}{name}" for name in missing)
+        raise FileNotFoundError(
+            f"Federated EMNIST is not in {folder}, and cannot be fetched from here ({error}).\n"
+            f"On a machine that can, download\n{urls}\nand put them into {folder} under the same names."
+        ) from error

@@ -1,0 +1,50 @@
+"""Trains sparse models with federated averaging, from flags that are named as in FedJAX's examples.
+
+    python -m jaxpruner_fedjax.train --task EMNIST_CONV --root_dir runs/emnist --num_rounds 1000 \
+        --num_clients_per_round 50 --algorithm magnitude --sparsity 0.8 \
+        --update_start_round 250 --update_end_round 750 --update_freq 10
+
+The root directory gets `metrics.csv`, TensorBoard events and checkpoints. The same command continues from the last
+checkpoint, bit for bit, however it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from absl import app, flags, logging
+
+from jaxpruner_fedjax.experiment import Config, build, run
+
+_DEFINE = {
+    "int": flags.DEFINE_integer,
+    "float": flags.DEFINE_float,
+    "str": flags.DEFINE_string,
+    "bool": flags.DEFINE_bool,
+}
+
+
+def define_flags() -> None:
+    """A flag for each field of `Config`."""
+    for field in dataclasses.fields(Config):
+        kind = field.type.removesuffix(" | None")
+        _DEFINE[kind](field.name, field.default, field.metadata["help"])
+
+
+def main(argv: list[str]) -> None:
+    """Builds the experiment, or says what is wrong with it; then trains."""
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is no flag.")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)  # progress
+    config = Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+    try:
+        experiment = build(config)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"train: {error}") from error
+    run(experiment)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,202 @@
+"""The trainer: kill -9 and resume to the bit, what it writes, data that are missing, and all that it refuses."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import federated_cases as cases
+import jax
+import numpy as np
+import pytest
+from federated_cases import fedjax
+
+import jaxpruner_fedjax
+from jaxpruner_fedjax.experiment import Config, build, run
+from jaxpruner_fedjax.tasks import EMNIST_FILES, EMNIST_URL, load_task
+
+SETTINGS = {
+    "task": "federated_cases:task", "num_rounds": 24, "num_clients_per_round": 3, "batch_size": 16,
+    "algorithm": "magnitude", "use_packed_masks": True,
+    "update_start_round": 2, "update_end_round": 16, "update_freq": 2,
+    "checkpoint_frequency": 4, "eval_frequency": 4, "masked_clients": True, "top_k": 0.2,
+}  # fmt: skip
+
+
+def config(root: pathlib.Path, **more) -> Config:
+    return Config(**(SETTINGS | {"root_dir": str(root)} | more))
+
+
+def command(root: pathlib.Path, **more) -> list[str]:
+    settings = dataclasses.asdict(config(root, **more)).items()
+    flags = [f"--{name}={str(value).lower()}" for name, value in settings if value is not None]
+    return [sys.executable, "-m", "jaxpruner_fedjax.train", *flags]
+
+
+def environment(compiled: pathlib.Path) -> dict[str, str]:
+    """Where subprocesses find the task, and what others have compiled."""
+    return os.environ | {
+        "PYTHONPATH": str(pathlib.Path(__file__).parent),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def final(root: pathlib.Path):
+    (path,) = root.glob("checkpoint_*")
+    return path.name, pickle.loads(path.read_bytes())["saved"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> pathlib.Path:
+    """A training that nothing interrupted, in this process."""
+    root = tmp_path_factory.mktemp("whole")
+    run(build(config(root)))
+    return root
+
+
+def test_killed_and_resumed_is_the_same_to_the_bit(whole, tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command(tmp_path), stderr=log, env=environment(tmp_path / "compiled"))
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob("checkpoint_????????")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert final(tmp_path)[0] != "checkpoint_00000024"
+
+    resumed = subprocess.run(
+        command(tmp_path), capture_output=True, text=True, env=environment(tmp_path / "compiled"), check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continues after round" in resumed.stderr
+    assert "round 24 of 24: bytes_down" in resumed.stderr
+    assert (tmp_path / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    (name, saved), (other_name, other) = final(tmp_path), final(whole)
+    assert name == other_name == "checkpoint_00000024"
+    cases.assert_same_bits(saved, other)
+
+
+def test_what_a_training_leaves_behind(whole):
+    rows = list(csv.DictReader((whole / "metrics.csv").read_text().splitlines()))
+    assert [int(row["round"]) for row in rows] == list(range(1, 25))
+    assert list(rows[0]) == ["round", "bytes_down", "bytes_up", "bytes_total", "test_loss", "test_accuracy", "sparsity"]
+    assert [bool(row["test_accuracy"]) for row in rows] == [i % 4 == 0 for i in range(1, 25)]
+    assert float(rows[-1]["sparsity"]) == pytest.approx(0.8, abs=0.05)
+    assert int(rows[-1]["bytes_total"]) == sum(int(row["bytes_down"]) + int(row["bytes_up"]) for row in rows)
+    events = b"".join(path.read_bytes() for path in whole.glob("events.out.tfevents.*"))
+    assert events.count(b"bytes_total") == 24
+    assert events.count(b"test_accuracy") == 6
+    assert not list(whole.glob("*.partial"))
+
+
+def test_a_finished_training_is_not_repeated_and_may_be_prolonged(whole):
+    before = (whole / "metrics.csv").read_text()
+    state = run(build(config(whole)))
+    assert (whole / "metrics.csv").read_text() == before
+    experiment = build(config(whole, num_rounds=25))
+    assert experiment.rounds == 24
+    cases.assert_same_bits(experiment.state, state)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"sparsity": 0.9}, r"written with sparsity=0.8 \(now 0.9\); give the same settings, or another root_dir"),
+        ({"seed": 7, "top_k": None}, r"seed=0 \(now 7\), top_k=0.2 \(now None\)"),
+        ({"num_rounds": 20}, "num_rounds: 20, but 24 are done"),
+    ],
+)
+def test_another_training_is_not_continued(whole, more, message):
+    with pytest.raises(ValueError, match=message):
+        build(config(whole, **more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"task": None}, "task: missing; give --task"),
+        ({"root_dir": None}, "root_dir: missing"),
+        ({"task": "EMNIST"}, "task 'EMNIST' is not known; use one of EMNIST_CONV"),
+        ({"task": "no.such:thing"}, "No module named 'no'"),
+        ({"task": "federated_cases:nothing"}, "has no attribute 'nothing'"),
+        ({"num_rounds": 0}, "num_rounds: 0 is less than 1"),
+        ({"num_clients_per_round": 5}, "5 clients a round cannot be taken from 4"),
+        ({"backend": "tpu"}, "backend: 'tpu' is not known"),
+        ({"server_optimizer": "lion"}, "server_optimizer: 'lion' is not known"),
+        ({"algorithm": "rig"}, "algorithm: 'rig' is not known"),
+        ({"sparsity": 1.0}, "Default sparsity"),
+        ({"update_end_round": None}, "one without the other"),
+        ({"update_end_round": 24}, "update_end_round: 24 is past the last round, which is 23"),
+        ({"update_start_round": 18}, "end_step"),
+        ({"algorithm": "rigl"}, "masked clients cannot be combined with RigL"),
+        ({"top_k": 2.0}, "top_k: 2.0 is outside"),
+        ({"sparsity_type": "nm_3,7"}, "not a multiple of m=7"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(more, message, tmp_path):
+    root = tmp_path / "root"
+    with pytest.raises(ValueError, match=message):
+        build(config(root, **more))
+    assert not root.exists()
+
+
+def test_the_command_tells_mistakes_in_one_line(tmp_path):
+    mistaken = command(tmp_path / "root", algorithm="rig")
+    done = subprocess.run(mistaken, capture_output=True, text=True, env=environment(tmp_path), check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("train: algorithm: 'rig' is not known")
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_emnist_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no network
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(FileNotFoundError) as told:
+        build(config(tmp_path / "root", task="EMNIST_CONV", cache_dir=str(tmp_path / "cache")))
+    for name in EMNIST_FILES:
+        assert EMNIST_URL + name in str(told.value)
+    assert f"put them into {tmp_path / 'cache'}" in str(told.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_emnist_that_was_put_there_is_used(tmp_path):
+    for name in EMNIST_FILES:
+        with fedjax.SQLiteFederatedDataBuilder(str(tmp_path / name)) as builder:
+            examples = {"pixels": np.zeros((5, 28, 28), np.float32), "label": np.arange(5, dtype=np.int32)}
+            builder.add_many([(b"f2100_00", examples), (b"f0001_00", examples)])
+    train, test, model = load_task("EMNIST_LOGISTIC", str(tmp_path))
+    assert [train.num_clients(), test.num_clients()] == [2, 2]
+    shapes = [leaf.shape for leaf in jax.tree.leaves(model.init(jax.random.PRNGKey(0)))]
+    assert shapes == [(62,), (784, 62)]
+    (_, data, _), *_ = jaxpruner_fedjax.sample_clients(train, 1, seed=0, round_num=0)
+    (batch,) = data.shuffle_repeat_batch(batch_size=5)
+    assert batch["x"].shape == (5, 28, 28, 1)
+    assert batch["x"].min() == 1.0
+
+
+def drawn(seed, round_num):
+    clients = jaxpruner_fedjax.sample_clients(cases.digits(), 3, seed, round_num)
+    return [
+        (cid, np.asarray(key).tobytes(), next(iter(data.shuffle_repeat_batch(cases.BATCHES)))["y"].tobytes())
+        for cid, data, key in clients
+    ]
+
+
+def test_sampling_is_a_function_of_seed_and_round():
+    assert drawn(0, 3) == drawn(0, 3)
+    assert len({tuple(drawn(seed, round_num)) for seed in range(3) for round_num in range(3)}) == 9
+    assert len({cid for cid, *_ in drawn(0, 0)}) == 3
