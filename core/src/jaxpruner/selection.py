@@ -7,8 +7,8 @@ Two methods choose the thresholds, and both are exact:
 
 - ``"sample"`` (one CPU device): a sorted strided sample brackets the threshold, interpolation on the
   exact counts closes in on it, and evenly spaced thresholds bound the number of reads. It takes a
-  handful of reads.
-- ``"split"`` (accelerators, sharded arrays, small leaves): every read splits the bracket in four, so
+  handful of reads, and wins at every size that the benchmark's rows "thresholds by sample" try.
+- ``"split"`` (accelerators, sharded arrays): every read splits the bracket in four, so
   float32 takes 16. Only elementwise operations and full sums touch the scores, in their own shape: a
   sharded array stays where it is, and nothing but counts is reduced over devices.
 
@@ -127,8 +127,8 @@ def select(competitions: Sequence[Competition], *, method: Method | None = None)
 
     Args:
       competitions: one per threshold. All of one dtype are searched in one loop.
-      method: ``"sample"`` or ``"split"`` (see the module's docstring). None takes ``"sample"`` for large
-        leaves on a single CPU device and ``"split"`` elsewhere, decided when the function is traced.
+      method: ``"sample"`` or ``"split"`` (see the module's docstring). None takes ``"sample"`` on a
+        single CPU device and ``"split"`` elsewhere, decided when the function is traced.
 
     Returns:
       For each competition, one mask per leaf, of its shape.
@@ -137,25 +137,25 @@ def select(competitions: Sequence[Competition], *, method: Method | None = None)
       ValueError: if a leaf has ``2**32`` entries or more.
     """
     masks = [[jnp.zeros(leaf.shape, bool) for leaf in map(Scores.of, c.leaves)] for c in competitions]
-    # Competitions that are ranked and read alike, by their index and that of their leaves.
+    # Competitions that are ranked alike share a search. Empty leaves take no part.
     alike: dict[Any, list[tuple[int, list[int], list[Scores]]]] = {}
     for i, competition in enumerate(competitions):
         scores = _checked_scores(competition)
-        full = [j for j, leaf in enumerate(scores) if leaf.size]
-        if full:
-            scores = [scores[j] for j in full]
+        places = [j for j, leaf in enumerate(scores) if leaf.size]
+        if places:
+            scores = [scores[j] for j in places]
             rank_dtype = score_reading.common_rank_dtype([leaf.dtype for leaf in scores])
-            alike.setdefault((rank_dtype, method or _default_method(scores)), []).append((i, full, scores))
-    for (rank_dtype, chosen_method), members in alike.items():
+            alike.setdefault(rank_dtype, []).append((i, places, scores))
+    for rank_dtype, members in alike.items():
         found = _select(
             tuple(tuple(leaf.fn for leaf in scores) for _, _, scores in members),
             [[leaf.operands for leaf in scores] for _, _, scores in members],
             [competitions[i].keep for i, _, _ in members],
             rank_dtype,
-            chosen_method,
+            method or _default_method(),
         )
-        for (i, full, _), found_masks in zip(members, found, strict=True):
-            for j, mask in zip(full, found_masks, strict=True):
+        for (i, places, _), of_leaves in zip(members, found, strict=True):
+            for j, mask in zip(places, of_leaves, strict=True):
                 masks[i][j] = mask
     return masks
 
@@ -165,17 +165,15 @@ def count_true(mask: Bool[Array, "*shape"]) -> Count:
     scores = Scores.of(mask)
     if not scores.size:
         return counts.from_int(0)
-    method = _default_method([scores])
+    method = _default_method()
     leaf = score_reading.prepare(scores, score_reading.common_rank_dtype([scores.dtype]), method)
     # Counted twice, and both used: see `count` on reductions of one operand.
     twice = score_reading.count(Leaf.keys, leaf, jnp.ones(2, jnp.int32), method)
     return Count(jnp.min(twice.hi), jnp.min(twice.lo))
 
 
-def _default_method(leaves: list[Scores]) -> Method:
-    is_single_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    is_large = sum(leaf.size for leaf in leaves) > _MAX_SAMPLE
-    return "sample" if is_single_cpu and is_large else "split"
+def _default_method() -> Method:
+    return "sample" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "split"
 
 
 def _checked_scores(competition: Competition) -> list[Scores]:
