@@ -357,3 +357,10 @@ def test_values_of_a_wrong_type_are_named(config, message):
 def test_a_structure_class_that_needs_sizes_is_told():
     with pytest.raises(ValueError, match="Sparsity type NByM"):
         jaxpruner.mask_calculator.get_topk_fn(jaxpruner.sparsity_types.NByM)
+
+
+def test_a_leaf_past_32_bits_is_named():
+    params = {"decoder": {"kernel": jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32)}}
+    updater = jaxpruner.MagnitudePruning()
+    with pytest.raises(ValueError, match=r"decoder/kernel: leaf 0 of shape \(65536, 65536\).*split it"):
+        jax.eval_shape(updater.instant_sparsify, params)

@@ -312,6 +312,20 @@ SHARDED = """
         jax.pmap(local)(leaves[0].reshape(8, 8, 32)),
     ):
         np.testing.assert_array_equal(np.asarray(masks).reshape(8, -1).sum(1), [10] * 8)
+
+    # A leaf that is the same everywhere keeps a mask that is, whatever is searched beside it.
+    def each(leaves):
+        competitions = [selection.Competition([leaf], counts.from_int(9)) for leaf in leaves]
+        return [masks[0] for masks in selection.select(competitions)]
+
+    specs = [P("x"), P()]
+    one, whole = jax.jit(shard_map(each, mesh=mesh, in_specs=(specs,), out_specs=specs))([leaves[0], leaves[1]])
+    assert (one.sum(), whole.sum()) == (4 * 9, 9)
+
+    # Called eagerly, leaves may lie on different devices.
+    apart = [jax.device_put(leaf, device) for leaf, device in zip(leaves, jax.devices())]
+    assert [mask.sum() for mask in each(apart)] == [9] * 3
+    assert [mask.devices() for mask in each(apart)] == [leaf.devices() for leaf in apart]
 """
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxpruner
 from jaxpruner.mask_calculator import get_topk_fn
 from jaxpruner.sparsity_types import Block, Channel, NByM, Unstructured
 
@@ -431,3 +432,20 @@ def test_a_drop_fraction_of_zero_changes_nothing(structure):
     mask = oracle(structure, rng.normal(size=(5, 8)).astype(np.float32), 0.5)
     drop, grow = rng.normal(size=(2, 5, 8)).astype(np.float32)
     np.testing.assert_array_equal(regrowing(structure)(jnp.asarray(mask), drop, grow, np.float32(0)), mask)
+
+
+class TransposedBlock(Block):
+    """Of a user: pools what is an array, as the signature says."""
+
+    def pool(self, scores):
+        return super().pool(scores.T.reshape(scores.shape[::-1])).T
+
+
+def test_structures_of_users_pool_arrays():
+    params = {"kernel": jnp.arange(1.0, 65.0).reshape(8, 8)}
+    updater = jaxpruner.MagnitudePruning(
+        sparsity_type=TransposedBlock((2, 2)),
+        sparsity_distribution_fn=functools.partial(jaxpruner.sparsity_distributions.uniform, sparsity=0.5),
+    )
+    _, masks = updater.instant_sparsify(params)
+    np.testing.assert_array_equal(masks["kernel"].sum(1), [0] * 4 + [8] * 4)

@@ -9,7 +9,7 @@ rounding it through a float32.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +75,11 @@ def less_equal(a: Count, b: Count) -> Bool[Array, "*shape"]:
 def where(condition: Bool[Array, "*shape"], a: Count, b: Count) -> Count:
     """``a`` where ``condition`` holds, ``b`` elsewhere."""
     return Count(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
+
+
+def take(count: Count, index: Any) -> Count:
+    """``count[index]``."""
+    return Count(count.hi[index], count.lo[index])
 
 
 def sum_where(chosen: Bool[np.ndarray, "n m"], count: Count) -> Count:

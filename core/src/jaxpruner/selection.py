@@ -61,11 +61,22 @@ class Competition:
       leaves: the scores, arrays or :class:`Scores`, of fewer than ``2**32`` entries each.
       keep: how many entries to keep, between 0 and the number of all entries; may be traced.
       scales: a divisor per leaf, or None; a leaf is ranked by ``leaf * (1 / scale)``, evaluated as it is read.
+
+    Raises:
+      ValueError: if a leaf has ``2**32`` entries or more.
     """
 
     leaves: Sequence[Num[Array, "*shape"] | Scores]
     keep: Count
     scales: Sequence[Float[Array, ""] | None] | None = None
+
+    def __post_init__(self):
+        for i, leaf in enumerate(self.leaves):
+            if leaf.size >= 2**32:
+                raise ValueError(
+                    f"leaf {i} of shape {leaf.shape}: {leaf.size} entries are too many, the entries of a leaf are "
+                    "counted in 32 bits; split it into leaves of fewer than 2**32 entries."
+                )
 
 
 # What asks for masks of competitions and makes something of them.
@@ -132,21 +143,19 @@ def select(competitions: Sequence[Competition], *, method: Method | None = None)
 
     Returns:
       For each competition, one mask per leaf, of its shape.
-
-    Raises:
-      ValueError: if a leaf has ``2**32`` entries or more.
     """
-    masks = [[jnp.zeros(leaf.shape, bool) for leaf in map(Scores.of, c.leaves)] for c in competitions]
-    # Competitions that are ranked alike share a search. Empty leaves take no part.
+    masks: list[list[Any]] = [[] for _ in competitions]
+    # Competitions that are ranked alike, in the same place, share a search. Empty leaves take no part.
     alike: dict[Any, list[tuple[int, list[int], list[Scores]]]] = {}
     for i, competition in enumerate(competitions):
-        scores = _checked_scores(competition)
+        scores = _scaled(competition)
+        masks[i] = [None if leaf.size else jnp.zeros(leaf.shape, bool) for leaf in scores]
         places = [j for j, leaf in enumerate(scores) if leaf.size]
         if places:
             scores = [scores[j] for j in places]
             rank_dtype = score_reading.common_rank_dtype([leaf.dtype for leaf in scores])
-            alike.setdefault(rank_dtype, []).append((i, places, scores))
-    for rank_dtype, members in alike.items():
+            alike.setdefault((rank_dtype, _place(scores)), []).append((i, places, scores))
+    for (rank_dtype, _), members in alike.items():
         found = _select(
             tuple(tuple(leaf.fn for leaf in scores) for _, _, scores in members),
             [[leaf.operands for leaf in scores] for _, _, scores in members],
@@ -167,7 +176,7 @@ def count_true(mask: Bool[Array, "*shape"]) -> Count:
         return counts.from_int(0)
     method = _default_method()
     leaf = score_reading.prepare(scores, score_reading.common_rank_dtype([scores.dtype]), method)
-    # Counted twice, and both used: see `count` on reductions of one operand.
+    # Counted twice, and both used: see `score_reading.count` on reductions of one operand.
     twice = score_reading.count(Leaf.keys, leaf, jnp.ones(2, jnp.int32), method)
     return Count(jnp.min(twice.hi), jnp.min(twice.lo))
 
@@ -176,16 +185,20 @@ def _default_method() -> Method:
     return "sample" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "split"
 
 
-def _checked_scores(competition: Competition) -> list[Scores]:
+def _scaled(competition: Competition) -> list[Scores]:
     scales = [None] * len(competition.leaves) if competition.scales is None else competition.scales
-    scores = [_as_scores(leaf, scale) for leaf, scale in zip(competition.leaves, scales, strict=True)]
-    for i, leaf in enumerate(scores):
-        if leaf.size >= 2**32:
-            raise ValueError(
-                f"leaf {i} of shape {leaf.shape}: {leaf.size} entries are too many, the entries of a leaf are "
-                "counted in 32 bits; split it into leaves of fewer than 2**32 entries."
-            )
-    return scores
+    return [_as_scores(leaf, scale) for leaf, scale in zip(competition.leaves, scales, strict=True)]
+
+
+def _place(scores: list[Scores]) -> Any:
+    """What keeps leaves out of one program or loop: other devices, or other axes of a shard_map that they vary over."""
+    operands = [x for leaf in scores for x in leaf.operands]
+    types = [jax.typeof(x) for x in operands] if hasattr(jax, "typeof") else []
+    varying = {getattr(t, "manual_axis_type", getattr(t, "vma", None)) for t in types}  # its newer and its older name
+    devices = [
+        x.sharding.device_set for x in operands if not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False)
+    ]
+    return frozenset(varying), frozenset().union(*devices)
 
 
 def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | None) -> Scores:
@@ -197,7 +210,9 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))  # called eagerly, trees of one shape share a compilation
+@functools.partial(
+    jax.jit, static_argnums=(0, 3, 4)
+)  # called eagerly with arrays, trees of one shape share a compilation
 def _select(
     fns: tuple[tuple[Callable[..., Any], ...], ...],
     operands: list[list[tuple[Array, ...]]],
@@ -257,15 +272,17 @@ def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Se
         ])  # fmt: skip
 
     if method == "split":
-        # On accelerators a branch costs more than a read that was not needed.
-        return threshold_search.split(field, count, count_open, searches)
+        # On accelerators a branch costs more than a read that was not needed. XLA's CPU backend stores the comparisons
+        # of a sharded leaf, in one buffer for all leaves only if each has a branch of its own.
+        is_cpu = jax.default_backend() == "cpu"
+        return threshold_search.split(field, count_open if is_cpu else count, count_open, searches)
     first = []
     for search in range(field.search[-1] + 1):
         group = [leaf for i, leaf in enumerate(leaves) if field.search[i] == search]
         total = sum(leaf.size for leaf in group)
         stride = max(1, total // min(max(total // _SAMPLED_SHARE, _MIN_SAMPLE), _MAX_SAMPLE))
         sample = jnp.sort(jnp.concatenate([leaf.sample(stride) for leaf in group]))
-        first.append(threshold_search.sampled_thresholds(total, Count(keep.hi[search], keep.lo[search]), sample))
+        first.append(threshold_search.sampled_thresholds(total, counts.take(keep, search), sample))
     return threshold_search.interpolate(field, count_open, searches, jnp.stack(first))
 
 

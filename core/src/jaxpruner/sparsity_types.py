@@ -83,29 +83,33 @@ class _Units(SparsityType):
         return jax.eval_shape(self.pool, jax.ShapeDtypeStruct(shape, jnp.float32)).size
 
     def mask(self, scores, sparsity):
-        return selection.together([self.masking(scores, sparsity)])[0]
+        return selection.together([self._masking(scores, sparsity)])[0]
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
-        return selection.together([self.regrowing(mask, drop_scores, grow_scores, drop_fraction)])[0]
+        return selection.together([self._regrowing(mask, drop_scores, grow_scores, drop_fraction)])[0]
 
-    def masking(self, scores, sparsity) -> selection.Choosing:
-        """`mask`, as it asks for its selection."""
+    # The two above, as they ask for their selections.
+
+    def _masking(self, scores, sparsity) -> selection.Choosing:
         self.check_shape(scores.shape)
-        units = self.pool(scores)
+        units = self._unit_scores(scores)
         (kept,) = yield Competition([units], counts.keep_count(units.size, sparsity))
         return self.expand(kept, scores.shape)
 
-    def regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
-        """`regrow`, as it asks for its two selections."""
+    def _regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
         active = self.active_units(mask)
         number = selection.count_true(active)
         # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
-        drop = Scores.of(self.pool(drop_scores)).filled(~active, jnp.nan)
+        drop = Scores.of(self._unit_scores(drop_scores)).filled(~active, jnp.nan)
         (kept,) = yield Competition([drop], counts.keep_count(number, drop_fraction))
         survivors = active & kept
-        grow = Scores.of(self.pool(grow_scores)).filled(survivors, jnp.inf)
+        grow = Scores.of(self._unit_scores(grow_scores)).filled(survivors, jnp.inf)
         (grown,) = yield Competition([grow], number)
         return self.expand(grown, mask.shape)
+
+    def _unit_scores(self, scores):
+        # Where a unit is a weight, scores need not be evaluated.
+        return scores if type(self).pool is Unstructured.pool else self.pool(as_array(scores))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,16 +241,19 @@ def masking(structure: SparsityType, scores: Any, sparsity: Sparsity) -> selecti
     """
     if type(structure).mask is not _Units.mask:
         return structure.mask(as_array(scores), sparsity)
-    return (yield from structure.masking(scores, sparsity))
+    return (yield from structure._masking(scores, sparsity))
 
 
 def regrowing(
     structure: SparsityType, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity
 ) -> selection.Choosing:
-    """`structure.regrow`, whose selections can be made together with those of other leaves."""
+    """`structure.regrow`, whose selections can be made together with those of other leaves.
+
+    A structure whose `regrow` someone overrode is called as it is, with arrays.
+    """
     if type(structure).regrow is not _Units.regrow:
         return structure.regrow(mask, as_array(drop_scores), as_array(grow_scores), drop_fraction)
-    return (yield from structure.regrowing(mask, drop_scores, grow_scores, drop_fraction))
+    return (yield from structure._regrowing(mask, drop_scores, grow_scores, drop_fraction))
 
 
 def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:

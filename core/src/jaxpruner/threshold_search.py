@@ -37,7 +37,8 @@ _SPLITS = 3
 # spaced ones, which bound the number of reads. (More of them cost more than the reads they save.)
 _DEVIATIONS = (-1.0, 1.0)
 _EVEN = 2
-# In its first read: so many standard deviations around the quantile of a sample.
+# In its first read: so many standard deviations around the quantile of a sample, each with its successor. That makes
+# as many thresholds as in the later reads, which one loop carries: 2 * 3 = 2 + len(_DEVIATIONS) + _EVEN.
 _SAMPLE_DEVIATIONS = (-2.0, 0.0, 2.0)
 
 
@@ -214,8 +215,9 @@ def _proceed(field: Field, searches: Searches, thresholds: Int[Array, "searches 
 
 def _narrow(field: Field, searches: Searches, thresholds: Int[Array, "searches t"], found: Count) -> Searches:
     """Between the last threshold with enough entries and the next one."""
-    wanted = Count(*(word[:, None] for word in searches.wanted))
-    enough = jnp.sum(counts.less_equal(wanted, field.total(found)), axis=1, dtype=jnp.int32)
+    enough = jnp.sum(
+        counts.less_equal(counts.take(searches.wanted, np.s_[:, None]), field.total(found)), axis=1, dtype=jnp.int32
+    )
 
     def below(old, new, enough):
         return jax.vmap(lambda old, new, i: jnp.concatenate([old[None], new])[i])(old, new, enough)
@@ -240,7 +242,7 @@ def _reopen(field: Field, searches: Searches) -> Searches:
     ties = counts.subtract(searches.at_least, searches.above)
     wanted = counts.subtract(searches.wanted, field.total(searches.above))
     through = field.cumulated(ties)
-    is_cut = counts.less(Count(*map(field.per_leaf, wanted)), through)
+    is_cut = counts.less(counts.take(wanted, np.asarray(field.search)), through)
     partial = jnp.argmax(field.membership & is_cut, axis=1)
     is_partial = jnp.arange(len(field.sizes)) == field.per_leaf(partial)
     sizes = jnp.asarray(field.sizes, jnp.uint32)
@@ -251,7 +253,7 @@ def _reopen(field: Field, searches: Searches) -> Searches:
         last=floor + sizes[partial].astype(searches.lo.dtype),
         at_least=counts.where(is_partial, ties, nothing),
         above=nothing,
-        wanted=counts.subtract(wanted, Count(*(word[partial] for word in counts.subtract(through, ties)))),
+        wanted=counts.subtract(wanted, counts.take(counts.subtract(through, ties), partial)),
         is_tied=jnp.ones_like(searches.is_tied),
         key=searches.lo,
         partial=partial.astype(jnp.int32),

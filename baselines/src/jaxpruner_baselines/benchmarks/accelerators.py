@@ -41,6 +41,8 @@ def mask_updates(sizes: Sizes) -> Events:
                     yield f"{row}: no memory for {name}"
                 else:
                     sides[name] = side
+            if "jnp.argsort" in sides and not jnp.array_equal(sides[OURS](), sides["jnp.argsort"]()):
+                raise AssertionError(f"{row}: the masks of the two sides differ.")
             fast = (OURS, ONE_READ)
             repeats = {name: sizes.repeats if name in fast else sizes.slow_repeats for name in sides}
             times = yield from alternate(sides, repeats)
@@ -49,4 +51,4 @@ def mask_updates(sizes: Sizes) -> Events:
                     yield timed(
                         row, times, OURS, peer, Reach(), {"size": size, "dtype": dtype}, faster=peer != ONE_READ
                     )
-            del scores, sides
+            del scores, side, sides  # before the next scores are made

@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "drop_and_grow": (masks.drop_and_grow, masks.Sizes(), masks.QUICK),
     "global_mask": (masks.global_mask, masks.Sizes(), masks.QUICK),
     "nm_mask": (masks.nm_mask, masks.Sizes(), masks.QUICK),
-    "crossover": (masks.crossover, masks.Sizes(), masks.QUICK),
+    "thresholds": (masks.thresholds, masks.Sizes(), masks.QUICK),
     "peak_memory": (masks.peak_memory, masks.Sizes(), masks.QUICK),
     "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
     "sharded_update": (sharding.sharded_update, sharding.Sizes(), sharding.QUICK),
@@ -48,7 +48,7 @@ def bench(
         Path | None, typer.Option(help="Write the table into this file too, between its markers.")
     ] = None,
 ) -> None:
-    """Time the core against sorts and against a bare optimizer, alternating, in one run."""
+    """Time the core against sorts, NumPy, PyTorch and a bare optimizer; read what sharded programs exchange."""
     on_cpu = jax.default_backend() == "cpu" and not quick
     default = [name for name in GROUPS if not (on_cpu and name in ACCELERATOR_GROUPS)]
     names = default if rows == "all" else [name.strip() for name in rows.split(",")]

@@ -29,13 +29,13 @@ class Sizes:
     leaves: int = 10
     leaves_each: tuple[int, int] = (1000, 1000)
     groups: tuple[int, int] = (4096, 4096)
-    crossover: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+    thresholds: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
     repeats: int = 15
     slow_repeats: int = 3  # of sides that take seconds
 
 
 QUICK = Sizes(
-    leaf=100_000, leaves=3, leaves_each=(200, 150), groups=(128, 128), crossover=(1024, 65_536), repeats=3,
+    leaf=100_000, leaves=3, leaves_each=(200, 150), groups=(128, 128), thresholds=(1024, 65_536), repeats=3,
     slow_repeats=2,
 )  # fmt: skip
 
@@ -147,16 +147,16 @@ def nm_mask(sizes: Sizes) -> Events:
     yield timed(row, times, OURS, "double argsort", Reach(at_least=100), {"shape": sizes.groups})
 
 
-def crossover(sizes: Sizes) -> Events:
-    """The two ways of choosing thresholds, by size: where `"sample"` begins to win."""
-    for size in sizes.crossover:
+def thresholds(sizes: Sizes) -> Events:
+    """The two ways of choosing thresholds, by size."""
+    for size in sizes.thresholds:
         scores = scores_of(size)
         keep = counts.from_int(kept(size))
         methods = {
             method: jax.jit(functools.partial(selection.top_k_mask, keep=keep, method=method))
             for method in ("sample", "split")
         }
-        check_equal("crossover", *(fn(scores) for fn in methods.values()))
+        check_equal("thresholds", *(fn(scores) for fn in methods.values()))
         times = yield from alternate(
             {name: call(fn, scores) for name, fn in methods.items()}, dict.fromkeys(methods, 5 * sizes.repeats)
         )

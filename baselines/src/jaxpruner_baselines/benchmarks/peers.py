@@ -1,7 +1,8 @@
 """What a user would pick instead: masks by sorting, by partial sorting, and those of PyTorch.
 
-Each peer keeps the same number of entries of float scores. PyTorch is an extra of the benchmarks,
-`pip install 'jaxpruner-baselines[torch]'` (a CPU build will do); without it its rows are left out.
+Each peer keeps the same number of entries of float scores (those by a threshold alone keep all ties).
+PyTorch is an extra of the benchmarks, `pip install 'jaxpruner-baselines[torch]'` (a CPU build will do);
+without it its rows are left out.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import multiprocessing
-import resource
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def torch_top_k(scores: np.ndarray) -> Callable[[], Any]:
     """A call of torch.topk and a scatter of its indices into a boolean mask."""
     import torch
 
-    tensor = torch.from_numpy(scores)
+    tensor = torch.from_numpy(np.require(scores, requirements="W"))  # a copy where it is read-only
 
     def call():
         flat = tensor.flatten()
@@ -78,7 +79,7 @@ def torch_global_unstructured(leaves: Sequence[np.ndarray]) -> Callable[[], Any]
     import torch
     from torch.nn.utils import prune
 
-    tensors = [torch.from_numpy(leaf) for leaf in leaves]
+    tensors = [torch.from_numpy(np.require(leaf, requirements="W")) for leaf in leaves]
 
     def call():
         layers = []
@@ -119,8 +120,14 @@ def _measure_growth(name: str, size: int) -> int:
     # Made by a small call first, so that libraries are loaded and their threads started.
     host_peers()[name].make(np.random.default_rng(0).random(1000, dtype=np.float32))()
     call = host_peers()[name].make(np.random.default_rng(0).random(size, dtype=np.float32))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; getrusage's is inherited from the parent
+    before = _status_bytes("VmRSS")
     mask = call()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = _status_bytes("VmHWM") - before
     del mask
-    return 1024 * grown  # Linux counts in KiB
+    return grown
+
+
+def _status_bytes(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])

@@ -34,10 +34,11 @@ class Sizes:
     classes: int = 1000
     batch: int = 8
     dtype: str = "float32"  # of activations; parameters are float32
-    repeats: int = 21
+    starts: int = 6
+    repeats: int = 3  # from each start
 
 
-QUICK = Sizes(image=32, patch=8, dim=32, depth=1, heads=2, classes=10, batch=2, repeats=3)
+QUICK = Sizes(image=32, patch=8, dim=32, depth=1, heads=2, classes=10, batch=2, starts=2, repeats=2)
 VIT_B = Sizes(dim=768, heads=12, batch=256, dtype="bfloat16")
 VIT_B_QUICK = dataclasses.replace(QUICK, dtype="bfloat16")
 
@@ -54,8 +55,8 @@ SIDES: dict[str, dict[str, Any] | None] = {
 }
 
 
-def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], Any]:
-    """A call that takes one step from where the last call ended; all buffers are donated."""
+def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], Callable[[], Any]]:
+    """Starts a training: gives a call that takes one step from where the last call ended, all buffers donated."""
     model = ViT(sizes.patch, sizes.dim, sizes.depth, sizes.heads, sizes.classes, jnp.dtype(sizes.dtype))
     tx = optax.adamw(1e-3)
     if config is not None:
@@ -81,23 +82,30 @@ def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], A
         params = model.init(jax.random.key(0), images)
         return params, tx.init(params)
 
-    state = init(images)
+    def start():
+        state = init(images)
 
-    def call():
-        nonlocal state
-        state = step(state, images, labels)
-        return state
+        def call():
+            nonlocal state
+            state = step(state, images, labels)
+            return state
 
-    return call
+        return call
+
+    return start
 
 
 def training_steps(sizes: Sizes) -> Events:
     """A step between mask updates, all in, and with a mask made every step."""
-    sides = {}
-    for name, config in SIDES.items():
-        yield f"preparing {name}"
-        sides[name] = training_step(sizes, config)
-    times = yield from alternate(sides, dict.fromkeys(sides, sizes.repeats))
+    trainings = {name: training_step(sizes, config) for name, config in SIDES.items()}
+    times: dict[str, list[float]] = {name: [] for name in trainings}
+    for i in range(sizes.starts):
+        yield f"start {i + 1} of {sizes.starts}"
+        # Where its buffers lie makes a side some percent faster or slower, for as long as it keeps them.
+        sides = {name: start() for name, start in trainings.items()}
+        found = yield from alternate(sides, dict.fromkeys(sides, sizes.repeats))
+        for name, own in found.items():
+            times[name] += own
     times["all in"] = [  # computed from the two kinds of step, not from 100 steps
         ((UPDATE_FREQ - 1) * between + made) / UPDATE_FREQ
         for between, made in zip(times["dense masks"], times["mask made"], strict=True)

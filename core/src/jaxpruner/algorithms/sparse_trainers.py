@@ -80,7 +80,8 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
         def regrow(path, mask, drop, grow):
             if trees.is_unpruned(mask):
                 return None
-            return (yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction))
+            with trees.errors_at(path):
+                return (yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction))
 
         masks = map_choosing(regrow, masks, drop_scores, grow_scores)
         return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks))
