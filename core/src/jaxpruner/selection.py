@@ -210,9 +210,8 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))
 
 
-@functools.partial(
-    jax.jit, static_argnums=(0, 3, 4)
-)  # called eagerly with arrays, trees of one shape share a compilation
+# Jitted, so that eager calls with arrays compile once for all trees of one shape.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _select(
     fns: tuple[tuple[Callable[..., Any], ...], ...],
     operands: list[list[tuple[Array, ...]]],
