@@ -127,10 +127,10 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     data = load(preset)
     model = MODELS[preset.model](only_digits=False)  # 62 classes
     algorithm, server, updates = build(run, model)
-    ledger = jaxpruner_fedjax.Ledger(data.train.client_ids(), updates)
+    state = algorithm.init(model.init(jax.random.PRNGKey(run.seed)))
+    ledger = jaxpruner_fedjax.Ledger(data.train.client_ids(), state.params, updates)
     traffic = np.zeros((preset.rounds, 2), np.int64)
 
-    state = algorithm.init(model.init(jax.random.PRNGKey(run.seed)))
     leaves, treedef = jax.tree.flatten(state)
     first, saved = checkpoint.load(like={"leaves": leaves, "held": ledger.held, "traffic": traffic})
     state, ledger.held, traffic = (

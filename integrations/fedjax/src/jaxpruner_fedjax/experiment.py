@@ -107,7 +107,7 @@ def build(config: Config) -> Experiment:
         else:
             algorithm = federated_averaging(*parts, updates)
     state = algorithm.init(model.init(jax.random.PRNGKey(config.seed)))
-    ledger = Ledger(train.client_ids(), updates)
+    ledger = Ledger(train.client_ids(), state.params, updates)
     experiment = Experiment(config, train, test, model, server, algorithm, ledger, state)
     if (saved := load_checkpoint(config.root_dir, config.numbers)) is not None:
         if saved.rounds > config.num_rounds:
