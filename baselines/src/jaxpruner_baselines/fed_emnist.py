@@ -25,6 +25,7 @@ from jaxpruner_baselines import federated_data
 from jaxpruner_baselines.baseline import Baseline, Cost, NotReady, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.methods import sparsify_config
+from jaxpruner_fedjax.sampling import PARAMS, branch_key
 from jaxpruner_fedjax.tasks import require_emnist
 
 MEGABYTE = 1e6
@@ -127,7 +128,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     data = load(preset)
     model = MODELS[preset.model](only_digits=False)  # 62 classes
     algorithm, server, updates = build(run, model)
-    state = algorithm.init(model.init(jax.random.PRNGKey(run.seed)))
+    state = algorithm.init(model.init(branch_key(run.seed, PARAMS)))
     ledger = jaxpruner_fedjax.Ledger(data.train.client_ids(), state.params, updates)
     traffic = np.zeros((preset.rounds, 2), np.int64)
 

@@ -20,6 +20,7 @@ from federated_cases import fedjax
 
 import jaxpruner_fedjax
 from jaxpruner_fedjax.experiment import Config, build, run
+from jaxpruner_fedjax.sampling import PARAMS, branch_key
 from jaxpruner_fedjax.tasks import EMNIST_FILES, EMNIST_URL, load_task
 
 SETTINGS = {
@@ -137,7 +138,10 @@ def test_another_training_is_not_continued(whole, more, message):
         ({"server_optimizer": "lion"}, "server_optimizer: 'lion' is not known"),
         ({"algorithm": "rig"}, "algorithm: 'rig' is not known"),
         ({"sparsity": 1.0}, "Default sparsity"),
-        ({"update_end_round": None}, "one without the other"),
+        ({"update_start_round": 250, "update_end_round": 750}, "update_end_round: 750 is past the last round"),
+        ({"update_end_round": 17}, "17 is not a multiple of update_freq=2.*end at round 16"),
+        ({"update_end_round": 7, "update_freq": 4}, "end at round 4"),
+        ({"update_start_round": 5, "update_end_round": 7, "update_freq": 4}, "end at round 8"),
         ({"update_end_round": 24}, "update_end_round: 24 is past the last round, which is 23"),
         ({"update_start_round": 18}, "end_step"),
         ({"algorithm": "rigl"}, "masked clients cannot be combined with RigL"),
@@ -188,6 +192,27 @@ def test_emnist_that_was_put_there_is_used(tmp_path):
     assert batch["x"].min() == 1.0
 
 
+def test_the_default_rounds_are_the_papers_and_prune(tmp_path):
+    config = Config(task="federated_cases:task", root_dir=str(tmp_path), num_clients_per_round=3)
+    assert (config.num_rounds, config.update_start_round, config.update_end_round) == (1000, 250, 750)
+    schedule = build(config).server.updater.scheduler
+    rounds = [i for i in range(config.num_rounds) if schedule.should_update_mask(i)]
+    assert rounds == list(range(250, 751, 10))
+    assert float(schedule.get_sparsity_at_step(config.sparsity, rounds[-1])) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"algorithm": "no_prune", "update_start_round": 250, "update_end_round": 750},
+        {"algorithm": "static_sparse", "update_start_round": 250, "update_end_round": 750},
+        {"update_start_round": 3, "update_end_round": 3, "update_freq": 10},  # one shot
+    ],
+)
+def test_rounds_of_updates_that_need_no_check(more, tmp_path):
+    build(config(tmp_path, **more))
+
+
 def drawn(seed, round_num):
     clients = jaxpruner_fedjax.sample_clients(cases.digits(), 3, seed, round_num)
     return [
@@ -200,3 +225,20 @@ def test_sampling_is_a_function_of_seed_and_round():
     assert drawn(0, 3) == drawn(0, 3)
     assert len({tuple(drawn(seed, round_num)) for seed in range(3) for round_num in range(3)}) == 9
     assert len({cid for cid, *_ in drawn(0, 0)}) == 3
+
+
+def test_clients_parameters_and_masks_have_keys_of_their_own():
+    params = cases.params()
+    updater = cases.server("random").updater  # rng_seed 0
+
+    def bits(key):
+        return np.asarray(key if key.dtype == np.uint32 else jax.random.key_data(key)).tobytes()
+
+    masks = {bits(key) for step in range(-1, 30) for key in jax.tree.leaves(updater.random_keys(params, step))}
+    clients = {key for round_num in range(30) for _, key, _ in drawn(0, round_num)}
+    first = jax.random.split(branch_key(0, PARAMS), 8)
+    initial = {bits(key) for key in (*first, *jax.random.split(first[0], 8))}
+    assert (len(masks), len(clients)) == (31 * 4, 30 * 3)
+    assert not masks & clients
+    assert not masks & initial
+    assert not clients & initial
