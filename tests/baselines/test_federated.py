@@ -88,6 +88,15 @@ def test_the_paper_preset_says_what_to_download_before_anything_starts(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_presets_and_sparsities_of_its_own(tmp_path):
+    assert (BASELINE.default_preset, BASELINE.sparsities) == ("digits", (0.8,))
+    told = invoke("table", "fed_emnist", "--results", str(tmp_path), exit_code=2)
+    assert "has no results of preset digits. First: jaxpruner-baselines run fed_emnist --preset digits" in told
+    common = ["fed_emnist", "--preset", "smoke", "--methods", "magnitude", "--seeds", "1", "--results", str(tmp_path)]
+    invoke("run", *common)
+    assert list(Results(tmp_path / "fed_emnist.csv").read()["sparsity"]) == [0.8]
+
+
 def test_variants_of_methods():
     assert BASELINE.methods[: len(all_methods())] == all_methods()
     assert "magnitude+masked+top_k" in BASELINE.methods

@@ -98,6 +98,13 @@ class Baseline:
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
     cost: Cost | None = None
+    sparsities: tuple[float, ...] = (0.8, 0.95)
+    """Those that are run unless others are asked for."""
+
+    @property
+    def default_preset(self) -> str:
+        """The first one."""
+        return next(iter(self.presets))
 
     @property
     def methods(self) -> list[str]:

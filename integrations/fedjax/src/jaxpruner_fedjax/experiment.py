@@ -195,7 +195,7 @@ def _check_rounds(config: Config) -> None:
         last = end - end % freq
         raise ValueError(
             f"update_end_round: {end} is not a multiple of update_freq={freq}, so no masks would be made then, "
-            f"where the final sparsity is due; end at round {last if last >= start else last + freq}."
+            f"when the final sparsity is due; end at round {last if last >= start else last + freq}."
         )
 
 
