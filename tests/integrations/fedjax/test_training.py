@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from federated_cases import fedjax
+from tensorboardX.proto.event_pb2 import Event
 
 import jaxpruner_fedjax
 from jaxpruner_fedjax.experiment import Config, build, run
@@ -57,6 +59,20 @@ def final(root: pathlib.Path):
     return path.name, pickle.loads(path.read_bytes())["saved"]
 
 
+def last_events(root: pathlib.Path) -> list[tuple[int, str, float]]:
+    """(round, scalar, value) in the newest event file, which TensorBoard reads from step 1 on."""
+    path = max(root.glob("events.out.tfevents.*"))
+    content, start, scalars = path.read_bytes(), 0, []
+    while start < len(content):  # TFRecord: a length, its checksum, the data, their checksum
+        (length,) = struct.unpack_from("<Q", content, start)
+        event = Event.FromString(content[start + 12 : start + 12 + length])
+        start += length + 16
+        if event.HasField("session_log"):
+            assert (event.step, scalars) == (1, [])
+        scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return sorted(scalars)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> pathlib.Path:
     """A training that nothing interrupted, in this process."""
@@ -87,6 +103,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(whole, tmp_path):
     (name, saved), (other_name, other) = final(tmp_path), final(whole)
     assert name == other_name == "checkpoint_00000024"
     cases.assert_same_bits(saved, other)
+    assert last_events(tmp_path) == last_events(whole)  # also those that the killed process had not written yet
 
 
 def test_what_a_training_leaves_behind(whole):
@@ -96,9 +113,11 @@ def test_what_a_training_leaves_behind(whole):
     assert [bool(row["test_accuracy"]) for row in rows] == [i % 4 == 0 for i in range(1, 25)]
     assert float(rows[-1]["sparsity"]) == pytest.approx(0.8, abs=0.05)
     assert int(rows[-1]["bytes_total"]) == sum(int(row["bytes_down"]) + int(row["bytes_up"]) for row in rows)
-    events = b"".join(path.read_bytes() for path in whole.glob("events.out.tfevents.*"))
-    assert events.count(b"bytes_total") == 24
-    assert events.count(b"test_accuracy") == 6
+    events = last_events(whole)
+    assert [event[0] for event in events if event[1] == "bytes_total"] == list(range(1, 25))
+    for name in ("bytes_down", "test_accuracy"):
+        expected = [np.float32(row[name]) for row in rows if row[name]]
+        assert [np.float32(value) for _, tag, value in events if tag == name] == expected
     assert not list(whole.glob("*.partial"))
 
 
