@@ -151,6 +151,11 @@ def test_another_training_is_not_continued(whole, more, message):
         ({"task": "EMNIST"}, "task 'EMNIST' is not known; use one of EMNIST_CONV"),
         ({"task": "no.such:thing"}, "No module named 'no'"),
         ({"task": "federated_cases:nothing"}, "has no attribute 'nothing'"),
+        ({"task": "federated_cases:digits"}, r"returns \(<.*return \(training data, test data, model\)"),
+        ({"task": "federated_cases:pair"}, r"returns \(int, int\); return"),
+        ({"seed": -1}, "seed: -1 is negative"),
+        ({"root_dir": __file__}, "root_dir: .*test_training.py is a file"),
+        ({"algorithm": "set", "task": "no.such:thing"}, "masked clients cannot be combined with SET"),
         ({"num_rounds": 0}, "num_rounds: 0 is less than 1"),
         ({"num_clients_per_round": 5}, "5 clients a round cannot be taken from 4"),
         ({"backend": "tpu"}, "backend: 'tpu' is not known"),
@@ -194,6 +199,17 @@ def test_missing_emnist_says_what_to_download_and_where_to_put_it(tmp_path, monk
         assert EMNIST_URL + name in str(told.value)
     assert f"put them into {tmp_path / 'cache'}" in str(told.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["SHAKESPEARE_CHARACTER", "CIFAR100_LOGISTIC"])
+def test_other_data_that_are_missing(name, tmp_path, monkeypatch):
+    for variable in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no network
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(variable, "")
+    with pytest.raises(FileNotFoundError, match=rf"{name} are not all in {tmp_path}.*cannot be fetched") as told:
+        load_task(name, str(tmp_path))
+    assert f"to {tmp_path} under the same names" in str(told.value)
 
 
 def test_emnist_that_was_put_there_is_used(tmp_path):

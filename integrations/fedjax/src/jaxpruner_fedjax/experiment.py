@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax
 from absl import logging
 
 import jaxpruner
-from jaxpruner_fedjax.clients import federated_averaging
+from jaxpruner_fedjax.clients import check_combination, federated_averaging
 from jaxpruner_fedjax.communication import ClientUpdates, Ledger
 from jaxpruner_fedjax.recording import Recorder, Saved, load_checkpoint, save_checkpoint
 from jaxpruner_fedjax.sampling import PARAMS, branch_key, sample_clients
@@ -39,7 +40,7 @@ class Config:
     checkpoint_frequency: int = option(50, "Checkpoint frequency in rounds; 0: after the last only")
     eval_frequency: int = option(50, "Evaluation frequency in rounds; 0: after the last only")
     seed: int = option(0, "Decides parameters, clients, shuffling, dropout and masks")
-    backend: str = option("jit", "How FedJAX goes through the clients: jit, debug or pmap")
+    backend: str = option("jit", "How FedJAX goes through the clients: jit, debug or pmap; they differ by rounding")
     server_optimizer: str = option("adam", "adam, yogi, adagrad or sgd")
     server_learning_rate: float = option(10**-2.5, "Server step size")
     server_momentum: float = option(0.0, "Momentum of sgd")
@@ -64,7 +65,11 @@ class Config:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What decides the numbers of a round, so that a checkpoint is not continued with something else."""
+        """What decides the numbers of a round, so that a checkpoint is not continued with something else.
+
+        Not `backend`: it changes no number but by rounding, and may change with the machine. To the same bits a
+        training continues only with the same one.
+        """
         free = ("cache_dir", "root_dir", "num_rounds", "checkpoint_frequency", "eval_frequency", "backend")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
@@ -95,6 +100,7 @@ def build(config: Config) -> Experiment:
     _check(config)
     server = server_optimizer(_inner(config), _sparsity(config))
     updates = ClientUpdates(masked=config.masked_clients, top_k=config.top_k)
+    check_combination(server, updates)  # before data are loaded
     train, test, model = load_task(config.task, config.cache_dir)
     sample_clients(train, config.num_clients_per_round, config.seed, 0)  # says so if there are too few
     parts = (
@@ -178,6 +184,10 @@ def _check(config: Config) -> None:
     for name in ("num_rounds", "num_clients_per_round", "batch_size", "num_epochs", "eval_batch_size", "update_freq"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} is less than 1.")
+    if config.seed < 0:
+        raise ValueError(f"seed: {config.seed} is negative; give 0 or more.")
+    if os.path.exists(config.root_dir) and not os.path.isdir(config.root_dir):
+        raise ValueError(f"root_dir: {config.root_dir} is a file; give a folder, which need not exist.")
     if config.backend not in ("jit", "debug", "pmap"):
         raise ValueError(f"backend: {config.backend!r} is not known; use jit, debug or pmap.")
     if config.algorithm not in MASKS_NEVER_CHANGE:
