@@ -69,10 +69,14 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a baseline's runs spend: a number in `Outcome.details`, for a column and a plot of its own."""
+    """What a baseline's runs spend: a number in `Outcome.details`, for a column and a plot of its own.
+
+    `header` names the column, `label` the axis of the plot.
+    """
 
     key: str
     label: str
+    header: str
 
 
 class NotReady(Exception):  # noqa: N818  (no error of the program: something has to be done first)

@@ -93,7 +93,10 @@ def table(
         marker = f"results:{name}-{preset}"
         if not (markdown.exists() and f"<!-- {marker} -->" in markdown.read_text()):
             marker = f"results:{name}"
-        report.update_markdown(markdown, marker, report.markdown(lines, baseline.metric, baseline.cost))
+        try:
+            report.update_markdown(markdown, marker, report.markdown(lines, baseline.metric, baseline.cost))
+        except ValueError as error:
+            _fail(str(error))
         console.print(f"written to {markdown}", soft_wrap=True)
 
 

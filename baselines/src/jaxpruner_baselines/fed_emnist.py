@@ -94,18 +94,16 @@ def prepare(preset: Preset) -> None:
             raise NotReady(f"{error}\nThe presets digits and mnist5k need no download.") from error
 
 
-def parse(method: str) -> tuple[str, jaxpruner_fedjax.ClientUpdates | None]:
-    """`magnitude+masked+top_k` -> the algorithm, and what its clients send (None: as FedJAX's own)."""
+def parse(method: str, top_k: float) -> tuple[str, jaxpruner_fedjax.ClientUpdates]:
+    """`magnitude+masked+top_k` -> the algorithm, and what its clients send."""
     algorithm, *options = method.split("+")
-    if not options:
-        return algorithm, None
-    return algorithm, jaxpruner_fedjax.ClientUpdates("masked" in options, 1.0 if "top_k" in options else None)
+    return algorithm, jaxpruner_fedjax.ClientUpdates("masked" in options, top_k if "top_k" in options else None)
 
 
 def build(run: Run, model: fedjax.Model) -> tuple[Any, Any, jaxpruner_fedjax.ClientUpdates]:
     """The federated algorithm of a run, its server optimizer, and what its clients send."""
     p = run.preset
-    method, updates = parse(run.method)
+    method, updates = parse(run.method, p.top_k)
     config = sparsify_config(method, run.sparsity, p.rounds, start=p.prune_start, end=p.prune_end, freq=p.prune_every)
     config |= {"dist_type": "uniform", "rng_seed": run.seed}
     adam = optax.adam(p.server_learning_rate, b1=p.server_b1, b2=p.server_b2, eps=p.server_eps)
@@ -116,10 +114,8 @@ def build(run: Run, model: fedjax.Model) -> tuple[Any, Any, jaxpruner_fedjax.Cli
         server,
         fedjax.ShuffleRepeatBatchHParams(batch_size=p.batch_size, num_epochs=p.client_epochs),
     )
-    if updates is None:
-        return fedjax.algorithms.fed_avg.federated_averaging(*parts), server, jaxpruner_fedjax.ClientUpdates()
-    if updates.top_k is not None:
-        updates = dataclasses.replace(updates, top_k=p.top_k)
+    if updates == jaxpruner_fedjax.ClientUpdates():
+        return fedjax.algorithms.fed_avg.federated_averaging(*parts), server, updates
     return jaxpruner_fedjax.federated_averaging(*parts, updates), server, updates
 
 
@@ -175,5 +171,5 @@ BASELINE = Baseline(
     prepare=prepare,
     variants=("dense+top_k", "magnitude+masked", "magnitude+masked+top_k", "static_sparse+masked"),
     sparsities=(0.8,),  # the paper's
-    cost=Cost("megabytes", "megabytes sent down and up, all clients and rounds together"),
+    cost=Cost("megabytes", "megabytes sent down and up, all clients and rounds together", "megabytes sent, mean"),
 )
