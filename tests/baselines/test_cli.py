@@ -36,6 +36,11 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+def test_defaults_are_the_baselines_own():
+    vit = registry.get("digits_vit")
+    assert (vit.default_preset, vit.sparsities) == ("quick", (0.8, 0.95))
+
+
 def test_list():
     output = invoke("list")
     assert "digits_vit" in output

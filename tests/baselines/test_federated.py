@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("fedjax", reason="FedJAX is not installed; `make test` installs it")
 
-from jaxpruner_baselines import data, federated_data, registry
+from jaxpruner_baselines import data, federated_data, plots, registry, report
 from jaxpruner_baselines.baseline import Outcome
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.cli import app
@@ -88,6 +88,15 @@ def test_the_paper_preset_says_what_to_download_before_anything_starts(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_presets_and_sparsities_of_its_own(tmp_path):
+    assert (BASELINE.default_preset, BASELINE.sparsities) == ("digits", (0.8,))
+    told = invoke("table", "fed_emnist", "--results", str(tmp_path), exit_code=2)
+    assert "has no results of preset digits. First: jaxpruner-baselines run fed_emnist --preset digits" in told
+    common = ["fed_emnist", "--preset", "smoke", "--methods", "magnitude", "--seeds", "1", "--results", str(tmp_path)]
+    invoke("run", *common)
+    assert list(Results(tmp_path / "fed_emnist.csv").read()["sparsity"]) == [0.8]
+
+
 def test_variants_of_methods():
     assert BASELINE.methods[: len(all_methods())] == all_methods()
     assert "magnitude+masked+top_k" in BASELINE.methods
@@ -115,6 +124,27 @@ def test_a_run_resumes_to_the_bit(tmp_path):
     assert resumed == whole
 
 
+def test_a_method_looks_the_same_in_both_plots(tmp_path, monkeypatch):
+    lines = [
+        report.Line(method, 0.8, 0.8, 24, 0.8 + 0.01 * i, float("nan"), 1, cost=10.0 * (i + 1))
+        for i, method in enumerate(["dense", "dense+top_k", "magnitude", "rigl", "set"])
+    ]
+    drawn = []
+
+    def note(path, figure, axes, title, metric):
+        handles, labels = axes.get_legend_handles_labels()
+        shown = zip(handles, labels, strict=True)
+        drawn.append({name: (h[0].get_color(), h[0].get_marker()) for h, name in shown if hasattr(h, "lines")})
+
+    monkeypatch.setattr(plots, "finish", note)
+    plots.draw(tmp_path / "a.png", "", lines, "accuracy")
+    plots.draw_cost(tmp_path / "b.png", "", lines, "accuracy", BASELINE.cost)
+    by_sparsity, by_cost = drawn
+    assert set(by_sparsity) == {"magnitude", "rigl", "set"}
+    assert by_sparsity == {name: by_cost[name] for name in by_sparsity}
+    assert len(set(by_cost.values())) == 5
+
+
 def test_accuracy_against_megabytes(tmp_path):
     results = Results(tmp_path / "fed_emnist.csv")
     measured = [("dense", 0.9, 100.0), ("dense+top_k", 0.8, 50.0), ("magnitude", 0.85, 60.0), ("magnitude", 0.87, 80.0)]
@@ -127,10 +157,14 @@ def test_accuracy_against_megabytes(tmp_path):
     page.write_text("<!-- results:fed_emnist-digits -->\n<!-- /results:fed_emnist-digits -->\n")
     invoke("table", *common, "--markdown", str(page))
     lines = page.read_text().splitlines()
-    assert lines[1].endswith("| seeds | megabytes |")
+    assert lines[1].endswith("| seeds | megabytes sent, mean |")
     assert lines[3] == "| dense | - | 0.00 % | 24 | 90.0 | 1 | 100.0 |"
     assert lines[4] == "| dense+top_k | - | 0.00 % | 24 | 80.0 | 1 | 50.0 |"
     assert lines[5] == "| magnitude | 80 % | 80.00 % | 24 | 86.0 ± 1.4 | 2 | 70.0 |"
+    page.write_text("no place\n")
+    told = invoke("table", *common, "--markdown", str(page), exit_code=2)
+    assert "README.md: no place for the table. Add the lines <!-- results:fed_emnist -->" in told
+    assert page.read_text() == "no place\n"
     invoke("plot", *common)
     for name in ("fed_emnist-digits.png", "fed_emnist-digits-megabytes.png"):
         height, width, _ = matplotlib.image.imread(tmp_path / name).shape

@@ -34,7 +34,12 @@ HOST_TOOLS = {
     "tensorflow",
 }
 # Hosts whose trainers come in more packages than one.
-HOST_PACKAGES = {"t5x": {"t5x", "seqio", "airio"}, "dopamine": {"dopamine", "gym", "gymnasium"}}
+# What hosts are made of; `requests` is what FedJAX downloads with.
+HOST_PACKAGES = {
+    "t5x": {"t5x", "seqio", "airio"},
+    "dopamine": {"dopamine", "gym", "gymnasium"},
+    "fedjax": {"fedjax", "requests"},
+}
 MAX_LINES = 300
 
 

@@ -69,10 +69,14 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a baseline's runs spend: a number in `Outcome.details`, for a column and a plot of its own."""
+    """What a baseline's runs spend: a number in `Outcome.details`, for a column and a plot of its own.
+
+    `header` names the column, `label` the axis of the plot.
+    """
 
     key: str
     label: str
+    header: str
 
 
 class NotReady(Exception):  # noqa: N818  (no error of the program: something has to be done first)
@@ -98,6 +102,13 @@ class Baseline:
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
     cost: Cost | None = None
+    sparsities: tuple[float, ...] = (0.8, 0.95)
+    """Those that are run unless others are asked for."""
+
+    @property
+    def default_preset(self) -> str:
+        """The first one."""
+        return next(iter(self.presets))
 
     @property
     def methods(self) -> list[str]:

@@ -24,7 +24,7 @@ app = typer.Typer(
 console = Console()
 
 Name = Annotated[str, typer.Argument(help="Which baseline; see `list`.")]
-Preset = Annotated[str, typer.Option(help="Which size; see `list`.")]
+Preset = Annotated[str | None, typer.Option(help="Which size; default: the first of `list`.", show_default=False)]
 Folder = Annotated[Path, typer.Option("--results", help="Folder of the CSV, plots and checkpoints.")]
 
 app.command("bench")(bench)
@@ -52,15 +52,17 @@ def list_() -> None:
 @app.command()
 def run(
     name: Name,
-    preset: Preset = "quick",
+    preset: Preset = None,
     methods: Annotated[str, typer.Option(help="Comma-separated; default: all of `list`.")] = "all",
-    sparsities: Annotated[str, typer.Option(help="Comma-separated, each between 0 and 1.")] = "0.8,0.95",
+    sparsities: Annotated[
+        str | None, typer.Option(help="Comma-separated, each between 0 and 1; default: the baseline's own.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,).")] = "3",
     results: Folder = Path("runs"),
 ) -> None:
     """Train, and append a row per run to the results. Run it again to continue where it stopped."""
-    baseline = _baseline(name, preset)
-    plan = baseline.plan(preset, _methods(baseline, methods), _sparsities(sparsities), _seeds(seeds))
+    baseline, preset = _baseline(name, preset)
+    plan = baseline.plan(preset, _methods(baseline, methods), _sparsities(baseline, sparsities), _seeds(seeds))
     try:
         count = runner.carry_out(baseline, plan, results, console)
     except KeyboardInterrupt:
@@ -76,14 +78,14 @@ def run(
 @app.command()
 def table(
     name: Name,
-    preset: Preset = "quick",
+    preset: Preset = None,
     results: Folder = Path("runs"),
     markdown: Annotated[
         Path | None, typer.Option(help="Write it into this file too, between its results markers.")
     ] = None,
 ) -> None:
     """Print the results: method, sparsity, mean and standard deviation over seeds."""
-    baseline = _baseline(name, preset)
+    baseline, preset = _baseline(name, preset)
     lines = _lines(baseline, preset, results)
     console.print(report.terminal(f"{name}, preset {preset}", lines, baseline.metric, baseline.cost))
     if markdown is not None:
@@ -91,21 +93,24 @@ def table(
         marker = f"results:{name}-{preset}"
         if not (markdown.exists() and f"<!-- {marker} -->" in markdown.read_text()):
             marker = f"results:{name}"
-        report.update_markdown(markdown, marker, report.markdown(lines, baseline.metric, baseline.cost))
+        try:
+            report.update_markdown(markdown, marker, report.markdown(lines, baseline.metric, baseline.cost))
+        except ValueError as error:
+            _fail(str(error))
         console.print(f"written to {markdown}", soft_wrap=True)
 
 
 @app.command()
 def plot(
     name: Name,
-    preset: Preset = "quick",
+    preset: Preset = None,
     results: Folder = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="The PNG; default: in the results folder.")] = None,
 ) -> None:
     """Draw the metric against the sparsity, and against what runs cost where that is counted."""
     from jaxpruner_baselines import plots
 
-    baseline = _baseline(name, preset)
+    baseline, preset = _baseline(name, preset)
     path = output or results / f"{name}-{preset}.png"
     lines = _lines(baseline, preset, results)
     plots.draw(path, f"{name}, preset {preset}", lines, baseline.metric)
@@ -129,14 +134,13 @@ def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:
     return lines
 
 
-def _baseline(name: str, preset: str) -> Baseline:
+def _baseline(name: str, preset: str | None) -> tuple[Baseline, str]:
     _check("baseline", name, registry.MODULES)
     try:
         baseline = registry.get(name)
     except ImportError as error:
         _fail(f"{name} needs a package that is not installed ({error}); baselines/README.md says which.")
-    _check(f"preset of {name}", preset, baseline.presets)
-    return baseline
+    return baseline, _check(f"preset of {name}", preset or baseline.default_preset, baseline.presets)
 
 
 def _methods(baseline: Baseline, text: str) -> list[str]:
@@ -145,7 +149,9 @@ def _methods(baseline: Baseline, text: str) -> list[str]:
     return [_check("method", method, baseline.methods) for method in _split(text, "--methods")]
 
 
-def _sparsities(text: str) -> list[float]:
+def _sparsities(baseline: Baseline, text: str | None) -> list[float]:
+    if text is None:
+        return list(baseline.sparsities)
     values = []
     for part in _split(text, "--sparsities"):
         try:

@@ -23,7 +23,11 @@ Examples = Mapping[str, np.ndarray]
 
 
 class Federated(NamedTuple):
-    """Clients to train on, and clients that no one trains on."""
+    """Clients to train on, and clients to test on.
+
+    Here these are others, whom no one trains on. In FedJAX's federated EMNIST they are the same writers, and other
+    pictures of theirs.
+    """
 
     train: fedjax.FederatedData
     test: fedjax.FederatedData

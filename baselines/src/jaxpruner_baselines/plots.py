@@ -35,6 +35,7 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
     sparsities = sorted({line.sparsity for line in lines if not is_dense(line.method)})
     methods = list(dict.fromkeys(line.method for line in lines if not is_dense(line.method)))
     floor = fence([scale * line.mean for line in lines])
+    styles = looks(lines)
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
 
     for i, line in enumerate(line for line in lines if is_dense(line.method)):
@@ -47,7 +48,7 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
     for i, method in enumerate(methods):
         own = [line for line in lines if line.method == method]
         offset = SPREAD * ((i + 0.5) / len(methods) - 0.5)
-        style = look(i)
+        style = styles[method]
         for line in own:
             if scale * line.mean < floor:
                 place = (sparsities.index(line.sparsity) + offset, 0.0)
@@ -81,14 +82,14 @@ def draw_cost(path: Path, title: str, lines: list[Line], metric: str, cost: Cost
     """Writes a PNG of the metric against a cost on a logarithmic axis; cheap and good is top left."""
     scale = 100 if metric in FRACTIONS else 1
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for i, method in enumerate(dict.fromkeys(line.method for line in lines)):
+    for method, style in looks(lines).items():
         own = [line for line in lines if line.method == method]
         axes.errorbar(
             [line.cost for line in own],
             [scale * line.mean for line in own],
             yerr=[scale * np.nan_to_num(line.std) for line in own],
             label=method,
-            **(look(i - 1) if i else look(0) | {"color": "black"}),
+            **style,
         )
         if len(own) > 1:
             for line in own:
@@ -97,6 +98,18 @@ def draw_cost(path: Path, title: str, lines: list[Line], metric: str, cost: Cost
     axes.set_xscale("log")
     axes.set_xlabel(cost.label)
     finish(path, figure, axes, title, metric)
+
+
+def looks(lines: list[Line]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each method, the same in all plots of these lines: black where nothing is pruned."""
+    methods = list(dict.fromkeys(line.method for line in lines))
+    dense = [method for method in methods if is_dense(method)]
+    pruned = [method for method in methods if not is_dense(method)]
+    return {
+        method: look(i) | ({"color": "black"} if method in dense else {})
+        for group in (dense, pruned)
+        for i, method in enumerate(group)
+    }
 
 
 def look(i: int) -> dict[str, Any]:

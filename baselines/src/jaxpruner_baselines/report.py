@@ -79,7 +79,7 @@ def cells(line: Line, metric: str) -> list[str]:
 
 def header(metric: str, cost: Cost | None = None) -> list[str]:
     shown = f"{metric} (%)" if metric in FRACTIONS else metric
-    return [*(name or f"{shown}, mean ± std" for name in HEADER), *([cost.key] if cost else [])]
+    return [*(name or f"{shown}, mean ± std" for name in HEADER), *([cost.header] if cost else [])]
 
 
 def terminal(title: str, lines: list[Line], metric: str, cost: Cost | None = None) -> Table:

@@ -58,6 +58,30 @@ def test_a_broken_module_alone_is_mended(tmp_path, monkeypatch):
     assert not hasattr(sys, "issctype")
 
 
+def test_ones_like_is_mended_only_where_a_list_is_given(tmp_path, monkeypatch):
+    name = "fedjax.algorithms.agnostic_fed_avg"
+    start = "import jax.numpy as jnp\n\ndef window(init_domain_weights):\n    return "
+    fixed = module_of(start + "jnp.ones_like(jnp.array(init_domain_weights))\n", tmp_path)
+    monkeypatch.setitem(sys.modules, name, fixed)
+    assert compatibility.mend() == ()
+    assert fixed.jnp is jnp
+    broken = module_of(start + "jnp.ones_like(init_domain_weights)\n", tmp_path)
+    monkeypatch.setitem(sys.modules, name, broken)
+    assert compatibility.mend() == (f"{name}: jnp.ones_like",)
+    assert compatibility.mend() == ()
+    assert broken.window([0.5, 0.5]).tolist() == [1, 1]
+    assert broken.jnp.ones_like([0.5], dtype=jnp.int32, shape=(2,)).dtype == jnp.int32
+
+
+def test_a_library_that_lacks_two_names_gets_both(tmp_path, monkeypatch):
+    broken = module_of("import jax\n\ndef double(t):\n    return jax.tree_map(lambda x: 2 * x, t)\n", tmp_path)
+    broken.jax = compatibility._Extended(jax, {"another": 1})
+    monkeypatch.setitem(sys.modules, "fedjax.core.tree_util", broken)
+    assert compatibility.mend() == ("fedjax.core.tree_util: jax.tree_map",)
+    assert broken.double([1]) == [2]
+    assert broken.jax.another == 1
+
+
 def test_debug_backend_equals_jit():
     optimizer = cases.server("magnitude")
     with fedjax.for_each_client_backend("debug"):

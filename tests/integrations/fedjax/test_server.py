@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import federated_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federated_cases import fedjax
+from federated_cases import ALGORITHMS, fedjax
 
 import jaxpruner
 import jaxpruner_fedjax
@@ -50,18 +53,65 @@ def test_no_prune_is_the_dense_server():
     cases.assert_same_bits(sparse.params, dense.params)
 
 
-def test_fed_prox_and_agnostic_fed_avg():
-    loss = fedjax.model_per_example_loss(cases.model())
-    sgd = fedjax.optimizers.sgd(0.1)
-    optimizer = cases.server("rigl")
-    fed_prox = fedjax.algorithms.fed_prox.fed_prox(loss, sgd, optimizer, cases.BATCHES, proximal_weight=0.1)
-    agnostic = fedjax.algorithms.agnostic_fed_avg.agnostic_federated_averaging(
-        loss, sgd, optimizer, cases.BATCHES, fedjax.PaddedBatchHParams(batch_size=16), [0.5, 0.5], 0.1
+@dataclasses.dataclass
+class Replaceable:
+    """A server optimizer that can be replaced by another, so that the clients' side compiles once for all tests."""
+
+    now: fedjax.optimizers.Optimizer | None = None
+
+    def init(self, params):
+        return self.now.init(params)
+
+    def apply(self, grads, opt_state, params):
+        return self.now.apply(grads, opt_state, params)
+
+
+@functools.cache
+def other_algorithms():
+    """fed_prox and agnostic_fed_avg, each with its server optimizer."""
+    loss, sgd, batches = fedjax.model_per_example_loss(cases.model()), fedjax.optimizers.sgd(0.1), cases.BATCHES
+    fed_prox, agnostic = Replaceable(), Replaceable()
+    padded = fedjax.PaddedBatchHParams(batch_size=16)
+    return (
+        (fedjax.algorithms.fed_prox.fed_prox(loss, sgd, fed_prox, batches, proximal_weight=0.1), fed_prox),
+        (
+            fedjax.algorithms.agnostic_fed_avg.agnostic_federated_averaging(
+                loss, sgd, agnostic, batches, padded, [0.5, 0.5], 0.1
+            ),
+            agnostic,
+        ),
     )
-    for built in (fed_prox, agnostic):
-        for state in cases.run(built, rounds=2)[1:]:
+
+
+# Dense and packed in turn: both with every algorithm are tested above.
+@pytest.mark.parametrize(
+    ("algorithm", "packed"),
+    [pytest.param(name, bool(i % 2), id=f"{name}-{('dense', 'packed')[i % 2]}") for i, name in enumerate(ALGORITHMS)],
+)
+def test_fed_prox_and_agnostic_fed_avg(algorithm, packed):
+    optimizer = cases.server(algorithm, packed)
+    for built, replaceable in other_algorithms():
+        replaceable.now = optimizer
+        states = cases.run(built)
+        for state in states[1:]:
             cases.assert_on_masks(optimizer, state)
-            assert [int(mask.sum()) for _, mask in cases.pruned(optimizer, state)] == [941]
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+        masks = [mask for _, mask in cases.pruned(optimizer, states[-1])]
+        if algorithm in cases.GLOBAL:
+            assert sum(int(mask.sum()) for mask in masks) == 953
+        elif algorithm not in ("no_prune", "preserve"):
+            assert [int(mask.sum()) for mask in masks] == [941]
+
+
+def test_fed_prox_and_agnostic_fed_avg_take_a_sparse_server_as_it_is():
+    """Without `Replaceable`."""
+    optimizer = cases.server("magnitude")
+    loss, sgd = fedjax.model_per_example_loss(cases.model()), fedjax.optimizers.sgd(0.1)
+    fed_prox = fedjax.algorithms.fed_prox.fed_prox(loss, sgd, optimizer, cases.BATCHES, proximal_weight=0.1)
+    ((built, replaceable), _) = other_algorithms()
+    replaceable.now = optimizer
+    one, other = (cases.run(algorithm, rounds=1)[-1] for algorithm in (fed_prox, built))
+    cases.assert_same_bits(one, other)
 
 
 def test_saliency_and_rigl_see_the_mean_of_the_clients_changes():
@@ -105,6 +155,7 @@ def test_a_sparse_optimizer_of_clients_is_refused():
     loss = fedjax.model_per_example_loss(cases.model())
     algorithms = fedjax.algorithms
     padded = fedjax.PaddedBatchHParams(batch_size=16)
+    algorithms.hyp_cluster.hyp_cluster(loss, dense, sparse, padded, cases.BATCHES)  # the server may be
     builds = [
         lambda: algorithms.fed_avg.federated_averaging(fedjax.grad(loss), sparse, dense, cases.BATCHES),
         lambda: algorithms.fed_prox.fed_prox(loss, sparse, dense, cases.BATCHES, 0.1),
@@ -112,6 +163,7 @@ def test_a_sparse_optimizer_of_clients_is_refused():
             loss, client_optimizer=sparse, server_optimizer=dense, client_batch_hparams=cases.BATCHES,
             domain_batch_hparams=padded, init_domain_weights=[0.5, 0.5], domain_learning_rate=0.1,
         ),
+        lambda: algorithms.hyp_cluster.hyp_cluster(loss, sparse, dense, padded, cases.BATCHES),
         lambda: cases.masked(cases.server("magnitude"), sparse),
     ]  # fmt: skip
     for build in builds:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,9 +18,11 @@ import jax
 import numpy as np
 import pytest
 from federated_cases import fedjax
+from tensorboardX.proto.event_pb2 import Event
 
 import jaxpruner_fedjax
 from jaxpruner_fedjax.experiment import Config, build, run
+from jaxpruner_fedjax.sampling import PARAMS, branch_key
 from jaxpruner_fedjax.tasks import EMNIST_FILES, EMNIST_URL, load_task
 
 SETTINGS = {
@@ -56,6 +59,20 @@ def final(root: pathlib.Path):
     return path.name, pickle.loads(path.read_bytes())["saved"]
 
 
+def last_events(root: pathlib.Path) -> list[tuple[int, str, float]]:
+    """(round, scalar, value) in the newest event file, which TensorBoard reads from step 1 on."""
+    path = max(root.glob("events.out.tfevents.*"))
+    content, start, scalars = path.read_bytes(), 0, []
+    while start < len(content):  # TFRecord: a length, its checksum, the data, their checksum
+        (length,) = struct.unpack_from("<Q", content, start)
+        event = Event.FromString(content[start + 12 : start + 12 + length])
+        start += length + 16
+        if event.HasField("session_log"):
+            assert (event.step, scalars) == (1, [])
+        scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return sorted(scalars)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> pathlib.Path:
     """A training that nothing interrupted, in this process."""
@@ -86,6 +103,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(whole, tmp_path):
     (name, saved), (other_name, other) = final(tmp_path), final(whole)
     assert name == other_name == "checkpoint_00000024"
     cases.assert_same_bits(saved, other)
+    assert last_events(tmp_path) == last_events(whole)  # also those that the killed process had not written yet
 
 
 def test_what_a_training_leaves_behind(whole):
@@ -95,9 +113,11 @@ def test_what_a_training_leaves_behind(whole):
     assert [bool(row["test_accuracy"]) for row in rows] == [i % 4 == 0 for i in range(1, 25)]
     assert float(rows[-1]["sparsity"]) == pytest.approx(0.8, abs=0.05)
     assert int(rows[-1]["bytes_total"]) == sum(int(row["bytes_down"]) + int(row["bytes_up"]) for row in rows)
-    events = b"".join(path.read_bytes() for path in whole.glob("events.out.tfevents.*"))
-    assert events.count(b"bytes_total") == 24
-    assert events.count(b"test_accuracy") == 6
+    events = last_events(whole)
+    assert [event[0] for event in events if event[1] == "bytes_total"] == list(range(1, 25))
+    for name in ("bytes_down", "test_accuracy"):
+        expected = [np.float32(row[name]) for row in rows if row[name]]
+        assert [np.float32(value) for _, tag, value in events if tag == name] == expected
     assert not list(whole.glob("*.partial"))
 
 
@@ -131,13 +151,21 @@ def test_another_training_is_not_continued(whole, more, message):
         ({"task": "EMNIST"}, "task 'EMNIST' is not known; use one of EMNIST_CONV"),
         ({"task": "no.such:thing"}, "No module named 'no'"),
         ({"task": "federated_cases:nothing"}, "has no attribute 'nothing'"),
+        ({"task": "federated_cases:digits"}, r"returns \(<.*return \(training data, test data, model\)"),
+        ({"task": "federated_cases:pair"}, r"returns \(int, int\); return"),
+        ({"seed": -1}, "seed: -1 is negative"),
+        ({"root_dir": __file__}, "root_dir: .*test_training.py is a file"),
+        ({"algorithm": "set", "task": "no.such:thing"}, "masked clients cannot be combined with SET"),
         ({"num_rounds": 0}, "num_rounds: 0 is less than 1"),
         ({"num_clients_per_round": 5}, "5 clients a round cannot be taken from 4"),
         ({"backend": "tpu"}, "backend: 'tpu' is not known"),
         ({"server_optimizer": "lion"}, "server_optimizer: 'lion' is not known"),
         ({"algorithm": "rig"}, "algorithm: 'rig' is not known"),
         ({"sparsity": 1.0}, "Default sparsity"),
-        ({"update_end_round": None}, "one without the other"),
+        ({"update_start_round": 250, "update_end_round": 750}, "update_end_round: 750 is past the last round"),
+        ({"update_end_round": 17}, "17 is not a multiple of update_freq=2.*end at round 16"),
+        ({"update_end_round": 7, "update_freq": 4}, "end at round 4"),
+        ({"update_start_round": 5, "update_end_round": 7, "update_freq": 4}, "end at round 8"),
         ({"update_end_round": 24}, "update_end_round: 24 is past the last round, which is 23"),
         ({"update_start_round": 18}, "end_step"),
         ({"algorithm": "rigl"}, "masked clients cannot be combined with RigL"),
@@ -173,6 +201,17 @@ def test_missing_emnist_says_what_to_download_and_where_to_put_it(tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["SHAKESPEARE_CHARACTER", "CIFAR100_LOGISTIC"])
+def test_other_data_that_are_missing(name, tmp_path, monkeypatch):
+    for variable in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no network
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(variable, "")
+    with pytest.raises(FileNotFoundError, match=rf"{name} are not all in {tmp_path}.*cannot be fetched") as told:
+        load_task(name, str(tmp_path))
+    assert f"to {tmp_path} under the same names" in str(told.value)
+
+
 def test_emnist_that_was_put_there_is_used(tmp_path):
     for name in EMNIST_FILES:
         with fedjax.SQLiteFederatedDataBuilder(str(tmp_path / name)) as builder:
@@ -188,6 +227,27 @@ def test_emnist_that_was_put_there_is_used(tmp_path):
     assert batch["x"].min() == 1.0
 
 
+def test_the_default_rounds_are_the_papers_and_prune(tmp_path):
+    config = Config(task="federated_cases:task", root_dir=str(tmp_path), num_clients_per_round=3)
+    assert (config.num_rounds, config.update_start_round, config.update_end_round) == (1000, 250, 750)
+    schedule = build(config).server.updater.scheduler
+    rounds = [i for i in range(config.num_rounds) if schedule.should_update_mask(i)]
+    assert rounds == list(range(250, 751, 10))
+    assert float(schedule.get_sparsity_at_step(config.sparsity, rounds[-1])) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"algorithm": "no_prune", "update_start_round": 250, "update_end_round": 750},
+        {"algorithm": "static_sparse", "update_start_round": 250, "update_end_round": 750},
+        {"update_start_round": 3, "update_end_round": 3, "update_freq": 10},  # one shot
+    ],
+)
+def test_rounds_of_updates_that_need_no_check(more, tmp_path):
+    build(config(tmp_path, **more))
+
+
 def drawn(seed, round_num):
     clients = jaxpruner_fedjax.sample_clients(cases.digits(), 3, seed, round_num)
     return [
@@ -200,3 +260,20 @@ def test_sampling_is_a_function_of_seed_and_round():
     assert drawn(0, 3) == drawn(0, 3)
     assert len({tuple(drawn(seed, round_num)) for seed in range(3) for round_num in range(3)}) == 9
     assert len({cid for cid, *_ in drawn(0, 0)}) == 3
+
+
+def test_clients_parameters_and_masks_have_keys_of_their_own():
+    params = cases.params()
+    updater = cases.server("random").updater  # rng_seed 0
+
+    def bits(key):
+        return np.asarray(key if key.dtype == np.uint32 else jax.random.key_data(key)).tobytes()
+
+    masks = {bits(key) for step in range(-1, 30) for key in jax.tree.leaves(updater.random_keys(params, step))}
+    clients = {key for round_num in range(30) for _, key, _ in drawn(0, round_num)}
+    first = jax.random.split(branch_key(0, PARAMS), 8)
+    initial = {bits(key) for key in (*first, *jax.random.split(first[0], 8))}
+    assert (len(masks), len(clients)) == (31 * 4, 30 * 3)
+    assert not masks & clients
+    assert not masks & initial
+    assert not clients & initial

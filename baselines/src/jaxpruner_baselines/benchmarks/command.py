@@ -85,7 +85,11 @@ def bench(
     if markdown is not None:
         shown = markdown_table(HEADER, [cells(figure) for figure in figures])
         versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
-        update_markdown(markdown, "benchmarks", f"{shown}\n\nMedians; {provenance.device()}; {versions}.")
+        try:
+            update_markdown(markdown, "benchmarks", f"{shown}\n\nMedians; {provenance.device()}; {versions}.")
+        except ValueError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from None
 
 
 def cells(figure: Figure) -> list[str]:

@@ -52,7 +52,8 @@ def federated_averaging(
     Raises:
       ValueError: for optimizers and algorithms that cannot be combined so.
     """
-    _check(client_optimizer, server_optimizer, updates)
+    refuse_sparse_client(client_optimizer, "federated_averaging")
+    check_combination(server_optimizer, updates)
     train = create_train_for_each_client(grad_fn, client_optimizer)
 
     def init(params: Any) -> fed_avg.ServerState:
@@ -128,8 +129,8 @@ def _largest(delta: Any, k: Any, mask: Any) -> Any:
     return jnp.where(selection.top_k_mask(scores, k), delta, 0)
 
 
-def _check(client_optimizer: Any, server_optimizer: Any, updates: ClientUpdates) -> None:
-    refuse_sparse_client(client_optimizer, "federated_averaging")
+def check_combination(server_optimizer: Any, updates: ClientUpdates) -> None:
+    """Raises a ValueError for what clients cannot send to such a server."""
     if not isinstance(server_optimizer, SparseOptimizer):
         raise ValueError(
             "federated_averaging: server_optimizer has no masks that clients could respect; make it with "

@@ -3,7 +3,8 @@ r"""What clients send, and how many bytes travel in a round.
 A message has the values that the receiver cannot know, and a mask only where the receiver does not hold
 it yet. With :math:`n` weights in a leaf, :math:`k` of them on its mask and :math:`b` bytes a value (4 for float32):
 
-- server to client: :math:`k b`, and :math:`\lceil n / 8 \rceil` if the mask changed since this client last had it;
+- server to client: :math:`k b`, and :math:`\lceil n / 8 \rceil` if the mask of this leaf is not the one that this
+  client had last;
 - client to server, stock: :math:`n b`;
 - client to server, masked: :math:`k b`;
 - client to server, the largest j changes of c candidates (:math:`c = k` if masked, else :math:`n`):
@@ -26,7 +27,7 @@ import numpy as np
 from jaxpruner import trees
 
 INDEX_BYTES = 4
-DENSE = 0  # the digest of a mask of ones, which everyone holds from the start
+DENSE = 0  # the digest of a leaf without zeros in its mask, which everyone holds from the start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +143,18 @@ class Ledger:
 
     Args:
       client_ids: all clients there are.
+      params: parameters like the server's, or their shapes; only their number of leaves counts.
       updates: what clients send; the default is that of the stock algorithms.
 
     Attributes:
-      held: a digest of the mask that each client holds, int64 in the order of `client_ids`; save it with a
-        checkpoint and put it back to resume.
+      held: digests of the masks that each client holds, int64 of shape (clients, leaves), clients in the order of
+        `client_ids`; save it with a checkpoint and put it back to resume.
     """
 
-    def __init__(self, client_ids: Iterable[Hashable], updates: ClientUpdates = ClientUpdates()):
+    def __init__(self, client_ids: Iterable[Hashable], params: Any, updates: ClientUpdates = ClientUpdates()):
         self.updates = updates
         self._places = {client_id: place for place, client_id in enumerate(client_ids)}
-        self.held = np.full(len(self._places), DENSE, np.int64)
+        self.held = np.full((len(self._places), len(jax.tree.leaves(params))), DENSE, np.int64)
 
     def record(self, client_ids: Sequence[Hashable], params: Any, masks: Any) -> Traffic:
         """The bytes of a round, to be called with what the server holds before it.
@@ -170,12 +172,13 @@ class Ledger:
             raise ValueError(f"client_ids: {unknown[0]!r} is none of the {len(self._places)} clients of this ledger.")
         masks = masks_on_wire(params, masks)
         leaves = leaf_traffic(params, masks)
-        digest = _digest(masks)
+        digests = np.array([_digest(mask) for mask in jax.tree.leaves(masks, is_leaf=trees.is_unpruned)], np.int64)
         places = [self._places[client_id] for client_id in client_ids]
-        missing = int(np.count_nonzero(self.held[places] != digest))
-        self.held[places] = digest
+        stale = self.held[places] != digests
+        self.held[places] = digests
+        mask_bytes = np.array([leaf.mask for leaf in leaves], np.int64)
         return Traffic(
-            down=len(places) * sum(leaf.down for leaf in leaves) + missing * sum(leaf.mask for leaf in leaves),
+            down=len(places) * sum(leaf.down for leaf in leaves) + int((stale * mask_bytes).sum()),
             up=len(places) * sum(leaf.up(self.updates) for leaf in leaves),
         )
 
@@ -184,11 +187,8 @@ def _bits(count: int) -> int:
     return -(-count // 8)
 
 
-def _digest(masks: Any) -> int:
-    leaves = [np.asarray(mask) for mask in jax.tree.leaves(masks)]
-    if all(mask.all() for mask in leaves):
+def _digest(mask: Any) -> int:
+    if mask is None or (mask := np.asarray(mask)).all():
         return DENSE
-    digest = hashlib.sha256()
-    for mask in leaves:
-        digest.update(np.packbits(mask).tobytes())
-    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+    digest = hashlib.sha256(np.packbits(mask).tobytes()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)

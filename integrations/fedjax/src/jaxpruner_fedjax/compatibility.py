@@ -2,7 +2,9 @@
 
 FedJAX calls what JAX and NumPy have removed, or narrowed, since. `mend` puts them back where FedJAX looks
 for them, inside FedJAX's own modules; `jax` and `numpy` stay as they are for everyone else. Where
-FedJAX no longer uses a name, or the name exists, nothing is done.
+FedJAX's source no longer has the call that broke, or a removed name exists, nothing is done. The pmap backend is
+replaced where its source has one of the calls that broke it, removed (`device_put_sharded`) or changed
+(`addressable_data`).
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ def mend() -> tuple[str, ...]:
       broken, as it is for a second call.
     """
     mended = []
-    for module_name, library, name, replacement in _REMOVED:
+    for module_name, library, name, call, replacement in _BROKEN:
         # Through sys.modules, since fedjax deletes its attribute `core`.
         module = sys.modules.get(module_name)
-        if module is None or f"{library}.{name}(" not in inspect.getsource(module):
+        if module is None or call not in inspect.getsource(module):
             continue
         seen = getattr(module, library)
-        if not (isinstance(seen, _Extended) or _works(seen, name)):
+        is_mended = isinstance(seen, _Extended) and name in vars(seen)
+        if not (is_mended or _works(seen, name)):
             setattr(module, library, _Extended(seen, {name: replacement}))
             mended.append(f"{module_name}: {library}.{name}")
     clients = sys.modules["fedjax.core.for_each_client"]
@@ -107,17 +110,23 @@ def _is_scalar_type(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, np.generic)
 
 
-def _ones_like(values: Any) -> Any:
-    """What `jax.numpy.ones_like` did of a list of numbers."""
-    return jnp.ones_like(jnp.asarray(values))
+def _ones_like(values: Any, *args: Any, **kwargs: Any) -> Any:
+    """What `jax.numpy.ones_like` did, also of a list of numbers."""
+    return jnp.ones_like(jnp.asarray(values), *args, **kwargs)
 
 
-# Where FedJAX looks, the library, the name that it calls, and what stands in for it.
-_REMOVED = (
-    ("fedjax.core.tree_util", "jax", "tree_map", jax.tree_util.tree_map),
-    ("fedjax.core.regularizers", "jax", "tree_map", jax.tree_util.tree_map),
-    ("fedjax.core.serialization", "np", "issctype", _is_scalar_type),
-    ("fedjax.algorithms.agnostic_fed_avg", "jnp", "ones_like", _ones_like),
+# Where FedJAX looks, the library, the name that it calls, the call as its source has it, and what stands in for it.
+_BROKEN = (
+    ("fedjax.core.tree_util", "jax", "tree_map", "jax.tree_map(", jax.tree_util.tree_map),
+    ("fedjax.core.regularizers", "jax", "tree_map", "jax.tree_map(", jax.tree_util.tree_map),
+    ("fedjax.core.serialization", "np", "issctype", "np.issctype(", _is_scalar_type),
+    (
+        "fedjax.algorithms.agnostic_fed_avg",
+        "jnp",
+        "ones_like",
+        "jnp.ones_like(init_domain_weights)",
+        _ones_like,
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from typing import Any
 
@@ -12,12 +13,14 @@ import optax
 from absl import logging
 
 import jaxpruner
-from jaxpruner_fedjax.clients import federated_averaging
+from jaxpruner_fedjax.clients import check_combination, federated_averaging
 from jaxpruner_fedjax.communication import ClientUpdates, Ledger
 from jaxpruner_fedjax.recording import Recorder, Saved, load_checkpoint, save_checkpoint
-from jaxpruner_fedjax.sampling import sample_clients
+from jaxpruner_fedjax.sampling import PARAMS, branch_key, sample_clients
 from jaxpruner_fedjax.server import SparseOptimizer, server_optimizer
 from jaxpruner_fedjax.tasks import load_task
+
+MASKS_NEVER_CHANGE = ("no_prune", "preserve", "static_sparse")  # whatever the rounds of updates
 
 
 def option(default: Any, text: str) -> Any:
@@ -27,7 +30,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a training; the defaults of optimizers and batches are those of the paper's experiment."""
+    """The settings of a training; defaults are those of the paper's experiment."""
 
     task: str | None = option(None, "A task of FedJAX such as EMNIST_CONV, or module:function")
     cache_dir: str | None = option(None, "Where FedJAX keeps data (default ~/.cache/fedjax)")
@@ -37,7 +40,7 @@ class Config:
     checkpoint_frequency: int = option(50, "Checkpoint frequency in rounds; 0: after the last only")
     eval_frequency: int = option(50, "Evaluation frequency in rounds; 0: after the last only")
     seed: int = option(0, "Decides parameters, clients, shuffling, dropout and masks")
-    backend: str = option("jit", "How FedJAX goes through the clients: jit, debug or pmap")
+    backend: str = option("jit", "How FedJAX goes through the clients: jit, debug or pmap; they differ by rounding")
     server_optimizer: str = option("adam", "adam, yogi, adagrad or sgd")
     server_learning_rate: float = option(10**-2.5, "Server step size")
     server_momentum: float = option(0.0, "Momentum of sgd")
@@ -53,16 +56,20 @@ class Config:
     sparsity: float = option(0.8, "Final fraction of zeros")
     dist_type: str = option("uniform", "uniform or erk")
     sparsity_type: str = option("unstructured", "unstructured, nm_2,4, block_4,4 or channel_-1")
-    update_start_round: int | None = option(None, "First round of mask updates, from 0; without it there are none")
-    update_end_round: int | None = option(None, "Last round of mask updates")
-    update_freq: int = option(10, "Rounds between mask updates")
+    update_start_round: int = option(250, "First round of mask updates, from 0")
+    update_end_round: int = option(750, "Last round of mask updates, a multiple of update_freq unless it is the first")
+    update_freq: int = option(10, "Masks are updated in rounds that it divides")
     use_packed_masks: bool = option(False, "Keep a bit a weight instead of a byte")
     masked_clients: bool = option(False, "Clients train and send only what lies on the masks")
     top_k: float | None = option(None, "Share of the changes that clients send")
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What decides the numbers of a round, so that a checkpoint is not continued with something else."""
+        """What decides the numbers of a round, so that a checkpoint is not continued with something else.
+
+        Not `backend`: it changes no number but by rounding, and may change with the machine. To the same bits a
+        training continues only with the same one.
+        """
         free = ("cache_dir", "root_dir", "num_rounds", "checkpoint_frequency", "eval_frequency", "backend")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
@@ -93,6 +100,7 @@ def build(config: Config) -> Experiment:
     _check(config)
     server = server_optimizer(_inner(config), _sparsity(config))
     updates = ClientUpdates(masked=config.masked_clients, top_k=config.top_k)
+    check_combination(server, updates)  # before data are loaded
     train, test, model = load_task(config.task, config.cache_dir)
     sample_clients(train, config.num_clients_per_round, config.seed, 0)  # says so if there are too few
     parts = (
@@ -106,8 +114,8 @@ def build(config: Config) -> Experiment:
             algorithm = fedjax.algorithms.fed_avg.federated_averaging(*parts)
         else:
             algorithm = federated_averaging(*parts, updates)
-    state = algorithm.init(model.init(jax.random.PRNGKey(config.seed)))
-    ledger = Ledger(train.client_ids(), updates)
+    state = algorithm.init(model.init(branch_key(config.seed, PARAMS)))
+    ledger = Ledger(train.client_ids(), state.params, updates)
     experiment = Experiment(config, train, test, model, server, algorithm, ledger, state)
     if (saved := load_checkpoint(config.root_dir, config.numbers)) is not None:
         if saved.rounds > config.num_rounds:
@@ -176,15 +184,28 @@ def _check(config: Config) -> None:
     for name in ("num_rounds", "num_clients_per_round", "batch_size", "num_epochs", "eval_batch_size", "update_freq"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} is less than 1.")
+    if config.seed < 0:
+        raise ValueError(f"seed: {config.seed} is negative; give 0 or more.")
+    if os.path.exists(config.root_dir) and not os.path.isdir(config.root_dir):
+        raise ValueError(f"root_dir: {config.root_dir} is a file; give a folder, which need not exist.")
     if config.backend not in ("jit", "debug", "pmap"):
         raise ValueError(f"backend: {config.backend!r} is not known; use jit, debug or pmap.")
-    start, end = config.update_start_round, config.update_end_round
-    if (start is None) != (end is None):
-        raise ValueError("update_start_round, update_end_round: one without the other; give both, or none.")
-    if end is not None and end >= config.num_rounds:
+    if config.algorithm not in MASKS_NEVER_CHANGE:
+        _check_rounds(config)
+
+
+def _check_rounds(config: Config) -> None:
+    start, end, freq = config.update_start_round, config.update_end_round, config.update_freq
+    if end >= config.num_rounds:
         raise ValueError(
             f"update_end_round: {end} is past the last round, which is {config.num_rounds - 1} (rounds count from 0), "
             "so the masks would never reach the final sparsity; end earlier, or train longer."
+        )
+    if start < end and end % freq:
+        last = end - end % freq
+        raise ValueError(
+            f"update_end_round: {end} is not a multiple of update_freq={freq}, so no masks would be made then, "
+            f"when the final sparsity is due; end at round {last if last >= start else last + freq}."
         )
 
 

@@ -79,7 +79,8 @@ class Recorder:
     Args:
       root_dir: where to.
       columns: names of the scalars; a row may leave some out.
-      rounds: how many were done; what was written of later ones before an interruption is dropped.
+      rounds: how many were done; what was written of later ones before an interruption is dropped, and the events
+        of those that are kept are written again.
     """
 
     def __init__(self, root_dir: str | Path, columns: Sequence[str], rounds: int):
@@ -94,12 +95,20 @@ class Recorder:
         os.replace(partial, path)
         self._file = path.open("a", newline="")
         self._rows = csv.DictWriter(self._file, ["round", *columns], lineterminator="\n")
-        self._events = tensorboardX.SummaryWriter(str(root), purge_step=rounds + 1 if rounds else None)
+        # tensorboardX writes from a thread, so a kill loses events of rounds that have a checkpoint. The rows do not
+        # get lost: TensorBoard drops all older events (from step 1), and gets those of the rows anew.
+        self._events = tensorboardX.SummaryWriter(str(root), purge_step=1)
+        for row in csv.DictReader([header, *kept]):
+            round_num = int(row.pop("round"))
+            self._add_events(round_num, {name: float(value) for name, value in row.items() if value})
 
     def write(self, round_num: int, row: Mapping[str, float]) -> None:
         """Writes the scalars of a round, which counts from 1."""
         self._rows.writerow({"round": round_num, **row})
         self._file.flush()
+        self._add_events(round_num, row)
+
+    def _add_events(self, round_num: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             self._events.add_scalar(name, value, round_num)
 

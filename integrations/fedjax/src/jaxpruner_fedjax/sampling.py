@@ -8,6 +8,11 @@ import fedjax
 import jax
 import numpy as np
 
+# Branches of a seed's keys. Updaters draw masks with fold_in(fold_in(key(seed), update), leaf), and keys that are split
+# from a seed are such keys too; with branches past any count of updates, neither a client's dropout nor an initial
+# parameter comes from the random bits of a mask.
+PARAMS, CLIENTS = 2**31 - 1, 2**31 - 2
+
 
 class SeededDataset(fedjax.ClientDataset):
     """A client's data with a shuffling seed of its own.
@@ -23,6 +28,11 @@ class SeededDataset(fedjax.ClientDataset):
     def shuffle_repeat_batch(self, hparams: Any = None, **kwargs: Any) -> Any:
         """As in FedJAX, with this seed in place of that of `hparams`."""
         return super().shuffle_repeat_batch(hparams, **(kwargs | {"seed": self._seed}))
+
+
+def branch_key(seed: int, branch: int) -> Any:
+    """A key for one purpose, `PARAMS` or `CLIENTS`, of a training with this seed."""
+    return jax.random.fold_in(jax.random.PRNGKey(seed), branch)
 
 
 def sample_clients(
@@ -51,7 +61,7 @@ def sample_clients(
     ids = list(data.client_ids())
     chosen = [ids[i] for i in generator.choice(len(ids), num_clients, replace=False)]
     shuffles = generator.integers(2**32, size=num_clients)
-    keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(seed), round_num), num_clients)
+    keys = jax.random.split(jax.random.fold_in(branch_key(seed, CLIENTS), round_num), num_clients)
     return [
         (client_id, SeededDataset(dataset, int(shuffle)), key)
         for (client_id, dataset), shuffle, key in zip(data.get_clients(chosen), shuffles, keys, strict=True)

@@ -1,4 +1,4 @@
-"""Trains sparse models with federated averaging, from flags that are named as in FedJAX's examples.
+"""Trains sparse models with federated averaging, from flags.
 
     python -m jaxpruner_fedjax.train --task EMNIST_CONV --root_dir runs/emnist --num_rounds 1000 \
         --num_clients_per_round 50 --algorithm magnitude --sparsity 0.8 \
