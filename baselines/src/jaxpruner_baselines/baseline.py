@@ -79,6 +79,17 @@ class Cost:
     header: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The metric as a run goes on: a list of numbers in `Outcome.details`, at equal distances, for a plot of its own.
+
+    `unit` is what `Outcome.steps` counts, on the axis of the plot.
+    """
+
+    key: str
+    unit: str
+
+
 class NotReady(Exception):  # noqa: N818  (no error of the program: something has to be done first)
     """What a baseline needs is not there; the message says what to do."""
 
@@ -102,6 +113,7 @@ class Baseline:
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
     cost: Cost | None = None
+    curve: Curve | None = None
     sparsities: tuple[float, ...] = (0.8, 0.95)
     """Those that are run unless others are asked for."""
 

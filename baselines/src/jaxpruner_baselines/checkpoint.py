@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class Checkpoint:
         partial.write_bytes(serialization.to_bytes({"done": done, "state": jax.device_get(state)}))
         os.replace(partial, self.path)
 
+    @property
+    def folder(self) -> Path:
+        """Where a run keeps what its host saves in ways of its own."""
+        return self.path.with_suffix("")
+
     def delete(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
         for path in (self.path, self.path.with_suffix(".partial")):
             path.unlink(missing_ok=True)

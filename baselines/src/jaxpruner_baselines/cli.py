@@ -107,7 +107,7 @@ def plot(
     results: Folder = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="The PNG; default: in the results folder.")] = None,
 ) -> None:
-    """Draw the metric against the sparsity, and against what runs cost where that is counted."""
+    """Draw the metric against the sparsity, what runs cost, and the time of training, where these are counted."""
     from jaxpruner_baselines import plots
 
     baseline, preset = _baseline(name, preset)
@@ -118,6 +118,10 @@ def plot(
     if baseline.cost:
         path = path.with_stem(f"{path.stem}-{baseline.cost.key}")
         plots.draw_cost(path, f"{name}, preset {preset}", lines, baseline.metric, baseline.cost)
+        console.print(f"plot: {path}", soft_wrap=True)
+    if baseline.curve:
+        path = path.with_stem(f"{path.stem}-{baseline.curve.key}")
+        plots.draw_curves(path, f"{name}, preset {preset}", lines, baseline.metric, baseline.curve)
         console.print(f"plot: {path}", soft_wrap=True)
 
 

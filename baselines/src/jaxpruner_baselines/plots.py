@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # files only, also where there is no display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxpruner_baselines.baseline import Cost
+from jaxpruner_baselines.baseline import Cost, Curve
 from jaxpruner_baselines.methods import is_dense
 from jaxpruner_baselines.report import FRACTIONS, Line
 
@@ -98,6 +98,37 @@ def draw_cost(path: Path, title: str, lines: list[Line], metric: str, cost: Cost
     axes.set_xscale("log")
     axes.set_xlabel(cost.label)
     finish(path, figure, axes, title, metric)
+
+
+def draw_curves(path: Path, title: str, lines: list[Line], metric: str, curve: Curve) -> None:
+    """Writes a PNG of the metric while training, mean over seeds; a panel for each sparsity, dense in all of them."""
+    scale = 100 if metric in FRACTIONS else 1
+    styles = looks(lines)
+    sparsities = sorted({line.sparsity for line in lines if not is_dense(line.method)}) or [0.0]
+    figure, panels = plt.subplots(
+        1, len(sparsities), figsize=(4.5 * len(sparsities) + 2, 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    handles = {}
+    for sparsity, axes in zip(sparsities, panels[0], strict=True):
+        for line in lines:
+            if not (is_dense(line.method) or line.sparsity == sparsity):
+                continue
+            length = min(map(len, line.curves))
+            mean = scale * np.mean([values[:length] for values in line.curves], axis=0)
+            steps = line.steps / length * np.arange(1, length + 1)
+            look = styles[line.method] | {"linestyle": "-", "markersize": 4, "markevery": max(length // 8, 1)}
+            look.pop("capsize")
+            (handles[line.method],) = axes.plot(steps, mean, **look, linewidth=1.2)
+        axes.set_title("" if sparsity == 0 else f"{100 * sparsity:g} %")
+        axes.set_xlabel(curve.unit)
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel(f"{metric}, mean over seeds")
+    figure.suptitle(title)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def looks(lines: list[Line]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.table import Table
 
@@ -20,7 +22,10 @@ FRACTIONS = {"accuracy"}  # metrics that are shown in percent
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line of the table; `std` is NaN for a single seed, `cost` a mean where the baseline counts one."""
+    """One line of the table; `std` is NaN for a single seed.
+
+    `cost` is a mean, where the baseline counts one; `curves` are those of the seeds, where runs have one.
+    """
 
     method: str
     sparsity: float
@@ -30,6 +35,7 @@ class Line:
     std: float
     seeds: int
     cost: float | None = None
+    curves: tuple[tuple[float, ...], ...] = ()
 
 
 def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[Line], int]:
@@ -54,7 +60,8 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
             mean=group["value"].mean(),
             std=group["value"].std(),
             seeds=len(group),
-            cost=baseline.cost and group["details"].map(lambda text: json.loads(text)[baseline.cost.key]).mean(),
+            cost=baseline.cost and float(np.mean(_details(group, baseline.cost.key))),
+            curves=tuple(map(tuple, _details(group, baseline.curve.key))) if baseline.curve else (),
         )
         for (method, sparsity), group in kept.groupby(["method", "sparsity"])
     ]
@@ -63,8 +70,12 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
     return lines, len(rows) - len(kept)
 
 
+def _details(rows: pd.DataFrame, key: str) -> list[Any]:
+    return [json.loads(text)[key] for text in rows["details"]]
+
+
 def cells(line: Line, metric: str) -> list[str]:
-    scale, digits = (100, 1) if metric in FRACTIONS else (1, 3)
+    scale, digits = (100, 1) if metric in FRACTIONS else (1, 1)
     spread = f" ± {scale * line.std:.{digits}f}" if line.seeds > 1 else ""
     return [
         line.method,

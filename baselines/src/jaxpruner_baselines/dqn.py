@@ -1,0 +1,161 @@
+"""dqn: sparse DQN agents with Dopamine, the reinforcement learning rows of the paper.
+
+    jaxpruner-baselines run dqn --preset cartpole      # 63 runs, about 25 minutes on 2 cores
+    jaxpruner-baselines run dqn --preset acrobot       # 63 runs
+    jaxpruner-baselines run dqn --preset atari_small --methods dense,magnitude --sparsities 0.98 --seeds 1
+    jaxpruner-baselines run dqn --preset paper         # days a run on 2 cores; meant for an accelerator
+
+Dopamine's own agents, networks and runners from the gin files of jaxpruner_dopamine; a run binds the algorithm and
+the sparsity. The return of a run is the mean of its last iterations' training episodes, as Dopamine reports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from jaxpruner_baselines.baseline import Baseline, Curve, Outcome, Progress, Run
+from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.hush import hushed
+from jaxpruner_baselines.methods import is_dense
+
+# Importing Dopamine brings TensorFlow and takes some seconds, so that happens when a run starts.
+for package in ("dopamine", "jaxpruner_dopamine"):
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"No module named {package!r}", name=package)
+
+CONFIGS = "jaxpruner_dopamine/configs"
+GROWS = ("rigl", "set")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    gin_file: str
+    iterations: int
+    agent_steps: int  # an iteration
+    last: int  # iterations whose mean is the result
+    bindings: tuple[str, ...] = ()
+    dynamic: bool = False  # methods that replace weights have a schedule of their own
+    checkpoint_every: int = 0  # iterations; 0: a run is so short that it starts anew
+
+
+# A quarter of Dopamine's width: pruning the wide one to 98 % costs little, and its runs take twice as long.
+_SMALL_NETWORK = ("ClassicControlDQNNetwork.hidden_units = 128",)
+_SMALL_ATARI = (
+    # Of the 100k benchmark (van Hasselt et al., 2019) what a DQN has: n-step returns, early and many updates.
+    "JaxDQNAgent.update_horizon = 10",
+    "JaxDQNAgent.min_replay_history = 1_600",
+    "JaxDQNAgent.update_period = 2",
+    "JaxDQNAgent.target_update_period = 2_000",
+    "JaxDQNAgent.epsilon_decay_period = 5_000",
+    "create_optimizer.learning_rate = 1e-4",
+    "ReplayBuffer.max_capacity = 50_000",
+    "sparsify.update_start_agent_step = 8_000",
+    "sparsify.update_end_agent_step = 24_000",
+    "sparsify.update_freq_agent_steps = 400",
+)
+
+PRESETS = {
+    "cartpole": Preset("dqn_cartpole.gin", iterations=30, agent_steps=1_000, last=5, bindings=_SMALL_NETWORK),
+    "acrobot": Preset("dqn_acrobot.gin", iterations=30, agent_steps=1_000, last=5, bindings=_SMALL_NETWORK),
+    "atari_small": Preset(
+        gin_file="dqn_mspacman.gin",
+        iterations=20,
+        agent_steps=2_000,
+        last=5,
+        bindings=_SMALL_ATARI,
+        checkpoint_every=5,
+    ),
+    "paper": Preset(
+        gin_file="dqn_mspacman.gin",
+        iterations=40,
+        agent_steps=250_000,
+        last=5,
+        dynamic=True,
+        checkpoint_every=1,
+    ),
+    "paper_resnet": Preset(
+        gin_file="dqn_resnet_mspacman.gin",
+        iterations=40,
+        agent_steps=250_000,
+        last=5,
+        dynamic=True,
+        checkpoint_every=1,
+    ),
+    "smoke": Preset(
+        gin_file="dqn_cartpole.gin",
+        iterations=3,
+        agent_steps=100,
+        last=1,
+        bindings=(
+            "ClassicControlDQNNetwork.hidden_units = 16",
+            "JaxDQNAgent.min_replay_history = 40",
+            "ReplayBuffer.batch_size = 8",
+            "sparsify.update_start_agent_step = 100",
+            "sparsify.update_end_agent_step = 200",
+            "sparsify.update_freq_agent_steps = 20",
+        ),
+    ),
+}
+
+
+def gin_config(run: Run) -> tuple[list[str], list[str]]:
+    """The gin files and bindings of a run."""
+    preset, dense = run.preset, is_dense(run.method)
+    files = [preset.gin_file, *(["sparse_dynamic.gin"] if preset.dynamic and run.method in GROWS else [])]
+    return [f"{CONFIGS}/{name}" for name in files], [
+        *preset.bindings,
+        f"Runner.num_iterations = {preset.iterations}",
+        f"Runner.training_steps = {preset.agent_steps}",
+        f"JaxDQNAgent.seed = {run.seed}",
+        "create_agent.debug_mode = False",
+        "CollectorDispatcher.collectors = ()",
+        f"sparsify.algorithm = {'no_prune' if dense else run.method!r}",
+        *([] if dense else [f"sparsify.sparsity = {run.sparsity}"]),
+    ]
+
+
+def start(run: Run, folder: str) -> Any:
+    """The runner of a run, which continues the checkpoint in the folder."""
+    with hushed():
+        import jaxpruner_dopamine  # isort: skip  (Dopamine can be imported after it)
+        import gin
+        import tensorflow as tf
+        from absl import logging
+        from dopamine.discrete_domains import run_experiment
+
+        logging.set_verbosity(logging.ERROR)
+        tf.config.set_visible_devices([], "GPU")
+        gin.clear_config()
+        run_experiment.load_gin_configs(*gin_config(run))
+        return jaxpruner_dopamine.create_runner(folder)
+
+
+def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
+    preset = run.preset
+    total = preset.iterations * preset.agent_steps
+    yield Progress(0, total)
+    runner = start(run, str(checkpoint.folder))
+    for done in runner.iterations(preset.checkpoint_every):
+        yield Progress(done * preset.agent_steps, total, f"return {runner.train_returns()[-1]:.1f}")
+    returns = runner.train_returns()
+    sparsity = runner.agent.sparsity()
+    yield Outcome(
+        value=sum(returns[-preset.last :]) / preset.last,
+        sparsity_reached=sparsity.get("total", 0.0),
+        steps=total,
+        details={"returns": [round(value, 3) for value in returns]},
+    )
+
+
+BASELINE = Baseline(
+    name="dqn",
+    summary="deep Q-learning on CartPole, Acrobot and Atari (Dopamine)",
+    metric="return",
+    presets=PRESETS,
+    train=train,
+    sparsities=(0.9, 0.98),
+    curve=Curve("returns", "agent steps"),
+)

@@ -1,0 +1,72 @@
+"""Shows a trained agent at play: an animated GIF, or a PNG with a strip of frames.
+
+    python -m jaxpruner_dopamine.play --base_dir=runs/cartpole --output=cartpole.gif \
+        --gin_files=jaxpruner_dopamine/configs/dqn_cartpole.gin
+
+Give the gin files and bindings of the training. It plays as in evaluation, with the latest checkpoint.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from absl import app, flags, logging
+from PIL import Image
+
+from jaxpruner_dopamine import train
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Those of training, and what to draw."""
+    train.define_flags()
+    flags.DEFINE_string("output", None, "A .gif (animated) or .png (a strip of frames).", required=True)
+    flags.DEFINE_integer("episode", 0, "Which game; another number is another one.", lower_bound=0)
+    flags.DEFINE_integer("every", 2, "Of how many steps one frame of the GIF is drawn.", lower_bound=1)
+    flags.DEFINE_integer("frames", 8, "Frames in the strip.", lower_bound=1)
+    flags.DEFINE_integer("height", 200, "Height of a frame in pixels.", lower_bound=1)
+
+
+def draw(path: pathlib.Path, frames: list[Image.Image], every: int, in_strip: int) -> None:
+    """Writes a GIF of every `every`-th frame, or a PNG with `in_strip` frames at equal distances."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        shown = frames[::every]
+        shown[0].save(path, save_all=True, append_images=shown[1:], duration=40, loop=0, optimize=True)
+        return
+    count = min(in_strip, len(frames))
+    chosen = [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
+    width, height = chosen[0].size
+    strip = Image.new("RGB", (count * width + (count - 1) * 4, height), "white")
+    for i, frame in enumerate(chosen):
+        strip.paste(frame, (i * (width + 4), 0))
+    strip.save(path, optimize=True)
+
+
+def main(argv: list[str]) -> None:
+    """Plays one episode with the latest checkpoint, and draws it."""
+    path = pathlib.Path(FLAGS.output)
+    if path.suffix not in (".gif", ".png"):
+        raise SystemExit(f"--output: {path} is neither a .gif nor a .png.")
+    logging.set_verbosity(logging.ERROR)
+    runner = train.create_runner_from_flags(argv)
+    if not runner.iterations_done:
+        raise SystemExit(
+            f"--base_dir: no checkpoint in {FLAGS.base_dir}. Train first: python -m jaxpruner_dopamine.train"
+        )
+    frames: list[Image.Image] = []
+
+    def keep(picture) -> None:
+        image = Image.fromarray(picture)
+        frames.append(image.resize((round(image.width * FLAGS.height / image.height), FLAGS.height)))
+
+    total = runner.play(FLAGS.episode, keep)
+    draw(path, frames, FLAGS.every, FLAGS.frames)
+    sparsity = runner.agent.sparsity().get("total", 0.0)
+    print(f"{path}: {len(frames)} steps, return {total:g}, sparsity {sparsity:.4f}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

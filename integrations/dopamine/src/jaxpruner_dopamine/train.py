@@ -1,0 +1,56 @@
+"""Trains a sparse agent, with Dopamine's flags.
+
+    python -m jaxpruner_dopamine.train --base_dir=runs/cartpole \
+        --gin_files=jaxpruner_dopamine/configs/dqn_cartpole.gin --gin_bindings="sparsify.algorithm='rigl'"
+
+The same command continues from the latest checkpoint in `base_dir`.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from absl import app, flags, logging
+from dopamine.discrete_domains import run_experiment
+
+from jaxpruner_dopamine import experiment
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Dopamine's flags."""
+    flags.DEFINE_string("base_dir", None, "Base directory to host all required sub-directories.", required=True)
+    flags.DEFINE_multi_string(
+        "gin_files", [], "Gin files, by path or within a package (jaxpruner_dopamine/configs/dqn_cartpole.gin)."
+    )
+    flags.DEFINE_multi_string(
+        "gin_bindings", [], "Gin bindings to override those of the files (\"sparsify.algorithm='rigl'\")."
+    )
+
+
+def create_runner_from_flags(argv: list[str]) -> experiment.Reproducible:
+    """The runner that the flags ask for; leaves with a message where they cannot be met."""
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is no flag.")
+    tf.config.set_visible_devices([], "GPU")  # TensorFlow writes summaries only; JAX gets the memory
+    try:
+        run_experiment.load_gin_configs(FLAGS.gin_files, FLAGS.gin_bindings)
+        return experiment.create_runner(FLAGS.base_dir)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{error}") from error
+
+
+def main(argv: list[str]) -> None:
+    """Trains."""
+    logging.set_verbosity(logging.INFO)
+    # Orbax tells a dozen lines a checkpoint.
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
+    runner = create_runner_from_flags(argv)
+    runner.run_experiment()
+    for name, value in runner.agent.sparsity().items():
+        logging.info("sparsity of %s: %.6f", name, value)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
