@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # files only, also where there is no display
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 
 from jaxpruner_baselines.baseline import Cost, Curve
 from jaxpruner_baselines.methods import is_dense
@@ -96,6 +97,8 @@ def draw_cost(path: Path, title: str, lines: list[Line], metric: str, cost: Cost
                 place = (line.cost, scale * line.mean)
                 axes.annotate(f"{100 * line.sparsity:g} %", place, xytext=(6, 6), textcoords="offset points", size=7)
     axes.set_xscale("log")
+    for axis_ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis_ticks(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(cost.label)
     finish(path, figure, axes, title, metric)
 
