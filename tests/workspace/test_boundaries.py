@@ -33,11 +33,10 @@ HOST_TOOLS = {
     "tensorboardX",
     "tensorflow",
 }
-# Hosts whose trainers come in more packages than one.
-# What hosts are made of; `requests` is what FedJAX downloads with.
+# What hosts are made of; `requests` is what FedJAX downloads with, PIL comes with Dopamine.
 HOST_PACKAGES = {
     "t5x": {"t5x", "seqio", "airio"},
-    "dopamine": {"dopamine", "gym", "gymnasium"},
+    "dopamine": {"dopamine", "gymnasium", "PIL"},
     "fedjax": {"fedjax", "requests"},
 }
 MAX_LINES = 300

@@ -1,7 +1,7 @@
 """dqn: sparse DQN agents with Dopamine, the reinforcement learning rows of the paper.
 
-    jaxpruner-baselines run dqn --preset cartpole      # 63 runs, about 25 minutes on 2 cores
-    jaxpruner-baselines run dqn --preset acrobot       # 63 runs
+    jaxpruner-baselines run dqn --preset cartpole      # 63 runs, about 40 minutes on one core
+    jaxpruner-baselines run dqn --preset acrobot       # 63 runs, about 45 minutes on one core
     jaxpruner-baselines run dqn --preset atari_small --methods dense,magnitude --sparsities 0.98 --seeds 1
     jaxpruner-baselines run dqn --preset paper         # days a run on 2 cores; meant for an accelerator
 
@@ -89,6 +89,7 @@ PRESETS = {
         iterations=3,
         agent_steps=100,
         last=1,
+        checkpoint_every=1,
         bindings=(
             "ClassicControlDQNNetwork.hidden_units = 16",
             "JaxDQNAgent.min_replay_history = 40",

@@ -1,0 +1,220 @@
+"""Real trainings: CartPole learns, Pong is exactly sparse, kill -9 and resume to the bit, gin files, command lines."""
+
+from __future__ import annotations
+
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import dopamine_cases as cases
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+import jaxpruner
+import jaxpruner_dopamine
+from jaxpruner_dopamine import play, train
+
+pytestmark = cases.quiet
+
+ROOT = pathlib.Path(__file__).parents[3]
+CONFIGS = pathlib.Path(jaxpruner_dopamine.__file__).parent / "configs"
+QUIET = ("create_agent.debug_mode = False", "CollectorDispatcher.collectors = ()")
+ITERATIONS = ("Runner.num_iterations = 4", "Runner.training_steps = 60", *QUIET)
+PONG = (
+    "JaxDQNAgent.seed = 3",
+    "JaxDQNAgent.min_replay_history = 40",
+    "JaxDQNAgent.update_period = 8",
+    "ReplayBuffer.batch_size = 4",
+    "ReplayBuffer.max_capacity = 2000",
+    "sparsify.sparsity = 0.95",
+    "sparsify.update_start_agent_step = 48",
+    "sparsify.update_end_agent_step = 160",
+    "sparsify.update_freq_agent_steps = 16",
+    "Runner.training_steps = 100",
+    "Runner.max_steps_per_episode = 100",
+    *QUIET,
+)
+
+
+def run(folder: pathlib.Path, files: list[str], bindings: list[str], checkpoint_every: int = 1):
+    """A training to its end; the runner after it."""
+    with cases.configured(files, bindings):
+        runner = jaxpruner_dopamine.create_runner(str(folder))
+        for _ in runner.iterations(checkpoint_every):
+            pass
+    return runner
+
+
+def assert_same_agents(one, other):
+    assert one.training_steps == other.training_steps
+    cases.assert_same_bits(one.optimizer_state, other.optimizer_state)
+    cases.assert_same_bits(one.online_params, other.online_params)
+    cases.assert_same_bits(one.target_network_params, other.target_network_params)
+    cases.assert_same_bits(one._rng, other._rng)
+    cases.assert_same_bits(one._replay.sample(32), other._replay.sample(32))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cartpole_learns_at_90_percent(seed, tmp_path):
+    """A loose bar: a random agent gets about 20."""
+    runner = run(
+        tmp_path,
+        ["dqn_cartpole.gin"],
+        [
+            f"JaxDQNAgent.seed = {seed}",
+            "ClassicControlDQNNetwork.hidden_units = 128",
+            "Runner.num_iterations = 8",
+            "sparsify.update_start_agent_step = 2_000",
+            "sparsify.update_end_agent_step = 5_000",
+            *QUIET,
+        ],
+        checkpoint_every=0,
+    )
+    cases.assert_exactly_sparse(runner.agent, 0.9)
+    returns = runner.train_returns()
+    assert len(returns) == 8
+    assert np.mean(returns[-3:]) > 60
+
+
+@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+def test_pong_is_exactly_sparse(algorithm, tmp_path):
+    """Real frames: 300 agent steps of 4 frames each."""
+    more = ["Runner.num_iterations = 3", *cases.bind(algorithm=algorithm, drop_fraction=0.3)]
+    runner = run(tmp_path, ["dqn_pong.gin"], [*PONG, *more], checkpoint_every=0)
+    agent = runner.agent
+    assert runner._environment.environment.unwrapped.spec.id == "ALE/Pong-v5"
+    assert 30 <= int(agent.optimizer_state.count) <= 40
+    cases.assert_exactly_sparse(agent, 0.95)
+
+
+def test_pong_resumes_to_the_bit(tmp_path):
+    """In the middle of its mask updates, with packed masks; sticky actions and the start of each game included."""
+    more = cases.bind(algorithm="rigl", use_packed_masks=True)
+    whole = run(tmp_path / "whole", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more])
+    run(tmp_path / "parts", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 1", *more])
+    parts = run(tmp_path / "parts", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more])
+    assert parts.iterations_done == 1
+    assert parts.train_returns() == whole.train_returns()
+    assert_same_agents(parts.agent, whole.agent)
+
+
+def arguments(folder: pathlib.Path, bindings: list[str], *more: str) -> list[str]:
+    flags = [f"--gin_bindings={binding}" for binding in bindings]
+    return [f"--base_dir={folder}", "--gin_files=jaxpruner_dopamine/configs/dqn_cartpole.gin", *flags, *more]
+
+
+@pytest.fixture
+def flags_of_play(monkeypatch):
+    """The command lines' flags, in this process, and an end of what they leave in gin."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    if "base_dir" not in flags.FLAGS:
+        play.define_flags()
+    with flagsaver.flagsaver():
+        yield
+    cases.gin.clear_config()
+
+
+def parsed(program: str, folder: pathlib.Path, bindings: list[str], *more: str) -> list[str]:
+    cases.gin.clear_config()
+    flags.FLAGS.unparse_flags()
+    return flags.FLAGS([program, "--output=unused.gif", *arguments(folder, bindings, *more)])
+
+
+@pytest.mark.usefixtures("flags_of_play")
+def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
+    """From the repository's root, where a folder called `baselines` is on the path."""
+    bindings = [*cases.CARTPOLE, *ITERATIONS]
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "jaxpruner_dopamine.train", *arguments(folder, bindings)]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stderr=output, cwd=ROOT)
+    deadline = time.monotonic() + 200
+    while not list((folder / "checkpoints").glob("ckpt.*")):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    resumed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Reloaded checkpoint and will start from iteration" in resumed.stderr
+    assert "sparsity of total: 0.8" in resumed.stderr
+    assert "orbax" not in resumed.stderr.lower()
+    whole = run(tmp_path / "whole", ["dqn_cartpole.gin"], bindings)
+    saved = pickle.loads((folder / "checkpoints" / "ckpt.3").read_bytes())
+    cases.assert_same_bits(saved["optimizer_state"], whole.agent.optimizer_state)
+    cases.assert_same_bits(saved["online_params"], whole.agent.online_params)
+    assert [saved["logs"][f"iteration_{i}"]["train_average_return"][0] for i in range(4)] == whole.train_returns()
+
+    # What was trained is shown at play.
+    for output, in_strip in ((tmp_path / "strip.png", True), (tmp_path / "film.gif", False)):
+        play.main(parsed("play", folder, bindings, f"--output={output}", "--frames=4", "--height=60"))
+        assert "steps, return" in capsys.readouterr().out
+        with Image.open(output) as picture:
+            assert picture.height == 60
+            assert (picture.width > 3 * 60) == in_strip
+            assert (getattr(picture, "n_frames", 1) > 1) != in_strip
+
+
+@pytest.mark.parametrize(
+    ("module", "bindings", "more", "message"),
+    [
+        (train, ["sparsify.sparsity = 1.5"], (), "Default sparsity"),
+        (train, ["create_agent.agent_name = 'dqn'"], (), "is no JAX agent that can be sparse"),
+        (train, ["create_runner.schedule = 'sometimes'"], (), "create_runner.schedule: 'sometimes' is not known"),
+        (play, [], ("--output=agent.gif",), "no checkpoint in"),
+        (play, [], ("--output=agent.jpg",), r"neither a \.gif nor a \.png"),
+    ],
+)
+@pytest.mark.usefixtures("flags_of_play")
+def test_command_lines_say_what_is_wrong_and_end(module, bindings, more, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        module.main(parsed(module.__name__, tmp_path / "base", [*bindings, *QUIET], *more))
+
+
+FILES = sorted(path.name for path in CONFIGS.glob("*.gin") if not path.name.startswith("sparse"))
+SMALL = ["ReplayBuffer.max_capacity = 1000", "PrioritizedSamplingDistribution.max_capacity = 1000", *QUIET]
+PAPER = jaxpruner.PolynomialSchedule(update_freq=250, update_start_step=120_000, update_end_step=495_000)
+DYNAMIC = jaxpruner.PolynomialSchedule(update_freq=1_250, update_start_step=1_250, update_end_step=2_495_000)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
+    with cases.configured([name], SMALL if name.startswith("rainbow") else [SMALL[0], *QUIET]):
+        agent = jaxpruner_dopamine.create_runner(str(tmp_path)).agent
+    assert type(agent).__name__ == ("SparseJaxRainbowAgent" if name.startswith("rainbow") else "SparseJaxDQNAgent")
+    updater = agent._updater
+    assert type(updater).__name__ == ("RigL" if "dynamic" in name else "MagnitudePruning")
+    if "mspacman" in name or "pong" in name:
+        assert updater.scheduler == (DYNAMIC if "dynamic" in name else PAPER)
+        assert agent.num_actions == (6 if "pong" in name else 9)
+        targets = [float(t) for t in jax.tree.leaves(agent.optimizer_state.target_sparsities)]
+        sizes = [m.size for m in jax.tree.leaves(agent.optimizer_state.masks)]
+        assert np.average(targets, weights=sizes) == pytest.approx(0.98, abs=1e-4)
+        assert len(targets) == (17 if "resnet" in name else 5)
+
+
+def test_all_gin_files_are_tried():
+    assert {
+        "dqn_cartpole.gin", "dqn_acrobot.gin", "dqn_mspacman.gin", "dqn_mspacman_dynamic.gin",
+        "dqn_resnet_mspacman.gin", "dqn_pong.gin", "rainbow_mspacman.gin",
+    } == set(FILES)  # fmt: skip
+
+
+def test_a_gin_file_of_dopamines_own_habits_becomes_sparse_by_one_file_more(tmp_path):
+    """`create_agent` and `create_runner` are bound as stock files bind them."""
+    stock = ["create_agent.agent_name = 'jax_dqn'", "create_runner.schedule = 'continuous_train_and_eval'"]
+    with cases.configured(["dqn_pong.gin", "sparse_dynamic.gin"], [SMALL[0], *QUIET, *stock]):
+        runner = jaxpruner_dopamine.create_runner(str(tmp_path))
+    assert isinstance(runner, cases.run_experiment.Runner)
+    assert not isinstance(runner, cases.run_experiment.TrainRunner)
+    assert isinstance(runner.agent._updater, jaxpruner.RigL)
