@@ -116,13 +116,13 @@ def plot(
     plots.draw(path, f"{name}, preset {preset}", lines, baseline.metric)
     console.print(f"plot: {path}", soft_wrap=True)
     if baseline.cost:
-        path = path.with_stem(f"{path.stem}-{baseline.cost.key}")
-        plots.draw_cost(path, f"{name}, preset {preset}", lines, baseline.metric, baseline.cost)
-        console.print(f"plot: {path}", soft_wrap=True)
+        cost_path = path.with_stem(f"{path.stem}-{baseline.cost.key}")
+        plots.draw_cost(cost_path, f"{name}, preset {preset}", lines, baseline.metric, baseline.cost)
+        console.print(f"plot: {cost_path}", soft_wrap=True)
     if baseline.curve:
-        path = path.with_stem(f"{path.stem}-{baseline.curve.key}")
-        plots.draw_curves(path, f"{name}, preset {preset}", lines, baseline.metric, baseline.curve)
-        console.print(f"plot: {path}", soft_wrap=True)
+        curve_path = path.with_stem(f"{path.stem}-{baseline.curve.key}")
+        plots.draw_curves(curve_path, f"{name}, preset {preset}", lines, baseline.metric, baseline.curve)
+        console.print(f"plot: {curve_path}", soft_wrap=True)
 
 
 def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:

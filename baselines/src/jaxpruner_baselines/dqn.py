@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,8 +128,10 @@ def start(run: Run, folder: str) -> Any:
         from absl import logging
         from dopamine.discrete_domains import run_experiment
 
-        logging.set_verbosity(logging.ERROR)
         tf.config.set_visible_devices([], "GPU")
+    logging.set_verbosity(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of gymnasium and orbax, about what Dopamine calls
         gin.clear_config()
         run_experiment.load_gin_configs(*gin_config(run))
         return jaxpruner_dopamine.create_runner(folder)
@@ -141,6 +144,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     runner = start(run, str(checkpoint.folder))
     for done in runner.iterations(preset.checkpoint_every):
         yield Progress(done * preset.agent_steps, total, f"return {runner.train_returns()[-1]:.1f}")
+    runner.close()
     returns = runner.train_returns()
     sparsity = runner.agent.sparsity()
     yield Outcome(

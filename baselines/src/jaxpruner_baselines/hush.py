@@ -25,6 +25,7 @@ def hushed() -> Iterator[None]:
                 warnings.simplefilter("ignore")
                 yield
         except BaseException:
+            sys.stderr.flush()
             kept.seek(0)
             os.write(original, kept.read())
             raise

@@ -7,11 +7,14 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
 
 _PACKAGES = ("jaxpruner", "jax", "flax", "optax", "numpy")
+# Recorded where they are installed and used.
+_HOSTS = {"dopamine": "dopamine-rl", "fedjax": "fedjax"}
 
 
 @functools.cache
@@ -25,7 +28,7 @@ def commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # an installed copy inside another repository
-        changed = git("status", "--porcelain", "--", ":/*.py", ":/*.toml")
+        changed = git("status", "--porcelain", "--", ":/*.py", ":/*.toml", ":/*.gin")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -39,6 +42,9 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # run from the source tree
             found[package] = "source"
+    for module, package in _HOSTS.items():
+        if module in sys.modules:
+            found[package] = importlib.metadata.version(package)
     return found
 
 

@@ -8,9 +8,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def compiled_once(tmp_path_factory):
     """Agents that are made again, to continue a checkpoint, compile the same programs."""
     names = (
@@ -21,6 +22,8 @@ def compiled_once(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in names}
     for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0, -1), strict=True):
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # whether there is one is decided once
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -82,7 +82,7 @@ def inner(state: Any) -> Any:
 def assert_exactly_sparse(agent: Any, sparsity: float) -> None:
     """The parameters lie on their masks, and the masks keep what the state's targets say, to the entry."""
     state = agent.optimizer_state
-    masks = agent._updater.current_masks(state, params_of(agent))
+    masks = agent.updater.current_masks(state, params_of(agent))
     pruned = 0
     for param, mask in zip(
         jax.tree.leaves(params_of(agent)), jax.tree.leaves(masks, is_leaf=lambda leaf: leaf is None), strict=True

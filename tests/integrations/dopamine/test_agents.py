@@ -31,6 +31,7 @@ CLASSIC = {
     "num_actions": 3, "observation_shape": (4,), "observation_dtype": jnp.float32, "stack_size": 1, "seed": 1,
     "min_replay_history": 8, "update_period": 4, "target_update_period": 8,
 }  # fmt: skip
+TINY_ATARI = ("JaxDQNAgent.observation_shape = (44, 44)", "JaxDQNAgent.seed = 0")
 LIMITS = (np.full((2,), -1, np.float32), np.full((2,), 1, np.float32))
 
 
@@ -190,14 +191,34 @@ def test_a_dense_checkpoint_goes_on_sparse(algorithm, tmp_path):
     assert int(agent.optimizer_state.count) == 0
     if algorithm == "preserve":
         return
-    assert agent._updater.scheduler.update_end_step == 4  # (37 - 21) / 4
+    assert agent.updater.scheduler.update_end_step == 4  # (37 - 21) / 4
     cases.feed(agent, 36, seed=1)
     cases.assert_exactly_sparse(agent, 0.9)
 
     sparse_bundle = agent.bundle_and_checkpoint(str(tmp_path / "."), 1)
     resumed = make("dqn", *cases.bind(algorithm=algorithm, update_start_agent_step=25, update_end_agent_step=37))
     assert resumed.unbundle(str(tmp_path), 1, sparse_bundle)
-    assert resumed._updater.scheduler == agent._updater.scheduler
+    assert resumed.updater.scheduler == agent.updater.scheduler
+
+
+def test_a_young_dense_checkpoint_does_not_move_the_schedule(tmp_path):
+    """It has no gradient steps behind it, so they begin where they would have begun."""
+    with cases.configured([], bindings()):
+        dense = dqn_agent.JaxDQNAgent(network=classic, **CLASSIC | {"min_replay_history": 100})
+    cases.feed(dense, 20)
+    bundle = dense.bundle_and_checkpoint(str(tmp_path), 0)
+    agent = make("dqn", *cases.bind(update_start_agent_step=120, update_end_agent_step=160), min_replay_history=100)
+    before = agent.updater.scheduler
+    assert agent.unbundle(str(tmp_path), 0, bundle)
+    assert agent.updater.scheduler == before
+
+
+def snapshot(agent):
+    return [agent.training_steps, agent.optimizer, *jax.tree.leaves((agent.optimizer_state, agent.online_params))]
+
+
+def assert_unchanged(agent, before):
+    assert all(a is b for a, b in zip(snapshot(agent), before, strict=True))
 
 
 def test_a_dense_checkpoint_that_is_past_the_schedule_is_told(tmp_path):
@@ -205,19 +226,22 @@ def test_a_dense_checkpoint_that_is_past_the_schedule_is_told(tmp_path):
         dense = dqn_agent.JaxDQNAgent(network=classic, **CLASSIC)
     cases.feed(dense, 40)
     bundle = dense.bundle_and_checkpoint(str(tmp_path), 0)
-    with (
-        cases.configured([], bindings()),
-        pytest.raises(ValueError, match=r"24 is over before the first gradient step of this training.* agent step 41"),
-    ):
-        AGENTS["dqn"]().unbundle(str(tmp_path), 0, bundle)
+    agent = make("dqn")
+    before = snapshot(agent)
+    with pytest.raises(ValueError, match=r"24 is over before the first gradient step of this training.* agent step 41"):
+        agent.unbundle(str(tmp_path), 0, bundle)
+    assert_unchanged(agent, before)
 
 
 @pytest.mark.parametrize(
     ("now", "message"),
     [
         ({"algorithm": "no_prune"}, "holds a sparse run, and this one is dense"),
-        ({"use_packed_masks": True}, "of another kind or shape than this run's"),
-        ({"algorithm": "magnitude_ste"}, "of another kind or shape than this run's"),
+        ({"use_packed_masks": True}, "not one that this run can go on from"),
+        ({"algorithm": "magnitude_ste"}, "not one that this run can go on from"),
+        ({"algorithm": "saliency"}, "not one that this run can go on from"),
+        ({"sparsity": 0.5}, "not one that this run can go on from"),
+        ({"dist_type": "uniform"}, "not one that this run can go on from"),
     ],
 )
 def test_a_sparse_checkpoint_is_not_continued_as_something_else(now, message, tmp_path):
@@ -225,10 +249,24 @@ def test_a_sparse_checkpoint_is_not_continued_as_something_else(now, message, tm
     cases.feed(agent, 20)
     bundle = agent.bundle_and_checkpoint(str(tmp_path), 0)
     other = make("dqn", *cases.bind(**now))
-    before = jax.tree.leaves(other.online_params)
+    before = snapshot(other)
     with pytest.raises(ValueError, match=message):
         other.unbundle(str(tmp_path), 0, bundle)
-    assert all(a is b for a, b in zip(jax.tree.leaves(other.online_params), before, strict=True))  # nothing was changed
+    assert_unchanged(other, before)
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
+def test_zeros_of_a_sparse_checkpoint_can_be_preserved(algorithm, tmp_path):
+    agent = make("dqn", *cases.bind(algorithm=algorithm))
+    cases.feed(agent, 32)
+    bundle = agent.bundle_and_checkpoint(str(tmp_path), 0)
+    kept = make("dqn", *cases.bind(algorithm="preserve"))
+    assert kept.unbundle(str(tmp_path), 0, bundle)
+    zeros = [leaf == 0 for leaf in jax.tree.leaves(kept.online_params) if leaf.ndim > 1]
+    cases.feed(kept, 12, seed=1)
+    after = [leaf for leaf in jax.tree.leaves(kept.online_params) if leaf.ndim > 1]
+    assert sum(int(z.sum()) for z in zeros) > 100
+    assert all(not np.any(np.asarray(leaf)[np.asarray(z)]) for leaf, z in zip(after, zeros, strict=True))
 
 
 def test_a_missing_replay_buffer_leaves_the_agent_as_it_was(tmp_path):
@@ -271,7 +309,7 @@ def test_agents_that_cannot_be_sparse_say_why(base):
         agent(num_actions=2)
 
 
-def test_a_train_step_that_passes_no_params_is_named():
+def test_a_train_step_that_passes_no_params_is_told():
     class Forgetful(jd.SparseJaxDQNAgent):
         def _train_step(self):
             grads = jax.tree.map(jnp.zeros_like, self.online_params)
@@ -279,7 +317,7 @@ def test_a_train_step_that_passes_no_params_is_named():
 
     with cases.configured([], bindings()):
         agent = Forgetful(network=classic, **CLASSIC)
-    with pytest.raises(ValueError, match="Forgetful: its train step gives the optimizer no parameters"):
+    with pytest.raises(ValueError, match=r"needs the parameters.*call tx.update\(updates, state, params\)"):
         cases.feed(agent, 1)
 
 
@@ -296,6 +334,7 @@ class Space:
     [
         ("jax_dqn", gymnasium.spaces.Box(-1, 1, (2,)), "does not take the actions of this environment"),
         ("sac", gymnasium.spaces.Discrete(2), "does not take the actions of this environment"),
+        ("ppo", gymnasium.spaces.Discrete(2), "PPO takes continuous actions only"),
         ("dqn", gymnasium.spaces.Discrete(2), "'dqn' is no JAX agent that can be sparse.*jax_dqn, jax_quantile"),
         (None, gymnasium.spaces.Discrete(2), "None is no JAX agent"),
     ],
@@ -310,3 +349,9 @@ def test_agents_of_continuous_actions_by_name(name):
     with cases.configured([], bindings("sparsify.update_end_agent_step = 40_000")):
         agent = jd.create_sparse_agent(Space(gymnasium.spaces.Box(-1, 1, (2,), np.float32)), agent_name=name)
     assert type(agent).__name__ == {"sac": "SparseSACAgent", "ppo": "SparsePPOAgent"}[name]
+
+
+def test_names_in_gin_may_be_macros():
+    with cases.configured([], bindings("NAME = 'jax_dqn'", "create_agent.agent_name = %NAME", *TINY_ATARI)):
+        agent = jd.create_sparse_agent(Space(gymnasium.spaces.Discrete(2)))
+    assert type(agent) is jd.SparseJaxDQNAgent

@@ -137,7 +137,7 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
     with log.open("w") as output:
         process = subprocess.Popen(command, stderr=output, cwd=ROOT)
     deadline = time.monotonic() + 200
-    while not list((folder / "checkpoints").glob("ckpt.*")):
+    while not list((folder / "checkpoints").glob("sentinel_checkpoint_complete.*")):
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -192,7 +192,7 @@ def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
     with cases.configured([name], SMALL if name.startswith("rainbow") else [SMALL[0], *QUIET]):
         agent = jaxpruner_dopamine.create_runner(str(tmp_path)).agent
     assert type(agent).__name__ == ("SparseJaxRainbowAgent" if name.startswith("rainbow") else "SparseJaxDQNAgent")
-    updater = agent._updater
+    updater = agent.updater
     assert type(updater).__name__ == ("RigL" if "dynamic" in name else "MagnitudePruning")
     if "mspacman" in name or "pong" in name:
         assert updater.scheduler == (DYNAMIC if "dynamic" in name else PAPER)
@@ -201,6 +201,22 @@ def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
         sizes = [m.size for m in jax.tree.leaves(agent.optimizer_state.masks)]
         assert np.average(targets, weights=sizes) == pytest.approx(0.98, abs=1e-4)
         assert len(targets) == (17 if "resnet" in name else 5)
+
+
+def test_a_schedule_that_the_training_does_not_reach_is_told(tmp_path, caplog):
+    with cases.cartpole("sparsify.update_end_agent_step = 30_000"):
+        jaxpruner_dopamine.create_runner(str(tmp_path))
+    assert "30000 is beyond the end of this training, 20000 agent steps" in caplog.text
+
+
+def test_playing_does_not_change_the_training(tmp_path):
+    bindings = [*cases.CARTPOLE, *ITERATIONS]
+    whole = run(tmp_path / "whole", ["dqn_cartpole.gin"], bindings, checkpoint_every=0)
+    with cases.configured(["dqn_cartpole.gin"], bindings):
+        runner = jaxpruner_dopamine.create_runner(str(tmp_path / "played"))
+        for done in runner.iterations(checkpoint_every=0):
+            assert runner.play(done) > 0
+    assert_same_agents(runner.agent, whole.agent)
 
 
 def test_all_gin_files_are_tried():
@@ -217,4 +233,4 @@ def test_a_gin_file_of_dopamines_own_habits_becomes_sparse_by_one_file_more(tmp_
         runner = jaxpruner_dopamine.create_runner(str(tmp_path))
     assert isinstance(runner, cases.run_experiment.Runner)
     assert not isinstance(runner, cases.run_experiment.TrainRunner)
-    assert isinstance(runner.agent._updater, jaxpruner.RigL)
+    assert isinstance(runner.agent.updater, jaxpruner.RigL)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tensorflow as tf
 from dopamine.jax.agents.dqn import dqn_agent
 from dopamine.jax.agents.full_rainbow import full_rainbow_agent
@@ -22,7 +21,7 @@ from dopamine.jax.agents.ppo import ppo_agent
 from dopamine.jax.agents.quantile import quantile_agent
 from dopamine.jax.agents.rainbow import rainbow_agent
 from dopamine.jax.agents.sac import sac_agent
-from dopamine.metrics import statistics_instance
+from dopamine.metrics import collector_dispatcher, statistics_instance
 
 import jaxpruner
 from jaxpruner.projection import pruned_only
@@ -51,8 +50,11 @@ class SparseAgent:
     """
 
     # Where the stock class keeps them.
-    _params_name = "online_params"
+    _params_attribute = "online_params"
     _optimizer_attribute = "optimizer"
+
+    updater: jaxpruner.BaseUpdater | None
+    """The algorithm; None if the agent is dense."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         for base in type(self).__mro__:
@@ -65,32 +67,28 @@ class SparseAgent:
 
     def _clock(self, first: int | None = None) -> Clock:
         """When this agent takes gradient steps; `first` is the agent step that it continues a dense run from."""
-        return Clock(self.min_replay_history if first is None else first, self.update_period)
+        return Clock(max(self.min_replay_history, first or 0), self.update_period)
 
     def _build_networks_and_optimizer(self) -> None:
         super()._build_networks_and_optimizer()
         self._dense_optimizer = getattr(self, self._optimizer_attribute)
         self._make_updater = sparsify()
-        self._make_sparse()
+        self._make_sparse(self._make_updater(self._clock(), self._seed))
 
-    def _make_sparse(self, first: int | None = None) -> None:
+    def _make_sparse(self, updater: jaxpruner.BaseUpdater | None, first: int | None = None) -> None:
         """Puts the transformation around the optimizer, with a new state for the present parameters."""
-        self._sparse_from = first
-        self._updater = self._make_updater(self._clock(first), self._seed)
-        optimizer = self._dense_optimizer
-        if self._updater is not None:
-            sparse = jaxpruner.sparsify(optimizer, self._updater)
-            optimizer = optax.GradientTransformationExtraArgs(sparse.init, _needing_params(sparse.update, self))
+        self.updater, self._sparse_from = updater, first
+        optimizer = self._dense_optimizer if updater is None else jaxpruner.sparsify(self._dense_optimizer, updater)
         setattr(self, self._optimizer_attribute, optimizer)
         self.optimizer_state = optimizer.init(self._params)
 
     @property
     def _params(self) -> Any:
-        return getattr(self, self._params_name)
+        return getattr(self, self._params_attribute)
 
     def sparsity(self) -> dict[str, Any]:
         """The fraction of zeros among the prunable weights, `total` and of each leaf; empty if the agent is dense."""
-        if self._updater is None:
+        if self.updater is None:
             return {}
         summary = jaxpruner.summarize_sparsity(pruned_only(self._params, self.optimizer_state.masks))
         return {"total": summary.pop("_total_sparsity")} | {k: v for k, v in summary.items() if not k.startswith("_")}
@@ -115,81 +113,86 @@ class SparseAgent:
                 for name, value in scalars.items():
                     tf.summary.scalar(name, value, step=step)
         self.summary_writer.flush()
-        if hasattr(self, "collector_dispatcher"):
+        # The collector of TensorBoard writes into the same folder.
+        allowed = self._collector_allowlist or collector_dispatcher.AVAILABLE_COLLECTORS
+        others = {allowed} if isinstance(allowed, str) else set(allowed)
+        others.discard("tensorboard")
+        if others and hasattr(self, "collector_dispatcher"):
             self.collector_dispatcher.write(
                 [statistics_instance.StatisticsInstance(name, value, step=step) for name, value in scalars.items()],
-                collector_allowlist=self._collector_allowlist,
+                collector_allowlist=sorted(others),
             )
 
     def bundle_and_checkpoint(self, checkpoint_dir: str, iteration_number: int) -> dict[str, Any] | None:
-        """What the stock agent stores, and the random state and where sparse training began."""
+        """What the stock agent stores, and the random state, the algorithm and where sparse training began."""
         bundle = super().bundle_and_checkpoint(checkpoint_dir, iteration_number)
         if bundle is not None:
-            bundle |= {"rng": np.asarray(self._rng), "seed": self._seed, "sparse_from": self._sparse_from}
+            bundle |= {
+                "rng": np.asarray(self._rng),
+                "seed": self._seed,
+                "algorithm": type(self.updater).__name__,
+                "sparse_from": self._sparse_from,
+            }
         return bundle
 
     def unbundle(self, checkpoint_dir: str, iteration_number: int, bundle_dictionary: dict[str, Any] | None) -> bool:
         """Restores a checkpoint, sparse or dense, of this agent.
 
         Raises:
-          ValueError: for the checkpoint of a sparse run where this one is dense, or of another configuration.
+          ValueError: for the checkpoint of a sparse run where this one is dense, or of another configuration. Nothing
+            has been changed then.
         """
         optimizer, fresh_state = getattr(self, self._optimizer_attribute), self.optimizer_state
-        self._check(bundle_dictionary, checkpoint_dir)
+        bundle = bundle_dictionary or {}
+        saved = self._continued(bundle, checkpoint_dir)
+        first = bundle.get("sparse_from") if isinstance(saved, jaxpruner.SparseState) else bundle.get("training_steps")
+        updater = self._make_updater(self._clock(first), bundle.get("seed", self._seed))
+
         restored = super().unbundle(checkpoint_dir, iteration_number, bundle_dictionary)
         # Stock PPO and SAC make a new, bare optimizer here, and PPO's does not fit the state that it saved.
         setattr(self, self._optimizer_attribute, optimizer)
         if not restored or bundle_dictionary is None:
             self.optimizer_state = fresh_state
             return restored
-        if "rng" in bundle_dictionary:
-            self._rng, self._seed = jnp.asarray(bundle_dictionary["rng"]), bundle_dictionary["seed"]
-        if "optimizer_state" not in bundle_dictionary:
-            self._make_sparse(first=self.training_steps)
-        elif self._updater is not None:
-            saved = bundle_dictionary["optimizer_state"]
-            if isinstance(saved, jaxpruner.SparseState):
-                self._make_sparse(first=bundle_dictionary.get("sparse_from"))
-                self.optimizer_state = saved
-            else:
-                self._make_sparse(first=self.training_steps)
-                self.optimizer_state = _with_inner(self.optimizer_state, saved)
+        if "rng" in bundle:
+            self._rng, self._seed = jnp.asarray(bundle["rng"]), bundle["seed"]
+        self._make_sparse(updater, first)
+        if (updater is None and saved is not None) or isinstance(saved, jaxpruner.SparseState):
+            self.optimizer_state = saved
+        elif saved is not None:
+            self.optimizer_state = _with_inner(self.optimizer_state, saved)
         return restored
 
-    def _check(self, bundle: dict[str, Any] | None, checkpoint_dir: str) -> None:
-        """Raises a ValueError if the optimizer state of a checkpoint is none that this agent can go on from."""
-        saved = (bundle or {}).get("optimizer_state")
+    def _continued(self, bundle: dict[str, Any], checkpoint_dir: str) -> Any:
+        """The optimizer state of a checkpoint, which may be none; a ValueError if this agent cannot go on from it."""
+        saved = bundle.get("optimizer_state")
         if saved is None:
-            return
-        expected = self.optimizer_state
-        if isinstance(saved, jaxpruner.SparseState) and self._updater is None:
+            return None
+        is_sparse = isinstance(saved, jaxpruner.SparseState)
+        if is_sparse and self.updater is None:
             raise ValueError(
                 f"{checkpoint_dir}: holds a sparse run, and this one is dense (sparsify.algorithm = 'no_prune'). "
                 "Continue it with the sparsity that it had, keep its zeros with sparsify.algorithm = 'preserve', or "
                 "start in another base_dir."
             )
-        if self._updater is not None and not isinstance(saved, jaxpruner.SparseState):
-            expected = self._dense_optimizer.init(self._params)
-        if _layout(saved) != _layout(expected):
-            raise ValueError(
-                f"{checkpoint_dir}: its optimizer state is of another kind or shape than this run's. Continue with the "
-                "algorithm, storage of masks, network and optimizer that it was written with, or start in another "
-                "base_dir."
+        preserves = isinstance(self.updater, jaxpruner.PreserveSparsity)
+        if preserves and is_sparse and isinstance(saved.inner_state, jaxpruner.StraightThroughState):
+            saved = saved._replace(inner_state=saved.inner_state.inner_state)
+        expected = self.optimizer_state if is_sparse else self._dense_optimizer.init(self._params)
+        same = _layout(saved) == _layout(expected)
+        if same and is_sparse and not preserves:
+            same = bundle.get("algorithm", type(self.updater).__name__) == type(self.updater).__name__
+            targets = zip(
+                jax.tree.leaves(saved.target_sparsities), jax.tree.leaves(expected.target_sparsities), strict=True
             )
-
-
-def _needing_params(update: Any, agent: SparseAgent) -> Any:
-    name = type(agent).__name__
-
-    def checked(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        if params is None:
+            same = same and all(np.array_equal(a, b) for a, b in targets)
+        if not same:
             raise ValueError(
-                f"{name}: its train step gives the optimizer no parameters, and pruning needs them; "
-                "call optimizer.update(grad, optimizer_state, params=params) in it."
+                f"{checkpoint_dir}: its optimizer state is not one that this run can go on from. Continue with the "
+                "algorithm, sparsity, storage of masks, network and optimizer that it was written with, or start in "
+                "another base_dir."
             )
-        return update(updates, state, params, **extra_args)
-
-    return checked
+        return saved
 
 
 def _with_inner(state: jaxpruner.SparseState, inner: Any) -> jaxpruner.SparseState:
@@ -233,17 +236,17 @@ class SparseSACAgent(SparseAgent, sac_agent.SACAgent):
     Its target network is an average of sparse networks, dense wherever one of them was in the past.
     """
 
-    _params_name = "network_params"
+    _params_attribute = "network_params"
     _optimizer_attribute = "network_optimizer"
 
 
 class SparsePPOAgent(SparseAgent, ppo_agent.PPOAgent):
     """Sparse PPO (Schulman et al., 2017): actor and critic share one budget."""
 
-    _params_name = "network_params"
+    _params_attribute = "network_params"
     _optimizer_attribute = "network_optimizer"
 
     def _clock(self, first: int | None = None) -> Clock:
-        # Passes over `update_period` transitions, in batches. The first step after that gives no transition.
-        period, per_update = self.update_period + 1, self.num_epochs * (self.update_period // self.batch_size)
-        return Clock(period if first is None else first, period, per_update)
+        # Passes over `update_period` transitions, in batches. The first steps after that give none yet.
+        period = self.update_period + self.update_horizon
+        return Clock(max(period, first or 0), period, self.num_epochs * (self.update_period // self.batch_size))

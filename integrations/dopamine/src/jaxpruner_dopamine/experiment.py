@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,9 +10,11 @@ import gin
 import gymnasium
 import numpy as np
 import tensorflow as tf
+from absl import logging
 from dopamine.discrete_domains import run_experiment
 
 from jaxpruner_dopamine import agents
+from jaxpruner_dopamine.sparsity import sparsify
 
 _DISCRETE = {
     "jax_dqn": agents.SparseJaxDQNAgent,
@@ -42,22 +44,17 @@ def create_sparse_agent(
     Raises:
       ValueError: for an agent that is not known, or does not fit the environment's actions.
     """
-    agent_name = agent_name or bound("create_agent.agent_name") or bound("create_continuous_agent.agent_name")
+    stock, stock_continuous = (
+        gin.get_bindings(run_experiment.create_agent),
+        _continuous_bindings("create_continuous_agent"),
+    )
+    agent_name = agent_name or stock.get("agent_name") or stock_continuous.get("agent_name")
     if debug_mode is None:
-        debug_mode = bound("create_agent.debug_mode") or bound("create_continuous_agent.agent_name") is not None
+        debug_mode = stock.get("debug_mode") or bool(stock_continuous)
     writer = summary_writer if debug_mode else None
     continuous = isinstance(environment.action_space, gymnasium.spaces.Box)
     if agent_name in _DISCRETE and not continuous:
         return _DISCRETE[agent_name](num_actions=environment.action_space.n, summary_writer=writer)
-    if agent_name == "ppo" and not continuous:
-        # Dopamine's own function leaves out `action_limits`, without which PPO does not start.
-        return agents.SparsePPOAgent(
-            action_shape=int(environment.action_space.n),
-            observation_shape=agents.dqn_agent.NATURE_DQN_OBSERVATION_SHAPE,
-            action_limits=None,
-            stack_size=agents.dqn_agent.NATURE_DQN_STACK_SIZE,
-            summary_writer=writer,
-        )
     if agent_name in ("ppo", "sac") and continuous:
         space = environment.action_space
         shapes = {
@@ -75,7 +72,8 @@ def create_sparse_agent(
         )
     if agent_name in (*_DISCRETE, "ppo", "sac"):
         raise ValueError(
-            f"agent_name: {agent_name!r} does not take the actions of this environment, {environment.action_space}."
+            f"agent_name: {agent_name!r} does not take the actions of this environment, {environment.action_space}. "
+            "(Dopamine's PPO takes continuous actions only: its network for discrete ones fails in 4.1.)"
         )
     raise ValueError(
         f"agent_name: {agent_name!r} is no JAX agent that can be sparse; bind create_sparse_agent.agent_name (or "
@@ -123,6 +121,11 @@ class Reproducible:
         return self._agent
 
     @property
+    def agent_steps(self) -> int:
+        """How many agent steps the whole training has."""
+        return self._num_iterations * self._training_steps
+
+    @property
     def iterations_done(self) -> int:
         """How many iterations the checkpoint had that this runner continues; 0 without one."""
         return self._start_iteration
@@ -137,12 +140,18 @@ class Reproducible:
             self._log_experiment(iteration, self._run_one_iteration(iteration))
             if checkpoint_every and (iteration + 1) % checkpoint_every == 0:
                 self._checkpoint_experiment(iteration)
+            self._collector_dispatcher.flush()
             yield iteration + 1
 
     def train_returns(self) -> list[float]:
         """The mean return of the training episodes of each iteration so far, those before a checkpoint included."""
         logs = self._logger.data
         return [float(logs[f"iteration_{i}"]["train_average_return"][0]) for i in range(len(logs))]
+
+    def close(self) -> None:
+        """Ends logs, and lets go of the replay buffer, to which Dopamine's cache of checkpoint managers holds on."""
+        self._collector_dispatcher.close()
+        self._agent._replay.clear()
 
     def play(self, number: int = 0, frame: Callable[[Any], None] | None = None) -> float:
         """Plays one episode as in evaluation, without learning.
@@ -155,7 +164,8 @@ class Reproducible:
           The return of the episode.
         """
         environment, agent = self._environment, self._agent
-        agent.eval_mode = True
+        before = {name: getattr(agent, name) for name in ("eval_mode", "_rng", "state")}
+        agent.eval_mode, agent.state = True, agent.state.copy()
         # Numbers of iterations are small.
         self.seed(number, 2**31)
         screen = environment.environment.unwrapped
@@ -169,9 +179,12 @@ class Reproducible:
             if frame is not None:
                 frame(screen.render())
             if environment.game_over or steps == self._max_steps_per_episode:
-                return total
+                break
             # As Dopamine's runners: a lost life ends what the agent takes for an episode.
             action = agent.begin_episode(observation) if terminal else agent.step(reward, observation)
+        for name, value in before.items():  # training goes on from here as if nobody had played
+            setattr(agent, name, value)
+        return total
 
 
 class SparseRunner(Reproducible, run_experiment.Runner):
@@ -191,29 +204,44 @@ def create_runner(base_dir: str) -> Reproducible:
       ValueError: for an unknown schedule, and for what the agent cannot be.
     """
     schedules: dict[str, type] = {"continuous_train_and_eval": SparseRunner, "continuous_train": SparseTrainRunner}
-    create: Callable[..., Any] = lambda _, environment, summary_writer: create_sparse_agent(environment, summary_writer)  # noqa: E731
-    schedule = bound("create_runner.schedule")
-    if schedule is None and (schedule := bound("create_continuous_runner.schedule")) is not None:
-        schedules, create = _continuous_runners(), create_sparse_agent
+    schedule = gin.get_bindings(run_experiment.create_runner).get("schedule")
+    continuous = _continuous_bindings("create_continuous_runner")
+    if schedule is None and continuous:
+        schedules, schedule = _continuous_runners(), continuous.get("schedule")
     schedule = schedule or "continuous_train_and_eval"
     if schedule not in schedules:
         raise ValueError(f"create_runner.schedule: {schedule!r} is not known; use one of {', '.join(schedules)}.")
-    return schedules[schedule](base_dir, create)
+    runner = schedules[schedule](base_dir, _create)
+    steps, end = runner.agent_steps, gin.get_bindings(sparsify).get("update_end_agent_step")
+    if runner.agent.updater is not None and end is not None and end > steps:
+        logging.warning(
+            "sparsify.update_end_agent_step: %d is beyond the end of this training, %d agent steps, so the final "
+            "sparsity will not be reached.",
+            end,
+            steps,
+        )
+    return runner
 
 
-@functools.cache
+def _create(*arguments: Any, summary_writer: Any) -> agents.SparseAgent:
+    """As Dopamine's runners call it: with a session that is None and the environment, or with the environment."""
+    return create_sparse_agent(arguments[-1], summary_writer)
+
+
 def _continuous_runners() -> dict[str, type]:
     """Dopamine's runners of continuous control. They need dm_control; gin files that bind them import it too."""
     from dopamine.continuous_domains import run_experiment as continuous
 
-    train_and_eval = type("SparseContinuousRunner", (Reproducible, continuous.ContinuousRunner), {})
-    train = type("SparseContinuousTrainRunner", (Reproducible, continuous.ContinuousTrainRunner), {})
-    return {"continuous_train_and_eval": train_and_eval, "continuous_train": train}
+    class SparseContinuousRunner(Reproducible, continuous.ContinuousRunner):
+        """Trains and evaluates in turn."""
+
+    class SparseContinuousTrainRunner(Reproducible, continuous.ContinuousTrainRunner):
+        """Trains."""
+
+    return {"continuous_train_and_eval": SparseContinuousRunner, "continuous_train": SparseContinuousTrainRunner}
 
 
-def bound(parameter: str) -> Any:
-    """The value that gin binds to a parameter of a stock function, or None."""
-    try:
-        return gin.query_parameter(parameter)
-    except ValueError:
-        return None
+def _continuous_bindings(name: str) -> dict[str, Any]:
+    """What gin binds to a function of continuous control; nothing where no gin file imports that."""
+    module = sys.modules.get("dopamine.continuous_domains.run_experiment")
+    return {} if module is None else gin.get_bindings(getattr(module, name))

@@ -60,8 +60,9 @@ def sparsify(
 
     Masks are made at multiples of the period, and start and end are put on such, so that the final sparsity is
     reached. Agent steps are those of Dopamine's `training_steps`: a network update happens every `update_period` of
-    them once `min_replay_history` are stored, so gradient step 0 is taken for agent step `min_replay_history`. (It is
-    a little later where episodes are short: Dopamine stores one transition less than an episode has steps.)
+    them once more than `min_replay_history` transitions are stored, so gradient step 0 is taken for agent step
+    `min_replay_history`. (It is up to an update later, and more where episodes are short: Dopamine stores one
+    transition less than an episode has steps.)
 
     Args:
       algorithm: a name of `jaxpruner.all_algorithm_names()`; `no_prune` leaves the agent dense.

@@ -37,6 +37,7 @@ def create_runner_from_flags(argv: list[str]) -> experiment.Reproducible:
         run_experiment.load_gin_configs(FLAGS.gin_files, FLAGS.gin_bindings)
         return experiment.create_runner(FLAGS.base_dir)
     except (ValueError, OSError) as error:
+        logging.debug("while the runner was made", exc_info=True)  # --verbosity=1 shows it
         raise SystemExit(f"{error}") from error
 
 
