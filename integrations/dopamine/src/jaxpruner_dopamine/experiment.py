@@ -44,10 +44,8 @@ def create_sparse_agent(
     Raises:
       ValueError: for an agent that is not known, or does not fit the environment's actions.
     """
-    stock, stock_continuous = (
-        gin.get_bindings(run_experiment.create_agent),
-        _continuous_bindings("create_continuous_agent"),
-    )
+    stock = gin.get_bindings(run_experiment.create_agent)
+    stock_continuous = _continuous_bindings("create_continuous_agent")
     agent_name = agent_name or stock.get("agent_name") or stock_continuous.get("agent_name")
     if debug_mode is None:
         debug_mode = stock.get("debug_mode") or bool(stock_continuous)
