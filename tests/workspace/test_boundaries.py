@@ -38,6 +38,7 @@ HOST_PACKAGES = {
     "t5x": {"t5x", "seqio", "airio"},
     "dopamine": {"dopamine", "gymnasium", "PIL"},
     "fedjax": {"fedjax", "requests"},
+    "scenic": {"scenic", "sklearn", "skimage"},  # and images
 }
 MAX_LINES = 300
 

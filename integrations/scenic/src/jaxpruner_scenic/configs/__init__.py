@@ -1,0 +1,1 @@
+"""Configurations for `--config`, in Scenic's habits; `sparsity` reads their argument."""

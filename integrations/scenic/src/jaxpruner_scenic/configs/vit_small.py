@@ -1,0 +1,39 @@
+r"""A ViT on small real images, sparse: `:rigl,0.9,natural_crops`. Minutes on a CPU with `digits`.
+
+    python -m jaxpruner_scenic.main --config=.../configs/vit_small.py:rigl,0.9,digits --workdir=runs/vit
+
+`digits` and `mnist_5k` get a narrow model; `natural_crops` ViT-Ti, which takes hours on a CPU.
+"""
+
+import ml_collections
+
+from jaxpruner_scenic.configs import small
+
+# Width, MLP, heads, layers, patch.
+MODELS = {
+    "digits": (64, 128, 4, 4, 2),
+    "mnist_5k": (64, 128, 4, 4, 4),
+    "natural_crops": (192, 768, 3, 12, 4),
+}
+
+
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """Scenic's ViT with a class token and learned positions, which stay dense."""
+    config = small.configure(argument, epochs=60, base_learning_rate=3e-3)
+    config.experiment_name = f"{config.dataset_name}-vit"
+    config.model_name = "vit_multilabel_classification"
+    hidden, mlp, heads, layers, patch = MODELS[config.dataset_name]
+    config.model = ml_collections.ConfigDict()
+    config.model.hidden_size = hidden
+    config.model.mlp_dim = mlp
+    config.model.num_heads = heads
+    config.model.num_layers = layers
+    config.model.patches = ml_collections.ConfigDict({"size": [patch, patch]})
+    config.model.representation_size = hidden
+    config.model.classifier = "token"
+    config.model.attention_dropout_rate = 0.0
+    config.model.dropout_rate = 0.0
+    config.init_head_bias = 0.0
+    config.optimizer = "adam"
+    config.optimizer_configs = ml_collections.ConfigDict({"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1})
+    return config

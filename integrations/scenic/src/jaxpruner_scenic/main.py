@@ -1,0 +1,85 @@
+"""Trains with one of Scenic's trainers, sparse as `config.sparsity_config` says, with Scenic's flags.
+
+    python -m jaxpruner_scenic.main --config=integrations/scenic/src/jaxpruner_scenic/configs/vit_small.py:rigl,0.9 \
+        --workdir=runs/vit
+
+Beside the names that Scenic's own mains know, `config.trainer_name` may be a module that has `train`, and
+`config.model_name` a `module:Class`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from typing import Any
+
+import jax
+from absl import flags
+from flax.training import checkpoints
+from scenic import app
+from scenic.train_lib import train_utils
+
+from jaxpruner_scenic import datasets, sparse_training  # noqa: F401  (datasets registers)
+
+TRAINERS = {
+    "classification_trainer": "scenic.train_lib.classification_trainer",
+    "transfer_trainer": "scenic.train_lib.transfer.transfer_trainer",
+    "plainvit_trainer": "scenic.projects.baselines.plainvit.trainer",
+}
+MODELS = {"plainvit": "scenic.projects.baselines.plainvit.plainvit:PlainViT"}
+
+
+def get_trainer(name: str) -> types.ModuleType:
+    """The module of a trainer, imported when it is asked for, since some need packages that others do not.
+
+    Raises:
+      ValueError: if there is none of this name.
+    """
+    module = TRAINERS.get(name, name)
+    try:
+        trainer = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"config.trainer_name: {name!r} cannot be imported ({error}). Known: {', '.join(TRAINERS)}; or the name of "
+            "a module, such as scenic.projects.mbt.trainer."
+        ) from error
+    if not hasattr(trainer, "train"):
+        raise ValueError(f"config.trainer_name: {module} has no function `train`.")
+    return trainer
+
+
+def get_model(name: str) -> Any:
+    """A model class by Scenic's name, or `module:Class`."""
+    module, _, attribute = MODELS.get(name, name).partition(":")
+    if attribute:
+        return getattr(importlib.import_module(module), attribute)
+    from scenic.model_lib import models
+
+    return models.get_model_cls(name)
+
+
+def train(rng: Any, config: Any, workdir: str, writer: Any) -> tuple[Any, Any, Any]:
+    """What Scenic's mains do: data, model and trainer from the config. Returns what the trainer returns."""
+    trainer, model_cls = get_trainer(config.trainer_name), get_model(config.model_name)
+    data_rng, rng = jax.random.split(rng)
+    if config.checkpoint and (path := checkpoints.latest_checkpoint(workdir)) is not None:
+        # As in Scenic: a run that is resumed sees its data in a new order.
+        data_rng = jax.random.fold_in(data_rng, train_utils.checkpoint_path_step(path) or 0)
+    service = flags.FLAGS.dataset_service_address if flags.FLAGS.is_parsed() else None
+    dataset = train_utils.get_dataset(config, data_rng, dataset_service_address=service)
+    with sparse_training(config, trainer):
+        return trainer.train(
+            rng=rng, config=config, model_cls=model_cls, dataset=dataset, workdir=workdir, writer=writer
+        )
+
+
+def main(rng: Any, config: Any, workdir: str, writer: Any) -> None:
+    """For `scenic.app.run`."""
+    try:
+        train(rng, config, workdir, writer)
+    except ValueError as error:
+        raise SystemExit(f"main: {error}") from error
+
+
+if __name__ == "__main__":
+    app.run(main)

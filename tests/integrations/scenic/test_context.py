@@ -1,0 +1,258 @@
+"""The context manager: what it replaces and puts back, and what it refuses; finding Scenic; configurations; data."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import scenic_cases as cases
+from ml_collections import ConfigDict, config_flags
+from optax import MaskedNode
+from scenic.dataset_lib import datasets as registry
+from scenic.train_lib import classification_trainer, optimizers
+from scenic.train_lib import optax as scenic_optax
+from scenic.train_lib.transfer import linear_probe_utils
+
+import jaxpruner
+import jaxpruner_scenic
+from jaxpruner_scenic import compatibility, datasets, main
+
+pytestmark = cases.quiet
+CONFIGS = pathlib.Path(jaxpruner_scenic.__file__).parent / "configs"
+ADAM = optimizers.get_optax_optimizer_config(cases.config())
+PARAMS = {"a": {"kernel": np.ones((8, 8), np.float32)}, "b": {"kernel": np.ones((8, 8), np.float32)}}
+
+
+def stock():
+    return optimizers.get_optimizer, scenic_optax.make, classification_trainer.train_step
+
+
+def test_everything_is_put_back():
+    before = stock()
+    with jaxpruner_scenic.sparse_training(cases.config(), classification_trainer):
+        assert all(a is not b for a, b in zip(stock(), before, strict=True))
+    assert stock() == before
+
+
+def test_everything_is_put_back_after_an_error():
+    before = stock()
+    with (
+        pytest.raises(KeyError),
+        jaxpruner_scenic.sparse_training(cases.config(), classification_trainer),
+    ):
+        raise KeyError("in the trainer")
+    assert stock() == before
+    with jaxpruner_scenic.sparse_training(cases.config()):  # not active any more
+        pass
+
+
+def test_no_nesting():
+    with (
+        jaxpruner_scenic.sparse_training(cases.config()),
+        pytest.raises(RuntimeError, match="is active already"),
+        jaxpruner_scenic.sparse_training(cases.config()),
+    ):
+        pass
+    with jaxpruner_scenic.sparse_training(cases.config()), jaxpruner_scenic.sparse_training(cases.config(None)):
+        pass  # a dense training does nothing
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"sparsity_algorithm": "magnitud"}, r"jaxpruner.all_algorithm_names\(\)"),
+        ({"sparsity_sparsity": 1.5}, "Default sparsity"),
+        ({"sparsity_update_end_step": 1}, "end_step"),
+        ({"sparsity_colour": 1}, "colour: no such key"),
+    ],
+)
+def test_a_bad_configuration_is_told_before_anything_starts(more, message):
+    before = stock()
+    with pytest.raises(ValueError, match=message), jaxpruner_scenic.sparse_training(cases.config(**more)):
+        pass
+    assert stock() == before
+
+
+def test_a_filter_that_leaves_nothing_is_told_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="selects none of the"):
+        cases.run(cases.config(sparsity_exclude_reg_exp="."), tmp_path)
+
+
+def test_groups_may_have_budgets_of_their_own_only_where_that_is_the_same():
+    with jaxpruner_scenic.sparse_training(cases.config(sparsity_dist_type="uniform")):
+        for name in "ab":
+            tx = optimizers.get_optimizer(ADAM, 1e-3, params={name: PARAMS[name]})
+            assert isinstance(tx.init({name: PARAMS[name]}), jaxpruner.SparseState)
+    for c in (cases.config(), cases.config("global_magnitude", sparsity_dist_type="uniform")):
+        with jaxpruner_scenic.sparse_training(c):
+            optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
+            with pytest.raises(ValueError, match="an optimizer for each group of parameters"):
+                optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
+
+
+def test_an_optimizer_of_the_trainers_own_is_told_in_the_first_step():
+    trainer = types.ModuleType("own_trainer")
+    trainer.train_step = lambda state: (state, {}, {})
+    with (
+        jaxpruner_scenic.sparse_training(cases.config(), trainer),
+        pytest.raises(RuntimeError, match="makes its optimizer in a way of its own"),
+    ):
+        trainer.train_step(None)
+
+
+def test_train_steps_of_another_kind_are_left_alone():
+    trainer = types.ModuleType("other_trainer")
+    trainer.train_step = lambda: ("state", "metrics")
+    with jaxpruner_scenic.sparse_training(cases.config(), trainer):
+        optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
+        assert trainer.train_step() == ("state", "metrics")
+
+
+def test_what_a_schedule_of_scenics_optax_freezes_is_not_pruned():
+    rate = {"learning_rate_schedule": "compound", "factors": "constant", "base_learning_rate": 1e-3}
+    schedule = scenic_optax.make_schedule(
+        ConfigDict({"one": {"re": "a/.*", "lr_configs": None}, "two": {"re": "b/.*", "lr_configs": rate}})
+    )
+    with jaxpruner_scenic.sparse_training(cases.config(sparsity_dist_type="uniform")):
+        tx, _ = scenic_optax.make(ConfigDict({"optax_name": "scale_by_adam", "optax_configs": {}}), schedule, PARAMS)
+    masks = tx.init(PARAMS).masks
+    assert masks["a"]["kernel"] == MaskedNode()
+    assert masks["b"]["kernel"].all()
+
+
+def test_a_linear_probe_is_dense():
+    before = linear_probe_utils.optimizers
+    with jaxpruner_scenic.sparse_training(cases.config()):
+        tx = linear_probe_utils.optimizers.get_optimizer(ADAM, 1e-3)
+        assert not isinstance(tx.init(PARAMS), jaxpruner.SparseState)
+    assert linear_probe_utils.optimizers is before
+
+
+def python(program: str, *path: pathlib.Path) -> str:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, env=environment, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def test_no_scenic_and_the_wrong_one(tmp_path):
+    told = python("import jaxpruner_scenic", tmp_path)
+    assert "No module named 'scenic'. Install it from its repository: pip install --no-deps" in told
+    assert compatibility.COMMIT in told
+    (tmp_path / "scenic").mkdir()
+    (tmp_path / "scenic" / "__init__.py").touch()
+    told = python("import jaxpruner_scenic", tmp_path)
+    assert "is PyPI's language for scenarios" in told
+    assert "pip uninstall scenic" in told
+
+
+def test_packages_that_hardly_anyone_uses_raise_on_use():
+    from big_vision import utils
+
+    with pytest.raises(ImportError, match="It is for checkpoints of big_vision"):
+        utils.load_checkpoint_ts("x")
+
+
+def load(name: str, argument: str = ""):
+    return config_flags.config_flags._LoadConfigModule("config", str(CONFIGS / name)).get_config(argument)
+
+
+FILES = sorted(p.name for p in CONFIGS.glob("*.py") if p.name not in ("__init__.py", "sparsity.py", "small.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_configurations_take_algorithm_and_sparsity(name):
+    assert load(name).sparsity_config.algorithm == "magnitude"
+    c = load(name, "rigl,0.9")
+    assert (c.sparsity_config.algorithm, c.sparsity_config.sparsity) == ("rigl", 0.9)
+    assert load(name, "dense").sparsity_config is None
+    assert hasattr(main.get_trainer(c.trainer_name), "train")
+    assert main.get_model(c.model_name) is not None
+    with jaxpruner_scenic.sparse_training(c):
+        pass
+    with pytest.raises(ValueError, match="is not 'algorithm,sparsity'"):
+        load(name, "rigl,much")
+
+
+def test_the_papers_configurations():
+    for name, epochs in (("vit_b16_imagenet.py", 90), ("vit_b16_300ep_imagenet.py", 300)):
+        c = load(name)
+        assert (c.num_training_epochs, c.batch_size, c.max_grad_norm, c.model.dropout_rate) == (epochs, 4096, 1.0, 0.1)
+        assert (c.lr_configs.base_learning_rate, c.lr_configs.warmup_steps) == (3e-3, 10_000)
+        assert c.lr_configs.steps_per_cycle == epochs * 312
+        assert c.optimizer_configs.weight_decay == 0.3
+        assert c.sparsity_config.to_dict() == {
+            "algorithm": "magnitude", "sparsity": 0.8, "dist_type": "erk", "update_start_step": 10_000,
+            "update_end_step": 20_000, "update_freq": 1_000,
+        }  # fmt: skip
+    c = load("resnet50_imagenet.py")
+    assert (c.num_layers, c.num_training_epochs, c.l2_decay_factor, c.lr_configs.base_learning_rate) == (
+        50,
+        100,
+        1e-4,
+        1.6,
+    )
+    assert c.lr_configs.warmup_steps == 5 * 312
+    assert c.sparsity_config.to_dict() == {
+        "algorithm": "magnitude", "sparsity": 0.8, "dist_type": "uniform", "exclude_reg_exp": "stem_conv",
+        "update_start_step": 10_000, "update_end_step": 25_000, "update_freq": 1_000,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("vit_small.py", "dataset 'cats' is not known"), ("resnet_small.py", "dataset 'cats'")]
+)
+def test_an_unknown_dataset_of_a_small_configuration(name, message):
+    with pytest.raises(ValueError, match=message):
+        load(name, "rigl,0.9,cats")
+
+
+def test_an_unknown_trainer():
+    with pytest.raises(ValueError, match=r"config.trainer_name: 'no_trainer' cannot be imported"):
+        main.get_trainer("no_trainer")
+    with pytest.raises(ValueError, match="has no function `train`"):
+        main.get_trainer("scenic.train_lib.optimizers")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sizes"),
+    [("digits", (8, 8, 1), (1414, 383)), ("mnist_5k", (28, 28, 1), (4000, 1000)), ("natural_crops", (32, 32, 3), None)],
+)
+def test_datasets_are_registered_and_real(name, shape, sizes):
+    build = registry.get_dataset(name)
+    arguments = {"batch_size": 32, "eval_batch_size": 128, "num_shards": 2, "rng": np.array([1, 2])}
+    data = build(**arguments)
+    meta = data.meta_data
+    if sizes is not None:
+        assert (meta["num_train_examples"], meta["num_eval_examples"]) == sizes
+    from jaxpruner_scenic.configs import small
+
+    assert meta["num_train_examples"] == small.TRAIN_EXAMPLES[name]
+    assert meta["input_shape"] == (-1, *shape)
+    batch = next(data.train_iter)
+    assert batch["inputs"].shape == (2, 16, *shape)
+    assert batch["label"].shape == (2, 16, meta["num_classes"])
+    assert 0 <= batch["inputs"].min() < batch["inputs"].max() <= 1
+    steps = -(-meta["num_eval_examples"] // 128)
+    masks = [next(data.valid_iter)["batch_mask"].sum() for _ in range(steps)]
+    assert sum(masks) == meta["num_eval_examples"]
+    again = build(**arguments)
+    np.testing.assert_array_equal(next(again.train_iter)["inputs"], batch["inputs"])
+    other = build(**arguments | {"rng": np.array([1, 3])})
+    assert (next(other.train_iter)["inputs"] != batch["inputs"]).any()
+
+
+@pytest.mark.parametrize("name", datasets.SOURCES)
+def test_test_images_are_nobodys_else(name):
+    """No test image stands among those to train on, with and without `validation`, nor in the other test."""
+    whole, held_out = datasets.SOURCES[name](False), datasets.SOURCES[name](True)
+    keys = [{image.tobytes() for image in images} for images in (whole.train[0], whole.test[0], held_out.test[0])]
+    assert not keys[0] & keys[1] or name == "natural_crops"  # black sky is everywhere
+    assert len(keys[0] & keys[1]) < 0.03 * len(keys[1])
+    assert len(held_out.train[1]) + len(held_out.test[1]) == len(whole.train[1])

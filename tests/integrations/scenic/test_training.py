@@ -1,0 +1,171 @@
+"""The stock trainers, sparse: every algorithm, devices, kill and resume, transfer, plain ViT, frozen parameters."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import scenic_cases as cases
+
+from jaxpruner_scenic.sparse import sparsity_logs
+
+pytestmark = cases.quiet
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+def test_every_algorithm_is_exactly_sparse_after_20_steps(algorithm, tmp_path):
+    packed = cases.ALGORITHMS.index(algorithm) % 2 == 0
+    c = cases.config(algorithm, dataset_name="digits", sparsity_use_packed_masks=packed)
+    state, writer = cases.run(c, tmp_path)
+    assert int(state.global_step) == cases.STEPS
+    cases.assert_exactly_sparse(state, packed)
+    logged = writer.scalars["sparsity"]
+    assert logged[-1][0] == cases.STEPS
+    assert logged[-1][1] == pytest.approx(0.8, abs=0.03)
+
+
+def test_dense_without_a_sparsity_config(tmp_path):
+    state, writer = cases.run(cases.config(None), tmp_path)
+    assert not cases.sparse_states(state)
+    assert "sparsity" not in writer.scalars
+    assert sparsity_logs(state) == {}
+
+
+def test_positions_and_class_token_of_a_vit_stay_dense(tmp_path):
+    state, _ = cases.run(cases.vit("global_magnitude"), tmp_path)
+    cases.assert_exactly_sparse(state)
+    found = cases.sparsities(state.params)
+    assert found["cls"] == 0
+    assert found["Transformer/posembed_input/pos_embedding"] == 0
+    assert found["Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"] > 0.3
+
+
+def test_frozen_parameters_are_left_as_they_were(tmp_path):
+    c = cases.config("magnitude", sparsity_dist_type="uniform")
+    c.optimizer_configs.freeze_params_reg_exp = "Dense_0|fc_0|hidden_0|_0/"
+    state, _ = cases.run(c, tmp_path)
+    found = cases.sparsities(state.params)
+    frozen = [name for name in found if "_0/" in name]
+    assert frozen
+    assert all(found[name] == 0 for name in frozen if name.endswith("kernel"))
+    assert any(value > 0.7 for value in found.values())
+
+
+def test_parameters_can_be_excluded_by_name(tmp_path):
+    state, _ = cases.run(cases.vit("magnitude", sparsity_exclude_reg_exp="^embedding"), tmp_path)
+    found = cases.sparsities(state.params)
+    assert found["embedding/kernel"] == 0
+    assert found["pre_logits/kernel"] > 0.5
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "magnitude_ste"])
+def test_resumed_is_the_run_that_went_through(algorithm, tmp_path):
+    """From the middle of the mask updates; masks packed."""
+    more = {"checkpoint": True, "checkpoint_steps": 9, "sparsity_use_packed_masks": True}
+    whole, _ = cases.run(cases.config(algorithm, **more), tmp_path / "whole")
+    cases.run(cases.config(algorithm, **more, num_training_steps=10), tmp_path / "parts")
+    parts, writer = cases.run(cases.config(algorithm, **more), tmp_path / "parts")
+    assert min(step for step, _ in writer.scalars["sparsity"]) > 10
+    for field in ("params", "opt_state", "rng", "global_step"):
+        cases.assert_same_bits(getattr(parts, field), getattr(whole, field))
+
+
+def test_killed_for_good_and_resumed(tmp_path):
+    more = {"checkpoint": True, "checkpoint_steps": 4, "num_training_steps": 4000, "log_eval_steps": 4000}
+    program = f"""
+import sys; sys.path[:] = {[str(HERE), *sys.path]!r}
+import scenic_cases as cases
+cases.run(cases.config("set", **{more!r}), cases.pathlib.Path({str(tmp_path / "run")!r}))
+"""
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], stderr=log, stdout=log)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "run").glob("checkpoint_[0-9]*")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = cases.checkpoints.restore_checkpoint(str(tmp_path / "run"), None)
+    done = int(saved["global_step"])
+    assert done < 4000
+    state, writer = cases.run(
+        cases.config("set", **more | {"num_training_steps": done + 8, "log_eval_steps": 4}), tmp_path / "run"
+    )
+    assert int(state.global_step) == done + 8
+    assert min(step for step, _ in writer.scalars["sparsity"]) > done
+    cases.assert_exactly_sparse(state)
+
+
+def test_two_devices_equal_one(tmp_path):
+    program = f"""
+import sys; sys.path[:] = {[str(HERE), *sys.path]!r}
+import scenic_cases as cases, pickle, jax
+assert jax.local_device_count() == 2
+state, _ = cases.run(cases.config("rigl"), cases.pathlib.Path({str(tmp_path)!r}))
+pickle.dump((state.params, cases.sparse_states(state)[0].masks), open({str(tmp_path / "two.pickle")!r}, "wb"))
+"""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "NPROC": "16",
+        "PJRT_NPROC": "16",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, masks = pickle.loads((tmp_path / "two.pickle").read_bytes())
+    one, _ = cases.run(cases.config("rigl"), tmp_path / "one")
+    cases.assert_same_bits(masks, cases.sparse_states(one)[0].masks)
+    for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
+def test_a_dense_checkpoint_is_pruned_by_the_transfer_trainer(algorithm, tmp_path):
+    dense, _ = cases.run(cases.vit(None, checkpoint=True), tmp_path / "dense")
+    c = cases.vit(
+        algorithm,
+        trainer_name="transfer_trainer",
+        init_from={"checkpoint_path": str(tmp_path / "dense"), "model_config": cases.vit(None)},
+    )
+    c.lr_configs.base_learning_rate = 0.0
+    c.init_from.model_config.restored_positional_embedding = None
+    state, _ = cases.run(c, tmp_path / "sparse")
+    cases.assert_exactly_sparse(state)
+    # Without learning, what is kept is what was restored.
+    kernel = state.params["pre_logits"]["kernel"]
+    kept = kernel != 0
+    assert 0 < kept.sum() < kept.size
+    np.testing.assert_array_equal(kernel[kept], dense.params["pre_logits"]["kernel"][kept])
+
+
+def plainvit(**more):
+    schedule = {"re": "(.*)", "lr_configs": cases.config().lr_configs.to_dict()}
+    model = {
+        "hidden_size": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 1, "patches": {"size": [4, 4]},
+        "representation_size": None, "classifier": "map", "dropout_rate": 0.0, "positional_embedding": "learn",
+    }  # fmt: skip
+    c = cases.config(
+        "magnitude", trainer_name="plainvit_trainer", model_name="plainvit", model=model, loss="sigmoid_xent",
+        schedule={"all": schedule}, **more,
+    )  # fmt: skip
+    del c.optimizer
+    c.optimizer = {"optax_name": "scale_by_adam", "optax_configs": {}, "max_grad_norm": 1.0, "weight_decay": 1e-4}
+    return c
+
+
+def test_plainvit(tmp_path):
+    state, writer = cases.run(plainvit(), tmp_path)
+    cases.assert_exactly_sparse(state)
+    assert writer.scalars["sparsity"][-1][1] == pytest.approx(0.8, abs=0.01)
+    found = cases.sparsities(state.params)
+    assert found["pos_embedding"] == 0
