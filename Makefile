@@ -18,7 +18,7 @@ baselines: setup  ## train a small ViT dense and with every method; table and pl
 test:  ## all tests
 	@sh tools/setup.sh tests
 	@$(RUN)/ruff check .
-	@$(RUN)/python -m pytest -n 2
+	@$(RUN)/python -m pytest -n 2 --dist worksteal
 
 test-lanes:  ## the core's tests on the oldest and the newest JAX, for each interpreter at hand
 	@sh tools/setup.sh tests

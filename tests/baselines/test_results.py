@@ -33,7 +33,14 @@ def test_schema(tmp_path):
     assert only["value"] == 0.9
     assert json.loads(only["details"]) == {"note": 'a, "b"'}
     assert json.loads(only["config"])["preset"]["dataset"] == "digits"
-    assert set(json.loads(only["versions"])) == {"python", "jaxpruner", "jax", "flax", "optax", "numpy"}
+    assert set(json.loads(only["versions"])) >= {
+        "python",
+        "jaxpruner",
+        "jax",
+        "flax",
+        "optax",
+        "numpy",
+    }  # and hosts that were used
 
 
 @pytest.mark.parametrize("cut", [1, 40, 200])

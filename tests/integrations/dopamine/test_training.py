@@ -204,6 +204,7 @@ def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
 
 
 def test_a_schedule_that_the_training_does_not_reach_is_told(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="absl")
     with cases.cartpole("sparsify.update_end_agent_step = 30_000"):
         jaxpruner_dopamine.create_runner(str(tmp_path))
     assert "30000 is beyond the end of this training, 20000 agent steps" in caplog.text

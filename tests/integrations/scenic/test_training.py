@@ -40,11 +40,12 @@ def test_dense_without_a_sparsity_config(tmp_path):
     assert sparsity_logs(state) == {}
 
 
-def test_positions_and_class_token_of_a_vit_stay_dense(tmp_path):
-    state, _ = cases.run(cases.vit("global_magnitude"), tmp_path)
+def test_positions_and_class_token_of_a_vit_stay_dense_and_what_is_excluded_by_name(tmp_path):
+    state, _ = cases.run(cases.vit("global_magnitude", sparsity_exclude_reg_exp="^embedding"), tmp_path)
     cases.assert_exactly_sparse(state)
     found = cases.sparsities(state.params)
     assert found["cls"] == 0
+    assert found["embedding/kernel"] == 0
     assert found["Transformer/posembed_input/pos_embedding"] == 0
     assert found["Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"] > 0.3
 
@@ -58,13 +59,6 @@ def test_frozen_parameters_are_left_as_they_were(tmp_path):
     assert frozen
     assert all(found[name] == 0 for name in frozen if name.endswith("kernel"))
     assert any(value > 0.7 for value in found.values())
-
-
-def test_parameters_can_be_excluded_by_name(tmp_path):
-    state, _ = cases.run(cases.vit("magnitude", sparsity_exclude_reg_exp="^embedding"), tmp_path)
-    found = cases.sparsities(state.params)
-    assert found["embedding/kernel"] == 0
-    assert found["pre_logits/kernel"] > 0.5
 
 
 @pytest.mark.parametrize("algorithm", ["rigl", "magnitude_ste"])

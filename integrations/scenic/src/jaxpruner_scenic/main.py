@@ -13,10 +13,10 @@ import importlib
 import types
 from typing import Any
 
+import flax
 import jax
 from absl import flags
 from flax.training import checkpoints
-from scenic import app
 from scenic.train_lib import train_utils
 
 from jaxpruner_scenic import datasets, sparse_training  # noqa: F401  (datasets registers)
@@ -60,12 +60,13 @@ def get_model(name: str) -> Any:
 
 def train(rng: Any, config: Any, workdir: str, writer: Any) -> tuple[Any, Any, Any]:
     """What Scenic's mains do: data, model and trainer from the config. Returns what the trainer returns."""
+    flax.config.update("flax_use_orbax_checkpointing", False)  # as scenic.app
     trainer, model_cls = get_trainer(config.trainer_name), get_model(config.model_name)
     data_rng, rng = jax.random.split(rng)
     if config.checkpoint and (path := checkpoints.latest_checkpoint(workdir)) is not None:
         # As in Scenic: a run that is resumed sees its data in a new order.
         data_rng = jax.random.fold_in(data_rng, train_utils.checkpoint_path_step(path) or 0)
-    service = flags.FLAGS.dataset_service_address if flags.FLAGS.is_parsed() else None
+    service = flags.FLAGS["dataset_service_address"].value if "dataset_service_address" in flags.FLAGS else None
     dataset = train_utils.get_dataset(config, data_rng, dataset_service_address=service)
     with sparse_training(config, trainer):
         return trainer.train(
@@ -82,4 +83,6 @@ def main(rng: Any, config: Any, workdir: str, writer: Any) -> None:
 
 
 if __name__ == "__main__":
+    from scenic import app  # defines Scenic's flags, two of which are required from then on
+
     app.run(main)
