@@ -1,5 +1,6 @@
 """For all tests: where hosts are found that no registry has, no deadlines, and an end of what piles up."""
 
+import contextlib
 import gc
 import pathlib
 import sys
@@ -7,6 +8,7 @@ import sys
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # A process may hold 65,530 mappings of memory on Linux; each compiled program takes some, and XLA crashes past that.
 MAPPINGS = pathlib.Path("/proc/self/maps")
@@ -19,6 +21,31 @@ def compiled_programs_do_not_pile_up():
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > TOO_MANY:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def compiled_in():
+    """`with compiled_in(folder)`: programs are kept there, for tests whose hosts make the same ones again and again."""
+
+    @contextlib.contextmanager
+    def keep(folder):
+        settings = {
+            "jax_compilation_cache_dir": str(folder),
+            "jax_persistent_cache_min_compile_time_secs": 0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in settings}
+        try:
+            for name, value in settings.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()  # whether there is one is decided once
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+    return keep
 
 
 # No test asserts a time.
