@@ -75,14 +75,14 @@ def _details(rows: pd.DataFrame, key: str) -> list[Any]:
 
 
 def cells(line: Line, metric: str) -> list[str]:
-    scale, digits = (100, 1) if metric in FRACTIONS else (1, 1)
-    spread = f" ± {scale * line.std:.{digits}f}" if line.seeds > 1 else ""
+    scale = 100 if metric in FRACTIONS else 1
+    spread = f" ± {scale * line.std:.1f}" if line.seeds > 1 else ""
     return [
         line.method,
         "-" if is_dense(line.method) else f"{100 * line.sparsity:g} %",
         f"{100 * line.sparsity_reached:.2f} %",
         str(line.steps),
-        f"{scale * line.mean:.{digits}f}{spread}",
+        f"{scale * line.mean:.1f}{spread}",
         str(line.seeds),
         *([] if line.cost is None else [f"{line.cost:,.1f}"]),
     ]
