@@ -56,6 +56,9 @@ _SMALL_ATARI = (
     "sparsify.update_end_agent_step = 12_000",
     "sparsify.update_freq_agent_steps = 400",
 )
+_PAPER = Preset(
+    gin_file="dqn_mspacman.gin", iterations=40, agent_steps=250_000, last=5, dynamic=True, checkpoint_every=1
+)
 
 PRESETS = {
     "cartpole": Preset("dqn_cartpole.gin", iterations=30, agent_steps=1_000, last=5, bindings=_SMALL_NETWORK),
@@ -68,22 +71,8 @@ PRESETS = {
         bindings=_SMALL_ATARI,
         checkpoint_every=2,
     ),
-    "paper": Preset(
-        gin_file="dqn_mspacman.gin",
-        iterations=40,
-        agent_steps=250_000,
-        last=5,
-        dynamic=True,
-        checkpoint_every=1,
-    ),
-    "paper_resnet": Preset(
-        gin_file="dqn_resnet_mspacman.gin",
-        iterations=40,
-        agent_steps=250_000,
-        last=5,
-        dynamic=True,
-        checkpoint_every=1,
-    ),
+    "paper": _PAPER,
+    "paper_resnet": dataclasses.replace(_PAPER, gin_file="dqn_resnet_mspacman.gin"),
     "smoke": Preset(
         gin_file="dqn_cartpole.gin",
         iterations=3,

@@ -129,9 +129,7 @@ def draw_curves(path: Path, title: str, lines: list[Line], metric: str, curve: C
     panels[0][0].set_ylabel(f"{metric}, mean over seeds")
     figure.suptitle(title)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(path, figure)
 
 
 def looks(lines: list[Line]) -> dict[str, dict[str, Any]]:
@@ -167,6 +165,10 @@ def finish(path: Path, figure: Any, axes: Any, title: str, metric: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
+    save(path, figure)
+
+
+def save(path: Path, figure: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
