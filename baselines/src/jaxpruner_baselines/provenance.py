@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 
 _PACKAGES = ("jaxpruner", "jax", "flax", "optax", "numpy")
-# Recorded where they are installed and used.
-_HOSTS = {"dopamine": "dopamine-rl", "fedjax": "fedjax"}
+# Module -> package, recorded where they are used.
+_HOSTS = {"dopamine": "dopamine-rl", "fedjax": "fedjax", "scenic": "scenic"}
 
 
 @functools.cache
@@ -37,14 +37,11 @@ def commit() -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *(package for module, package in _HOSTS.items() if module in sys.modules)):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:  # run from the source tree
             found[package] = "source"
-    for module, package in _HOSTS.items():
-        if module in sys.modules:
-            found[package] = importlib.metadata.version(package)
     return found
 
 

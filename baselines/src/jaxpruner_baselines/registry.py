@@ -7,14 +7,17 @@ import importlib
 from jaxpruner_baselines.baseline import Baseline
 from jaxpruner_baselines.hush import hushed
 
-# name -> module with a `BASELINE`; imported when asked for, as some need an extra.
+# name -> module:attribute; imported when asked for, as some need an extra.
 MODULES = {
-    "digits_vit": "jaxpruner_baselines.digits_vit",
-    "fed_emnist": "jaxpruner_baselines.fed_emnist",
-    "dqn": "jaxpruner_baselines.dqn",
+    "digits_vit": "jaxpruner_baselines.digits_vit:BASELINE",
+    "vit": "jaxpruner_baselines.scenic_images:VIT",
+    "resnet": "jaxpruner_baselines.scenic_images:RESNET",
+    "fed_emnist": "jaxpruner_baselines.fed_emnist:BASELINE",
+    "dqn": "jaxpruner_baselines.dqn:BASELINE",
 }
 
 
 def get(name: str) -> Baseline:
+    module, _, attribute = MODULES[name].partition(":")
     with hushed():
-        return importlib.import_module(MODULES[name]).BASELINE
+        return getattr(importlib.import_module(module), attribute)

@@ -9,12 +9,17 @@ from jaxpruner_scenic.configs import sparsity
 TRAIN_EXAMPLES = {"digits": 1414, "mnist_5k": 4000, "natural_crops": 6006}
 
 
-def configure(argument: str, epochs: int, base_learning_rate: float, batch_size: int = 64) -> ml_collections.ConfigDict:
-    """Data, schedule, logging and sparsity. The argument is `algorithm,sparsity,dataset`; all may be left out."""
-    parts = (argument or "").split(",")
-    dataset = parts[2] if len(parts) > 2 else "digits"
+def dataset_of(argument: str) -> str:
+    """The dataset that an argument names."""
+    dataset = (*argument.split(","), "", "")[2] or "digits"
     if dataset not in TRAIN_EXAMPLES:
         raise ValueError(f"--config: dataset {dataset!r} is not known; use one of {', '.join(TRAIN_EXAMPLES)}.")
+    return dataset
+
+
+def configure(argument: str, epochs: int, base_learning_rate: float, batch_size: int = 64) -> ml_collections.ConfigDict:
+    """Data, schedule, logging and sparsity. The argument is `algorithm,sparsity,dataset`; all may be left out."""
+    dataset = dataset_of(argument)
     config = ml_collections.ConfigDict()
     config.dataset_name = dataset
     config.data_dtype_str = "float32"
@@ -41,7 +46,7 @@ def configure(argument: str, epochs: int, base_learning_rate: float, batch_size:
 
     freq = 20
     config.sparsity_config = sparsity.parse(
-        ",".join(parts[:2]),
+        ",".join(argument.split(",")[:2]),
         algorithm="magnitude",
         sparsity=0.8,
         dist_type="erk",
