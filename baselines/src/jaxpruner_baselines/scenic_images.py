@@ -12,6 +12,7 @@ the algorithm and the sparsity as the part of `--config` after the colon does.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import os
 import warnings
@@ -130,7 +131,10 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
             return main.train(jax.random.PRNGKey(run.seed), config, str(checkpoint.folder), _reporter(report, total))
 
     replicated, training, test = yield from follow(work)
-    state = jax_utils.unreplicate(replicated)
+    state = jax_utils.unreplicate(jax.device_get(replicated))
+    # Scenic compiles for each training anew, and programs take mappings of memory, of which Linux allows 65,530.
+    jax.clear_caches()
+    gc.collect()
     yield Outcome(
         value=_accuracy(test),
         sparsity_reached=float(jaxpruner_scenic.sparsity_logs(state).get("sparsity", 0.0)),
