@@ -19,7 +19,7 @@ def follow(work: Callable[[Report], T]) -> Generator[Progress, None, T]:
 
         result = yield from follow(lambda report: host.train(..., when_logging=report))
 
-    If the generator is closed, as when the user interrupts, the next report ends the work.
+    If the generator is closed, as when the user interrupts, the next report ends the work; closing waits for it.
 
     Returns:
       What `work` returns; what it raises is raised here.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -39,7 +40,12 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in (*_PACKAGES, *(package for module, package in _HOSTS.items() if module in sys.modules)):
         try:
-            found[package] = importlib.metadata.version(package)
+            installed = importlib.metadata.distribution(package)
+            origin = json.loads(installed.read_text("direct_url.json") or "{}").get("vcs_info", {})
+            # What is installed from a repository seldom changes its version.
+            found[package] = "+".join(
+                [installed.version, *([origin["commit_id"][:7]] if "commit_id" in origin else [])]
+            )
         except importlib.metadata.PackageNotFoundError:  # run from the source tree
             found[package] = "source"
     return found

@@ -99,7 +99,8 @@ def scenic_config(run: Run) -> ml_collections.ConfigDict:
     preset = run.preset
     argument = "dense" if is_dense(run.method) else f"{run.method},{run.sparsity}"
     if preset.dataset:
-        argument = f"{argument}{',' if is_dense(run.method) else ''},{preset.dataset}"
+        held_out = ",validation" if preset.validation else ""
+        argument = f"{argument}{',' if is_dense(run.method) else ''},{preset.dataset}{held_out}"
     config = importlib.import_module(f"jaxpruner_scenic.configs.{preset.config}").get_config(argument)
     config.rng_seed = run.seed
     overrides = dict(preset.overrides)
@@ -108,8 +109,6 @@ def scenic_config(run: Run) -> ml_collections.ConfigDict:
     else:
         config.sparsity_config.rng_seed = run.seed
     config.update_from_flattened_dict(overrides)
-    if preset.dataset:
-        config.dataset_configs.validation = preset.validation
     return config
 
 

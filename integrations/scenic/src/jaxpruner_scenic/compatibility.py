@@ -5,6 +5,7 @@ Nothing of Scenic is changed.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import pathlib
 import sys
@@ -31,11 +32,13 @@ def load() -> None:
       ImportError: where there is no Scenic, or PyPI's project of that name; it names the remedy.
     """
     spec = importlib.util.find_spec("scenic")
-    if spec is None:
+    folders = [pathlib.Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    found = any((folder / "train_lib").is_dir() for folder in folders)
+    if spec is None or (spec.origin is None and not found):  # a folder of that name is no package
         raise ImportError(f"No module named 'scenic'. {INSTALL}", name="scenic")
-    if not any((pathlib.Path(folder) / "train_lib").is_dir() for folder in spec.submodule_search_locations or ()):
+    if not found:
         raise ImportError(
-            f"The package 'scenic' in {pathlib.Path(spec.origin or '').parent} is PyPI's language for scenarios, not "
+            f"The package 'scenic' in {folders[0]} is PyPI's language for scenarios, not "
             f"Google's library for vision: it has no scenic.train_lib. First: pip uninstall scenic. {INSTALL}",
             name="scenic",
         )
@@ -50,11 +53,13 @@ def stand_in(name: str, what: str) -> bool:
       Whether it did.
     """
     package = name.partition(".")[0]
-    if importlib.util.find_spec(package) is not None:
+    if package in sys.modules or importlib.util.find_spec(package) is not None:
         return False
     sys.modules[package] = types.ModuleType(package)
     sys.modules[package].__path__ = []  # type: ignore[attr-defined]
     sys.modules[name] = _Missing(name, what)
+    for module in (package, name):
+        sys.modules[module].__spec__ = importlib.machinery.ModuleSpec(module, None)
     setattr(sys.modules[package], name.rpartition(".")[2], sys.modules[name])
     return True
 

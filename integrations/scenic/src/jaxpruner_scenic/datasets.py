@@ -109,6 +109,10 @@ def build(
     """
     del dataset_service_address
     images = source(bool((dataset_configs or {}).get("validation", False)))
+    if batch_size > len(images.train[1]):
+        raise ValueError(
+            f"batch_size: {batch_size} images are more than the {len(images.train[1])} to train on; make it smaller."
+        )
     classes = int(images.train[1].max()) + 1
     dtype = getattr(jnp, dtype_str)
     entropy = np.asarray(rng).astype(np.uint32).tolist() if rng is not None else []

@@ -19,7 +19,7 @@ from absl import flags
 from flax.training import checkpoints
 from scenic.train_lib import train_utils
 
-from jaxpruner_scenic import datasets, sparse_training  # noqa: F401  (datasets registers)
+from jaxpruner_scenic import datasets, sparse, sparse_training  # noqa: F401  (datasets registers)
 
 TRAINERS = {
     "classification_trainer": "scenic.train_lib.classification_trainer",
@@ -41,7 +41,7 @@ def get_trainer(name: str) -> types.ModuleType:
     except ImportError as error:
         raise ValueError(
             f"config.trainer_name: {name!r} cannot be imported ({error}). Known: {', '.join(TRAINERS)}; or the name of "
-            "a module, such as scenic.projects.mbt.trainer."
+            "a module, such as scenic.projects.matvit.trainer."
         ) from error
     if not hasattr(trainer, "train"):
         raise ValueError(f"config.trainer_name: {module} has no function `train`.")
@@ -52,7 +52,10 @@ def get_model(name: str) -> Any:
     """A model class by Scenic's name, or `module:Class`."""
     module, _, attribute = MODELS.get(name, name).partition(":")
     if attribute:
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"config.model_name: {name!r} is not to be had ({error}).") from error
     from scenic.model_lib import models
 
     return models.get_model_cls(name)
@@ -77,9 +80,13 @@ def train(rng: Any, config: Any, workdir: str, writer: Any) -> tuple[Any, Any, A
 def main(rng: Any, config: Any, workdir: str, writer: Any) -> None:
     """For `scenic.app.run`."""
     try:
-        train(rng, config, workdir, writer)
+        get_trainer(config.trainer_name)
+        get_model(config.model_name)
+        if config.get("sparsity_config") is not None:
+            sparse.check(config.sparsity_config)
     except ValueError as error:
         raise SystemExit(f"main: {error}") from error
+    train(rng, config, workdir, writer)
 
 
 if __name__ == "__main__":

@@ -6,24 +6,37 @@ import ml_collections
 
 from jaxpruner_scenic.configs import sparsity
 
-TRAIN_EXAMPLES = {"digits": 1414, "mnist_5k": 4000, "natural_crops": 6006}
+# To train on; and without those held out for validation.
+TRAIN_EXAMPLES = {"digits": (1414, 1158), "mnist_5k": (4000, 3000), "natural_crops": (6006, 3936)}
+VALIDATION = "validation"
 
 
-def dataset_of(argument: str) -> str:
-    """The dataset that an argument names."""
-    dataset = (*argument.split(","), "", "")[2] or "digits"
+def parse(argument: str) -> tuple[str, str, bool]:
+    """What of `algorithm,sparsity,dataset,validation` is for the sparsity, the dataset, whether it is to validate."""
+    *chosen, dataset, validation = (*argument.split(","), "", "", "")[:4]
+    dataset = dataset or "digits"
     if dataset not in TRAIN_EXAMPLES:
         raise ValueError(f"--config: dataset {dataset!r} is not known; use one of {', '.join(TRAIN_EXAMPLES)}.")
-    return dataset
+    if validation not in ("", VALIDATION) or argument.count(",") > 3:
+        raise ValueError(f"--config: {argument!r} is not 'algorithm,sparsity,dataset' or that and ',{VALIDATION}'.")
+    return ",".join(chosen).rstrip(","), dataset, bool(validation)
 
 
 def configure(argument: str, epochs: int, base_learning_rate: float, batch_size: int = 64) -> ml_collections.ConfigDict:
-    """Data, schedule, logging and sparsity. The argument is `algorithm,sparsity,dataset`; all may be left out."""
-    dataset = dataset_of(argument)
+    """Data, schedule, logging and sparsity.
+
+    Args:
+      argument: `algorithm,sparsity,dataset`, of which all may be left out; `,validation` after it tests on training
+        data that is held out.
+      epochs: passes over the training data.
+      base_learning_rate: that after the warmup, of which a cosine follows.
+      batch_size: over all devices.
+    """
+    chosen, dataset, validation = parse(argument)
     config = ml_collections.ConfigDict()
     config.dataset_name = dataset
     config.data_dtype_str = "float32"
-    config.dataset_configs = ml_collections.ConfigDict({"validation": False})
+    config.dataset_configs = ml_collections.ConfigDict({"validation": validation})
     config.model_dtype_str = "float32"
     config.trainer_name = "classification_trainer"
     config.batch_size = batch_size
@@ -34,7 +47,7 @@ def configure(argument: str, epochs: int, base_learning_rate: float, batch_size:
     config.max_grad_norm = 1.0
     config.label_smoothing = None
 
-    steps_per_epoch = TRAIN_EXAMPLES[dataset] // batch_size
+    steps_per_epoch = TRAIN_EXAMPLES[dataset][validation] // batch_size
     steps = epochs * steps_per_epoch
     config.lr_configs = ml_collections.ConfigDict()
     config.lr_configs.learning_rate_schedule = "compound"
@@ -46,7 +59,7 @@ def configure(argument: str, epochs: int, base_learning_rate: float, batch_size:
 
     freq = 20
     config.sparsity_config = sparsity.parse(
-        ",".join(argument.split(",")[:2]),
+        chosen,
         algorithm="magnitude",
         sparsity=0.8,
         dist_type="erk",

@@ -24,6 +24,8 @@ def parse(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict | 
     """
     algorithm, _, sparsity = (argument or "").partition(",")
     if algorithm == DENSE:
+        if sparsity:
+            raise ValueError(f"--config: {argument!r}: a dense training has no sparsity; say 'dense' alone.")
         return None
     config = ml_collections.ConfigDict(defaults)
     if algorithm:

@@ -19,7 +19,7 @@ MODELS = {
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Scenic's ViT with a class token and learned positions, which stay dense."""
-    dataset = small.dataset_of(argument)
+    _, dataset, _ = small.parse(argument)
     hidden, mlp, heads, layers, patch, epochs, learning_rate = MODELS[dataset]
     config = small.configure(argument, epochs, learning_rate)
     config.experiment_name = f"{config.dataset_name}-vit"
