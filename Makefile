@@ -35,7 +35,7 @@ lint format:  ## format and lint the code
 constraints:  ## resolve constraints.txt anew
 	@sh tools/setup.sh tests
 	@printf '%s\n' '-e core' '-e baselines' '-e integrations/fedjax' '-e integrations/dopamine' \
-		'-e integrations/scenic' '-r tests/requirements.txt' | \
+		'-e integrations/scenic' '-e integrations/t5x' '-r tests/requirements.txt' | \
 		$(RUN)/uv pip compile --quiet --upgrade --no-annotate --no-header --python-version 3.11 \
 		--prerelease if-necessary-or-explicit --override tools/overrides.txt - | \
 		grep '==' > constraints.new && mv constraints.new constraints.txt

@@ -35,7 +35,7 @@ HOST_TOOLS = {
 }
 # What hosts are made of; `requests` is what FedJAX downloads with, PIL comes with Dopamine.
 HOST_PACKAGES = {
-    "t5x": {"t5x", "seqio", "airio"},
+    "t5x": {"t5x", "t5", "seqio", "orbax", "sacrebleu", "sentencepiece"},  # and text
     "dopamine": {"dopamine", "gymnasium", "PIL"},
     "fedjax": {"fedjax", "requests"},
     "scenic": {"scenic", "sklearn", "skimage"},  # and images

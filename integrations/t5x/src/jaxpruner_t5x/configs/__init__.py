@@ -1,0 +1,1 @@
+"""Gin files: `jaxpruner_t5x/configs/sparse.gin` makes any run sparse, the others are the paper's."""

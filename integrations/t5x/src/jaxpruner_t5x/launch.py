@@ -1,0 +1,54 @@
+"""T5X's commands as functions, for notebooks and baselines; on a terminal `python -m t5x.train` does the same."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gin
+import t5x
+
+
+def train(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[int, Any]:
+    """`python -m t5x.train --gin_file=... --gin.NAME=VALUE`; returns the last step and the train state.
+
+    Args:
+      gin_files: as the flags, in order.
+      bindings: `NAME = VALUE`.
+    """
+    from t5x import train as script
+
+    return _run(script, script.train, gin_files, bindings)
+
+
+def evaluate(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+    """`python -m t5x.eval`, in the same way."""
+    from t5x import eval as script
+
+    _run(script, script.evaluate, gin_files, bindings)
+
+
+def _run(script: types.ModuleType, function: Any, gin_files: Sequence[str], bindings: Sequence[str]) -> Any:
+    gin.clear_config(clear_constants=True)
+    gin.add_config_file_search_path(str(pathlib.Path(t5x.__file__).parents[1]))
+    try:
+        # T5X's gin files name their script as `__main__`.
+        with _as_main(script), gin.unlock_config():
+            gin.parse_config_files_and_bindings(list(gin_files), list(bindings))
+            return gin.get_configurable(function)()
+    finally:
+        gin.clear_config(clear_constants=True)
+
+
+@contextlib.contextmanager
+def _as_main(module: types.ModuleType) -> Iterator[None]:
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,61 @@
+"""Sparsity in the logs of T5X's stock trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+from t5x import trainer
+
+import jaxpruner
+from jaxpruner import trees
+from jaxpruner.projection import pruned_only
+
+
+class SparsityMetrics(trainer.WeightMetricsComputer):
+    """For `trainer.Trainer.weight_metrics_computer`: the fraction of zeros among the prunable weights.
+
+    Logs `sparsity/total` and `sparsity/NAME` of each prunable parameter, of the last step since the last log.
+
+    Args:
+      weight_metrics: whether to log T5X's own metrics of weights as well. Its update relative to the weight is then
+        taken over weights that are not 0.
+    """
+
+    def __init__(self, weight_metrics: bool = False):
+        self.weight_metrics = weight_metrics
+
+    def compute_metrics(self, gradients: Any, old_train_state: Any, new_train_state: Any) -> dict[str, Any]:
+        metrics = {}
+        if self.weight_metrics:
+            metrics = super().compute_metrics(gradients, old_train_state, new_train_state)
+            metrics |= self._make_rms_metrics(
+                "weight_update_divided_by_weight_rms",
+                jax.tree.map(_relative_update, old_train_state.params, new_train_state.params),
+            )
+        return metrics | {
+            f"sparsity/{name}": clu.metrics.LastValue.from_model_output(jnp.asarray([value]))
+            for name, value in sparsities(new_train_state).items()
+        }
+
+
+def sparsities(train_state: Any) -> dict[str, jax.Array]:
+    """The fraction of zeros among the prunable weights of a T5X train state: `total`, and of each parameter.
+
+    Empty if its optimizer is not a `SparseOptimizer`, or prunes nothing.
+    """
+    state = getattr(train_state._optimizer.state, "sparse", None)
+    if state is None:
+        return {}
+    pruned = trees.named_leaves(pruned_only(train_state.params, state.masks))
+    if not pruned:
+        return {}
+    zeros = {trees.leaf_name(path): (leaf == 0).mean(dtype=jnp.float32) for path, leaf in pruned}
+    total = jaxpruner.summarize_sparsity([leaf for _, leaf in pruned], only_total_sparsity=True)["_total_sparsity"]
+    return {"total": total} | zeros
+
+
+def _relative_update(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(old == 0, 0, (new - old) / jnp.where(old == 0, 1, old))

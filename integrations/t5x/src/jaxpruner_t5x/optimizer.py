@@ -1,0 +1,168 @@
+"""Any T5X optimizer, sparse. Trainer, learning-rate schedule, checkpoints and partitioning stay T5X's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from flax import serialization, struct, traverse_util
+from t5x import optimizers
+
+import jaxpruner
+from jaxpruner import optimizer_state, sparsity_distributions, trees
+from jaxpruner.projection import when
+from jaxpruner_t5x.partition_rules import sparse_state_axes
+
+
+def create_updater(
+    algorithm: str,
+    sparsity: float | None = None,
+    dist_type: str = "erk",
+    filter_fn: Callable[[tuple[str, ...], Any], bool] = sparsity_distributions.KERNEL_FILTER_FN,
+    **more: Any,
+) -> jaxpruner.BaseUpdater:
+    """The algorithm that gin asks for.
+
+    Args:
+      algorithm: a name of `jaxpruner.all_algorithm_names()`; `no_prune` trains densely.
+      sparsity: final fraction of zeros over the pruned weights.
+      dist_type: `erk` as in the paper's experiments, or `uniform`.
+      filter_fn: takes the parameters to prune, `filter_fn(path, param)`; by default kernels, so neither token nor
+        position embeddings nor scales.
+      **more: what `jaxpruner.create_updater_from_config` takes: `update_start_step`, `update_end_step`, `update_freq`,
+        `sparsity_type`, `drop_fraction`, `custom_sparsity_map`, `use_packed_masks`, `rng_seed`, ... Steps are
+        counted from where sparse training begins, so they do not include those of a dense checkpoint.
+
+    Raises:
+      ValueError: for what is not valid.
+    """
+    given = {"sparsity": sparsity, "dist_type": dist_type, "filter_fn": filter_fn, **more}
+    return jaxpruner.create_updater_from_config({"algorithm": algorithm} | given)
+
+
+@struct.dataclass
+class SparseOptimizerState:
+    """A T5X optimizer state with masks: `param_states` is what the dense optimizer has there.
+
+    Attributes:
+      step: the training step.
+      param_states: the state of the dense optimizer.
+      sparse: masks, counts and, for straight-through methods, the dense weights.
+    """
+
+    step: Any
+    param_states: Any
+    sparse: jaxpruner.SparseState
+
+
+class SparseOptimizer(optimizers.OptimizerDef):
+    r"""An `OptimizerDef` around another one that keeps parameters on their masks.
+
+    With :math:`\hat p` what the dense optimizer makes of the parameters, the new ones are :math:`\hat p` where the
+    mask keeps a weight and 0 where it prunes it. The dense optimizer may be any of T5X: Adafactor, MultiOptimizer, an
+    `OptaxWrapper`. Its state keeps its names in checkpoints, `state/param_states`, and masks are beside it in
+    `state/sparse`.
+
+    Args:
+      inner: the dense optimizer.
+      updater: the algorithm, from `create_updater`.
+    """
+
+    def __init__(self, inner: optimizers.OptimizerDef, updater: jaxpruner.BaseUpdater):
+        # The hyperparameters are the inner optimizer's, which may change them when it learns of the model's axes.
+        self.inner = inner
+        self.updater = updater
+        if hasattr(inner, "set_param_axes"):  # T5X asks whether there is one
+            self.set_param_axes = inner.set_param_axes
+
+    @property
+    def hyper_params(self) -> Any:
+        return self.inner.hyper_params
+
+    def update_hyper_params(self, **overrides: Any) -> Any:
+        return self.inner.update_hyper_params(**overrides)
+
+    def init_state(self, params: Any) -> SparseOptimizerState:
+        dense = self.inner.init_state(params)
+        sparse = jaxpruner.init_projection(self.updater, params)
+        # Checkpoints save None and then cannot restore it; of an empty state they save nothing.
+        empty, hidden = optax.EmptyState(), sparse.inner_state
+        sparse = sparse._replace(inner_state=empty if hidden is None else hidden._replace(inner_state=empty))
+        return SparseOptimizerState(dense.step, dense.param_states, sparse)
+
+    def apply_gradient(
+        self, hyper_params: Any, params: Any, state: SparseOptimizerState, grads: Any
+    ) -> tuple[Any, SparseOptimizerState]:
+        step = jaxpruner.begin_step(self.updater, params, grads, state.sparse)
+        slots = state.param_states
+        if self.updater.regrows:
+            slots = when(step.is_mask_update, lambda: self._renewed(step, slots), lambda: state.param_states)
+
+        def take() -> tuple[Any, Any]:
+            before = optimizers.OptimizerState(state.step, slots)
+            proposed, after = self.inner.apply_gradient(hyper_params, step.params, before, step.grads)
+            return proposed, after.param_states
+
+        if self.updater.skip_gradients:
+            proposed, new_slots = when(step.is_mask_update, lambda: (step.params, slots), take)
+        else:
+            proposed, new_slots = take()
+        params, sparse = jaxpruner.end_step(step, proposed)
+        return params, SparseOptimizerState(state.step + 1, new_slots, sparse)
+
+    def _renewed(self, step: Any, slots: Any) -> Any:
+        """The dense optimizer's state with statistics of new weights where weights regrow."""
+        regrown = dict(
+            trees.named_leaves(
+                trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
+            )
+        )
+        fresh = self.inner.init_state(jaxpruner.apply_mask(step.params, step.masks)).param_states
+
+        def reset(path: trees.KeyPath, old: Any, new: Any) -> Any:
+            # optax keeps statistics/parameter, T5X's own optimizers parameter/statistics.
+            owner = optimizer_state.owner_of(path, regrown) or optimizer_state.owner_of(path[:-1], regrown)
+            # Factored statistics have none for a single weight.
+            return jnp.where(regrown[owner], new, old) if owner and regrown[owner].shape == old.shape else old
+
+        return trees.map_named(reset, slots, fresh)
+
+    def derive_logical_axes(self, optimizer: optimizers.Optimizer, param_logical_axes: Any) -> optimizers.Optimizer:
+        """Axes of the dense optimizer from itself; masks and dense weights as their parameters."""
+        state = optimizer.state
+        dense = self.inner.derive_logical_axes(
+            optimizers.Optimizer(
+                self.inner, optimizers.OptimizerState(state.step, state.param_states), optimizer.target
+            ),
+            param_logical_axes,
+        )
+        sparse = sparse_state_axes(state.sparse, param_logical_axes)
+        return optimizers.Optimizer(
+            self, SparseOptimizerState(None, dense.state.param_states, sparse), param_logical_axes
+        )
+
+    def state_dict(self, target: Any, state: SparseOptimizerState) -> Mapping[str, Any]:
+        saved = self.inner.state_dict(target, optimizers.OptimizerState(state.step, state.param_states))
+        # Leaves that are not pruned are empty nodes, on which T5X's loop and checkpoints fail.
+        flat = traverse_util.flatten_dict(serialization.to_state_dict(state.sparse))
+        saved["state"]["sparse"] = traverse_util.unflatten_dict(flat)
+        return saved
+
+    def restore_state(
+        self, opt_target: Any, opt_state: SparseOptimizerState, state_dict: Mapping[str, Any]
+    ) -> tuple[Any, SparseOptimizerState]:
+        saved = dict(state_dict["state"])
+        sparse = traverse_util.flatten_dict(saved.pop("sparse"))
+        target, dense = self.inner.restore_state(
+            opt_target,
+            optimizers.OptimizerState(opt_state.step, opt_state.param_states),
+            {"target": state_dict["target"], "state": saved},
+        )
+        reference = traverse_util.flatten_dict(serialization.to_state_dict(opt_state.sparse), keep_empty_nodes=True)
+        empty = {key: leaf for key, leaf in reference.items() if leaf is traverse_util.empty_node}
+        whole = traverse_util.unflatten_dict(sparse | empty)
+        return target, SparseOptimizerState(
+            dense.step, dense.param_states, serialization.from_state_dict(opt_state.sparse, whole)
+        )

@@ -1,0 +1,65 @@
+"""How the states of sparse and factored optax transformations are spread over devices, for T5X's partitioner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+from t5x.optimizers import OptaxStatePartitionRules
+
+from jaxpruner import SparseState, StraightThroughState
+
+# T5X asks for axes before it knows the mesh. The bytes of a packed mask are spread over devices where they can be dealt
+# to 2, 4, 8 or 16 of them, the usual numbers for a model's axes; else an axis is whole on every device.
+_DEALT = 16
+
+
+def register_partition_rules() -> None:
+    """Adds rules for JaxPruner's states and for `optax.FactoredState`, so that `OptaxWrapper` takes them too."""
+    for state, rule in (
+        (SparseState, sparse_state_axes),
+        (StraightThroughState, straight_through_axes),
+        (optax.FactoredState, factored_state_axes),
+    ):
+        OptaxStatePartitionRules._RULES.setdefault(state, rule)
+
+
+def sparse_state_axes(state: SparseState, params_axes: Any) -> SparseState:
+    """Masks take the axes of their parameters; counts and targets are everywhere."""
+    return SparseState(
+        masks=jax.tree.map(_mask_axes, params_axes, state.masks),
+        inner_state=OptaxStatePartitionRules.derive_optax_logical_axes(state.inner_state, params_axes),
+        target_sparsities=_everywhere(state.target_sparsities),
+        count=None,
+    )
+
+
+def straight_through_axes(state: StraightThroughState, params_axes: Any) -> StraightThroughState:
+    """The hidden dense weights take the axes of the parameters that show their projection."""
+    return StraightThroughState(
+        weights=OptaxStatePartitionRules.derive_params_axes(state.weights, params_axes),
+        inner_state=OptaxStatePartitionRules.derive_optax_logical_axes(state.inner_state, params_axes),
+    )
+
+
+def factored_state_axes(state: optax.FactoredState, params_axes: Any) -> optax.FactoredState:
+    """As T5X's own Adafactor: row and column statistics are everywhere, unfactored ones as their parameters."""
+    return optax.FactoredState(
+        count=None,
+        v_row=_everywhere(state.v_row),
+        v_col=_everywhere(state.v_col),
+        v=jax.tree.map(lambda axes, v: None if v.shape == (1,) else axes, params_axes, state.v),
+    )
+
+
+def _mask_axes(axes: PartitionSpec, mask: Any) -> Any:
+    if isinstance(mask, optax.MaskedNode) or mask.dtype == jnp.bool_:
+        return mask if isinstance(mask, optax.MaskedNode) else axes
+    return PartitionSpec(*(None if size % _DEALT else axis for axis, size in zip(axes, mask.shape, strict=True)))
+
+
+def _everywhere(tree: Any) -> Any:
+    return jax.tree.map(lambda _: None, tree)

@@ -1,0 +1,94 @@
+"""Small runs of the real T5X, shared by the tests of this folder.
+
+Where T5X, airio or jestimator are absent, all of them skip here: one line of the closing summary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import warnings
+from typing import Any
+
+import pytest
+
+if missing := [name for name in ("t5x", "airio", "jestimator", "seqio") if importlib.util.find_spec(name) is None]:
+    pytest.skip(
+        f"{', '.join(missing)} not installed, nor the sources in ~/.cache/jaxpruner/frameworks", allow_module_level=True
+    )
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import jaxpruner_t5x  # noqa: F401
+    from jaxpruner_t5x import launch
+
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+import jaxpruner
+
+ALGORITHMS = [name for name in jaxpruner.all_algorithm_names() if name not in ("no_prune", "preserve")]
+# Hosts warn of one another's old ways.
+quiet = pytest.mark.filterwarnings("ignore")
+PRETRAIN = "jaxpruner_t5x/configs/bible_pretrain.gin"
+FINETUNE = "jaxpruner_t5x/configs/bible_finetune.gin"
+SPARSE = "jaxpruner_t5x/configs/sparse.gin"
+DENSE_STEPS = 4
+SMALL = {
+    "network.T5Config.num_encoder_layers": 1,
+    "network.T5Config.num_decoder_layers": 1,
+    "network.T5Config.emb_dim": 16,
+    "network.T5Config.head_dim": 8,
+    "network.T5Config.num_heads": 2,
+    "network.T5Config.mlp_dim": 32,
+    "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 32},
+    "BATCH_SIZE": 4,
+    "EVAL_PERIOD": 0,
+    "train/utils.DatasetConfig.shuffle": False,
+}
+MASKS = {"ALGORITHM": "magnitude", "UPDATE_START_STEP": 2, "UPDATE_END_STEP": 6, "UPDATE_FREQ": 2}
+
+
+def bind(**bindings: Any) -> list[str]:
+    """`NAME = VALUE` for gin; a string that starts with @ or % is a reference."""
+    return [
+        f"{name} = {value if isinstance(value, str) and value[:1] in ('@', '%') else repr(value)}"
+        for name, value in bindings.items()
+    ]
+
+
+def pretrain(folder: pathlib.Path, steps: int = DENSE_STEPS, **bindings: Any) -> Any:
+    given = {"MODEL_DIR": str(folder), "TRAIN_STEPS": steps, "CHECKPOINT_PERIOD": steps}
+    return launch.train([PRETRAIN], bind(**SMALL | given | bindings))
+
+
+def finetune(folder: pathlib.Path, start: pathlib.Path | str, steps: int, sparse: bool = True, **bindings: Any) -> Any:
+    """`steps` is the last step, those of the checkpoint included."""
+    given = {
+        "MODEL_DIR": str(folder), "INITIAL_CHECKPOINT_PATH": str(start), "TRAIN_STEPS": steps,
+        "TRAIN_STEPS_RELATIVE": None, "CHECKPOINT_PERIOD": steps - DENSE_STEPS or 1,
+    }  # fmt: skip
+    files = [FINETUNE, SPARSE] if sparse else [FINETUNE]
+    return launch.train(files, bind(**SMALL | given | (MASKS if sparse else {}) | bindings))
+
+
+def saved(checkpoint: pathlib.Path | str) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint by their names."""
+    tree = ocp.PyTreeCheckpointer().restore(pathlib.Path(checkpoint) / "state")
+    return {name: np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def of(state: Any) -> dict[str, np.ndarray]:
+    """The arrays of a train state by the names that checkpoints give them."""
+    return {
+        name: np.asarray(leaf)
+        for name, leaf in traverse_util.flatten_dict(state.state_dict(), sep="/").items()
+        if leaf is not None
+    }
+
+
+def assert_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert set(found) == set(wanted)
+    for name in wanted:
+        np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)

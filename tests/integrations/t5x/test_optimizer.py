@@ -1,0 +1,189 @@
+"""SparseOptimizer around T5X's optimizers: against the optax transformation, states, logical axes, metrics."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import t5x_cases as cases
+from flax import core, traverse_util
+from flax.linen import partitioning as flax_partitioning
+from jax.sharding import PartitionSpec
+from t5x import adafactor, optimizers, train_state
+
+import jaxpruner
+import jaxpruner_t5x
+from jaxpruner_t5x import metrics
+
+pytestmark = cases.quiet
+AXES = {"mlp": {"wi": {"kernel": ("embed", "mlp")}, "scale": ("embed",)}, "embedding": ("vocab", "embed")}
+
+
+def params(seed: int = 0):
+    keys = jax.random.split(jax.random.PRNGKey(seed), 2)
+    return {
+        "mlp": {"wi": {"kernel": jax.random.normal(keys[0], (32, 64))}, "scale": jnp.ones(32)},
+        "embedding": jax.random.normal(keys[1], (24, 32)),
+    }
+
+
+def updater(algorithm: str = "magnitude", **more):
+    given = {"sparsity": 0.75, "update_start_step": 1, "update_end_step": 5, "update_freq": 2} | more
+    return jaxpruner_t5x.create_updater(algorithm, **given)
+
+
+def state_of(optimizer_def) -> train_state.FlaxOptimTrainState:
+    boxed = jax.tree.map(
+        lambda axes: flax_partitioning.AxisMetadata(names=axes), AXES, is_leaf=lambda a: isinstance(a, tuple)
+    )
+    named = traverse_util.unflatten_dict(
+        {(*path[:-1], f"{path[-1]}_axes"): axes for path, axes in traverse_util.flatten_dict(boxed).items()}
+    )
+    return train_state.FlaxOptimTrainState.create(
+        optimizer_def, core.freeze({"params": params(), "params_axes": named})
+    )
+
+
+def train(optimizer_def, steps: int = 8):
+    @jax.jit
+    def step(state, i):
+        grads = jax.tree.map(lambda p: jnp.sin(3 * p + i), state.params)
+        return state.apply_gradient(grads, learning_rate=1e-2)
+
+    state = state_of(optimizer_def)
+    for i in range(steps):
+        state = step(state, i)
+    return state
+
+
+def multi():
+    def traversal(wanted):
+        return traverse_util.ModelParamTraversal(lambda path, _: ("kernel" in path) == wanted)
+
+    return optimizers.MultiOptimizer(
+        ((traversal(True), adafactor.Adafactor(beta1=0.9)), (traversal(False), adafactor.Adafactor()))
+    )
+
+
+def factored():
+    return adafactor.Adafactor(
+        beta1=0.9, min_dim_size_to_factor=8, logical_factor_rules=adafactor.standard_logical_factor_rules()
+    )
+
+
+INNER = {
+    "adafactor": factored,
+    "multi": multi,
+    "adamw": lambda: optimizers.adamw(1e-2),
+    "optax_adafactor": lambda: optimizers.OptaxWrapper(optax.adafactor(1e-2, min_dim_size_to_factor=8)),
+}
+
+
+@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+def test_it_does_what_the_optax_transformation_does(algorithm):
+    """To the bit, statistics of regrown weights and dense weights of straight-through methods included."""
+    ours = train(jaxpruner_t5x.SparseOptimizer(optimizers.adamw(1e-2), updater(algorithm)))
+    theirs = train(optimizers.OptaxWrapper(jaxpruner.sparsify(optax.adamw(1e-2), updater(algorithm))))
+    kernel = np.asarray(ours.params["mlp"]["wi"]["kernel"])
+    assert (kernel == 0).sum() == 0.75 * kernel.size
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
+    sparse, wanted = ours._optimizer.state.sparse, theirs._optimizer.state.param_states
+    for a, b in zip(jax.tree.leaves(sparse.masks), jax.tree.leaves(wanted.masks), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste"])
+@pytest.mark.parametrize("inner", INNER)
+def test_any_optimizer_of_t5x(inner, algorithm):
+    dense = train(INNER[inner]())
+    state = train(jaxpruner_t5x.SparseOptimizer(INNER[inner](), updater(algorithm)))
+    kernel = np.asarray(state.params["mlp"]["wi"]["kernel"])
+    assert (kernel == 0).sum() == 0.75 * kernel.size
+    assert int(state.step) == 8
+    if algorithm != "rigl":  # which takes no step when it makes masks
+        np.testing.assert_array_equal(state.params["embedding"], dense.params["embedding"])
+    assert jax.tree.structure(state.param_states) == jax.tree.structure(dense.param_states)
+    # Names of checkpoints: those of the dense run, and masks beside them.
+    names = set(traverse_util.flatten_dict(state.state_dict(), sep="/"))
+    wanted = set(traverse_util.flatten_dict(dense.state_dict(), sep="/"))
+    assert names >= wanted
+    assert all(name.startswith("state/sparse/") for name in names - wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+def test_a_state_that_is_restored_is_the_state_that_was_saved(algorithm, packed):
+    state = train(jaxpruner_t5x.SparseOptimizer(factored(), updater(algorithm, use_packed_masks=packed)))
+    saved = jax.tree.map(np.asarray, state.state_dict())
+    assert traverse_util.flatten_dict(saved).keys() == traverse_util.flatten_dict(saved, keep_empty_nodes=True).keys()
+    fresh = state_of(jaxpruner_t5x.SparseOptimizer(factored(), updater(algorithm, use_packed_masks=packed)))
+    restored = fresh.restore_state(saved)
+    assert jax.tree.structure(restored._optimizer.state) == jax.tree.structure(state._optimizer.state)
+    cases.assert_equal(cases.of(restored), cases.of(state))
+    assert int(restored.replace_step(jnp.asarray(3)).step) == 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["SparseOptimizer", "OptaxWrapper"])
+def test_masks_and_dense_weights_have_the_axes_of_their_parameters(wrapped, packed):
+    chosen = updater("magnitude_ste", use_packed_masks=packed)
+    if wrapped:
+        state = state_of(optimizers.OptaxWrapper(jaxpruner.sparsify(optax.adam(1e-3), chosen)))
+        sparse = state.as_logical_axes()._optimizer.state.param_states
+    else:
+        state = state_of(jaxpruner_t5x.SparseOptimizer(factored(), chosen))
+        axes = state.as_logical_axes()
+        sparse = axes._optimizer.state.sparse
+        slots = axes.param_states["mlp"]["wi"]["kernel"]
+        assert (slots.m, slots.v) == (PartitionSpec("embed", "mlp"), None)  # factored
+    kernel = PartitionSpec("embed", "mlp")
+    # 64 columns are 8 bytes, which not every model-parallel mesh can share.
+    assert sparse.masks["mlp"]["wi"]["kernel"] == (PartitionSpec("embed", None) if packed else kernel)
+    assert sparse.masks["embedding"] == optax.MaskedNode()
+    assert sparse.inner_state.weights["mlp"]["wi"]["kernel"] == kernel
+    assert sparse.count is None
+
+
+def test_a_large_packed_mask_is_spread():
+    from jaxpruner_t5x.partition_rules import sparse_state_axes
+
+    masks = {"kernel": jax.ShapeDtypeStruct((256, 512), jnp.uint8)}
+    axes = {"kernel": PartitionSpec("embed", "mlp")}
+    assert sparse_state_axes(jaxpruner.SparseState(masks), axes).masks == axes
+
+
+def test_factored_states_of_optax_have_axes():
+    state = state_of(INNER["optax_adafactor"]())
+    factored_state = state.as_logical_axes()._optimizer.state.param_states[0]
+    assert factored_state.v["mlp"]["wi"]["kernel"] is None  # factored
+    assert factored_state.v["mlp"]["scale"] == PartitionSpec("embed")
+
+
+@pytest.mark.parametrize("weight_metrics", [False, True])
+def test_metrics_are_numbers(weight_metrics):
+    before = train(jaxpruner_t5x.SparseOptimizer(factored(), updater()), steps=7)
+    after = train(jaxpruner_t5x.SparseOptimizer(factored(), updater()), steps=8)
+    computer = jaxpruner_t5x.SparsityMetrics(weight_metrics)
+    found = computer.compute_metrics(before.params, before, after)
+    if not weight_metrics:
+        assert set(found) == {"sparsity/total", "sparsity/mlp/wi/kernel"}
+    else:
+        assert "weight_update_divided_by_weight_rms/mlp/wi/kernel" in found
+    for name, metric in found.items():
+        value = metric.replace(steps=1).compute_value() if hasattr(metric, "steps") else metric.compute()
+        assert np.isfinite(getattr(value, "value", value)).all(), name
+    assert float(found["sparsity/total"].compute()) == 0.75
+
+
+def test_metrics_of_a_dense_run_are_none():
+    assert metrics.sparsities(state_of(factored())) == {}
+    none = jaxpruner_t5x.SparseOptimizer(factored(), updater("no_prune", sparsity=None))
+    assert metrics.sparsities(train(none, 1)) == {}
+
+
+def test_a_bad_algorithm():
+    with pytest.raises(ValueError, match="'magnitud' is not known"):
+        updater("magnitud")

@@ -1,0 +1,188 @@
+"""Runs of the stock trainer: dense checkpoint in, sparse checkpoint out; resume, evaluation, export, errors, text."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import t5x_cases as cases
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jaxpruner_t5x import bible, compatibility, export, launch, metrics
+
+pytestmark = cases.quiet
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory) -> pathlib.Path:
+    """The last checkpoint of a stock dense run."""
+    folder = tmp_path_factory.mktemp("dense")
+    step, state = cases.pretrain(folder)
+    assert step == cases.DENSE_STEPS
+    assert not hasattr(state._optimizer.state, "sparse")
+    return folder / f"checkpoint_{cases.DENSE_STEPS}"
+
+
+@pytest.fixture(scope="session")
+def sparse(dense, tmp_path_factory) -> tuple[pathlib.Path, object]:
+    """A sparse fine-tuning of 8 steps: its last checkpoint and state."""
+    folder = tmp_path_factory.mktemp("sparse")
+    _, state = cases.finetune(folder, dense, steps=12)
+    return folder / "checkpoint_12", state
+
+
+def test_the_dense_checkpoint_is_restored_to_the_bit(dense, tmp_path):
+    """Statistics included; masks start at all ones."""
+    _, state = cases.finetune(tmp_path, dense, steps=cases.DENSE_STEPS)  # no step is left to train
+    found, wanted = cases.of(state), cases.saved(dense)
+    masks = {name for name in found if name.startswith("state/sparse/")}
+    assert len(wanted) > 60
+    cases.assert_equal({name: found[name] for name in set(found) - masks}, wanted)
+    assert all(found[name].all() for name in masks if "/masks/" in name)
+    assert found["state/sparse/count"] == 0
+
+
+def test_the_sparsity_is_exact_in_state_checkpoint_and_logs(sparse):
+    checkpoint, state = sparse
+    found = {name: float(value) for name, value in metrics.sparsities(state).items()}
+    kernels = {name for name in cases.of(state) if name.startswith("target/") and name.endswith("/kernel")}
+    assert {name.removeprefix("target/") for name in kernels} == set(found) - {"total"}
+    entries = sum(cases.of(state)[name].size for name in kernels)
+    assert found["total"] == pytest.approx(0.8, abs=len(kernels) / entries)
+    saved = cases.saved(checkpoint)
+    cases.assert_equal(saved, cases.of(state))
+    for name in kernels:
+        mask = saved[name.replace("target/", "state/sparse/masks/")]
+        np.testing.assert_array_equal(saved[name] != 0, mask, err_msg=name)
+    assert saved["state/sparse/count"] == 8
+    assert saved["state/step"] == 12
+
+    events = EventAccumulator(str(checkpoint.parent / "train"), size_guidance={"tensors": 0})
+    events.Reload()
+    logged = {tag for tag in events.Tags()["tensors"] if tag.startswith("sparsity/")}
+    assert len(logged) == len(found)
+
+
+def test_a_resumed_run_is_the_run_that_went_through(dense, tmp_path):
+    more = {"utils.SaveCheckpointConfig.save_dataset": True, "CHECKPOINT_PERIOD": 4, "ALGORITHM": "rigl"}
+    _, whole = cases.finetune(tmp_path / "whole", dense, steps=12, **more)
+    cases.finetune(tmp_path / "parts", dense, steps=8, **more)
+    _, resumed = cases.finetune(tmp_path / "parts", dense, steps=12, **more)
+    cases.assert_equal(cases.of(resumed), cases.of(whole))
+
+
+def test_a_sparse_checkpoint_is_continued(sparse, tmp_path):
+    checkpoint, state = sparse
+    _, restored = cases.finetune(tmp_path, checkpoint, steps=12)
+    cases.assert_equal(cases.of(restored), cases.of(state))
+
+
+def test_straight_through_with_packed_masks(dense, tmp_path):
+    more = {"ALGORITHM": "magnitude_ste", "jaxpruner_t5x.create_updater.use_packed_masks": True}
+    _, state = cases.finetune(tmp_path, dense, steps=12, **more)
+    assert float(metrics.sparsities(state)["total"]) == pytest.approx(0.8, abs=5e-3)
+    saved = cases.saved(tmp_path / "checkpoint_12")
+    assert saved["state/sparse/masks/decoder/logits_dense/kernel"].dtype == np.uint8
+    hidden = saved["state/sparse/inner_state/weights/decoder/logits_dense/kernel"]
+    assert (hidden != 0).all()
+    cases.assert_equal(saved, cases.of(state))
+
+
+def test_stock_evaluation_and_export(sparse, tmp_path):
+    """T5X's eval reads a sparse checkpoint, and the export as a dense run's; both say the same."""
+    checkpoint, state = sparse
+    plain = export.export(str(checkpoint), str(tmp_path / "plain"))
+    wanted = {name: leaf for name, leaf in cases.of(state).items() if not name.startswith("state/sparse/")}
+    cases.assert_equal(cases.saved(plain), wanted)
+    scores = []
+    for number, path in enumerate((checkpoint, plain)):
+        bindings = cases.SMALL | {
+            "CHECKPOINT_PATH": str(path), "EVAL_OUTPUT_DIR": str(tmp_path / f"eval{number}"), "DROPOUT_RATE": 0.0,
+            "MIXTURE_OR_TASK_NAME": "kjv_to_web", "seqio.Evaluator.num_examples": 4,
+            "network.T5Config.dtype": "float32",
+        }  # fmt: skip
+        for name in ("EVAL_PERIOD", "BATCH_SIZE", "train/utils.DatasetConfig.shuffle"):
+            del bindings[name]
+        files = ["t5x/examples/t5/t5_1_1/tiny.gin", "t5x/configs/runs/eval.gin", "jaxpruner_t5x/configs/bible.gin"]
+        launch.evaluate(files, cases.bind(**bindings))
+        (file,) = (tmp_path / f"eval{number}").rglob("kjv_to_web-metrics.jsonl")
+        scores.append(file.read_text())
+    assert "bleu" in scores[0]
+    assert scores[0] == scores[1]
+    # It is a dense checkpoint to a stock fine-tuning.
+    _, restored = cases.finetune(tmp_path / "stock", plain, steps=12, sparse=False)
+    cases.assert_equal(cases.of(restored), wanted)
+
+
+def test_export_of_what_is_no_sparse_checkpoint(dense, sparse, tmp_path):
+    with pytest.raises(ValueError, match="is of a dense run"):
+        export.export(str(dense), str(tmp_path))
+    with pytest.raises(ValueError, match="is no checkpoint of T5X"):
+        export.export(str(tmp_path), str(tmp_path / "out"))
+    (tmp_path / "checkpoint_12").mkdir()
+    with pytest.raises(ValueError, match="is there already"):
+        export.export(str(sparse[0]), str(tmp_path))
+
+
+def test_a_checkpoint_of_another_model_is_refused(dense, tmp_path):
+    with pytest.raises(ValueError, match=r"the checkpoint lacks \d+ parameters of this model, such as target/"):
+        cases.finetune(tmp_path, dense, steps=12, **{"network.T5Config.num_decoder_layers": 2})
+
+
+def test_a_dense_run_is_not_continued_sparse_in_its_own_folder(dense, tmp_path):
+    with pytest.raises(ValueError, match=r"latest checkpoint is of a dense run .* Use a new MODEL_DIR"):
+        cases.finetune(dense.parent, dense, steps=12)
+
+
+@pytest.mark.parametrize("name", ["t5x", "airio", "jestimator"])
+def test_what_is_missing_is_named(name, tmp_path):
+    block = f"import sys; sys.modules[{name!r}] = None; import jaxpruner_t5x"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    told = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, env=environment).stderr
+    assert f"No module named {name!r}, which T5X needs and no package registry has" in told
+    for repository, commit in compatibility.COMMITS.items():
+        assert f"github.com/{repository}@{commit}" in told
+
+
+def test_the_release_of_jestimator_is_not_the_one(tmp_path, monkeypatch):
+    (tmp_path / "jestimator").mkdir()
+    (tmp_path / "jestimator" / "__init__.py").touch()
+    (tmp_path / "jestimator" / "amos.py").write_text("x = jax.tree_map(f, tree)\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    block = "from importlib import util; import jaxpruner_t5x"
+    told = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, env=environment).stderr
+    assert "is the release on PyPI, which fails on today's JAX. First: pip uninstall jestimator" in told
+
+
+def test_model_parallel_runs_are_the_runs_on_one_device(dense, tmp_path):
+    """In a process of two virtual devices, since a process has its number from the start."""
+    script = pathlib.Path(__file__).parent / "partitions.py"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path), "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        # On few cores, collectives starve XLA's pool of threads otherwise.
+        "NPROC": "16", "PJRT_NPROC": "16", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", str(script), str(dense), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "all equal"
+
+
+def test_verses_and_their_splits():
+    assert len(bible.verses("web")) == 31_102
+    assert bible.verses("web")[1001003] == 'God said, "Let there be light," and there was light.'
+    sizes = {split: len(bible.pairs(split)) for split in bible.SPLITS}
+    assert sizes == {"train": 27_907, "validation": 1_530, "test": 1_662}
+    texts = {split: set(bible.chapters(split)) for split in bible.SPLITS}
+    assert not texts["train"] & (texts["validation"] | texts["test"])
+    assert not any("`" in text for text in texts["train"])
+
+
+def test_the_vocabulary_is_the_same_each_time(tmp_path):
+    first, second = (pathlib.Path(bible.vocabulary_file(500, str(tmp_path / name))).read_bytes() for name in ("a", "b"))
+    assert first == second
