@@ -20,10 +20,12 @@ if missing := [name for name in ("t5x", "airio", "jestimator", "seqio") if impor
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import jaxpruner_t5x  # noqa: F401
-    from jaxpruner_t5x import launch
+    from jaxpruner_t5x import launch, tasks
 
 import numpy as np
 import orbax.checkpoint as ocp
+import seqio
+import tensorflow as tf
 from flax import traverse_util
 
 import jaxpruner
@@ -48,6 +50,21 @@ SMALL = {
     "train/utils.DatasetConfig.shuffle": False,
 }
 MASKS = {"ALGORITHM": "magnitude", "UPDATE_START_STEP": 2, "UPDATE_END_STEP": 6, "UPDATE_FREQ": 2}
+
+
+# The same examples in each batch, so that a run that is resumed sees what it would have seen.
+ONE_VERSE = {"MIXTURE_OR_TASK_NAME": "one_verse", "train/utils.DatasetConfig.pack": False}
+verse = {"inputs": ["In the beginning God created the heaven and the earth."], "targets": ["In the beginning"]}
+seqio.TaskRegistry.add(
+    "one_verse",
+    source=seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(verse),
+        splits=("train", "validation"),
+        num_input_examples={"train": 1, "validation": 1},
+    ),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+    output_features=tasks.features(),
+)
 
 
 def bind(**bindings: Any) -> list[str]:

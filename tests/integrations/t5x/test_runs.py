@@ -69,7 +69,7 @@ def test_the_sparsity_is_exact_in_state_checkpoint_and_logs(sparse):
 
 
 def test_a_resumed_run_is_the_run_that_went_through(dense, tmp_path):
-    more = {"utils.SaveCheckpointConfig.save_dataset": True, "CHECKPOINT_PERIOD": 4, "ALGORITHM": "rigl"}
+    more = cases.ONE_VERSE | {"CHECKPOINT_PERIOD": 4, "ALGORITHM": "rigl"}
     _, whole = cases.finetune(tmp_path / "whole", dense, steps=12, **more)
     cases.finetune(tmp_path / "parts", dense, steps=8, **more)
     _, resumed = cases.finetune(tmp_path / "parts", dense, steps=12, **more)
@@ -127,6 +127,39 @@ def test_export_of_what_is_no_sparse_checkpoint(dense, sparse, tmp_path):
     (tmp_path / "checkpoint_12").mkdir()
     with pytest.raises(ValueError, match="is there already"):
         export.export(str(sparse[0]), str(tmp_path))
+
+
+def test_a_checkpoint_in_the_format_of_the_public_ones(tmp_path):
+    """T5X's own, from before Orbax."""
+    legacy = tmp_path / "legacy.gin"
+    lines = ["from __gin__ import dynamic_registration", "import __main__ as train_script"]
+    legacy.write_text("\n".join([*lines, "train_script.train.use_orbax = False\n"]))
+    bindings = cases.SMALL | {"MODEL_DIR": str(tmp_path), "TRAIN_STEPS": cases.DENSE_STEPS, "CHECKPOINT_PERIOD": 4}
+    _, dense = launch.train([cases.PRETRAIN, str(legacy)], cases.bind(**bindings))
+    checkpoint = tmp_path / f"checkpoint_{cases.DENSE_STEPS}"
+    assert (checkpoint / "checkpoint").exists()
+    _, state = cases.finetune(tmp_path / "sparse", checkpoint, steps=cases.DENSE_STEPS)
+    found = {name: leaf for name, leaf in cases.of(state).items() if not name.startswith("state/sparse/")}
+    cases.assert_equal(found, cases.of(dense))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl"])
+def test_the_papers_configuration(size):
+    import gin
+
+    files = [f"t5x/examples/t5/t5_1_1/{size}.gin", "jaxpruner_t5x/configs/c4_pretrain.gin", cases.SPARSE]
+    with launch.parsed(files, ["MODEL_DIR = 'x'"]):
+        model = gin.query_parameter("%MODEL").scoped_configurable_fn()
+        optimizer = model.optimizer_def
+        assert type(optimizer).__name__ == "SparseOptimizer"
+        scheduler = optimizer.updater.scheduler
+        assert (scheduler.update_start_step, scheduler.update_end_step, scheduler.update_freq) == (25_000, 75_000, 1000)
+        assert gin.query_parameter("%TRAIN_STEPS") == 100_000
+        assert gin.query_parameter("%BATCH_SIZE") == 256
+        assert gin.query_parameter("%TASK_FEATURE_LENGTHS") == {"inputs": 512, "targets": 114}
+        rate = gin.query_parameter("trainer.Trainer.learning_rate_fn").scoped_configurable_fn()
+        assert float(rate(1000)) == pytest.approx(1e-4)
+        assert float(rate(100_000)) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_checkpoint_of_another_model_is_refused(dense, tmp_path):

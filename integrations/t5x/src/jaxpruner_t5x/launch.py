@@ -32,23 +32,25 @@ def evaluate(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     _run(script, script.evaluate, gin_files, bindings)
 
 
-def _run(script: types.ModuleType, function: Any, gin_files: Sequence[str], bindings: Sequence[str]) -> Any:
+@contextlib.contextmanager
+def parsed(
+    gin_files: Sequence[str], bindings: Sequence[str] = (), script: types.ModuleType | None = None
+) -> Iterator[None]:
+    """Within it, gin holds this configuration of a script, by default that of `t5x.train`."""
+    if script is None:
+        from t5x import train as script
     gin.clear_config(clear_constants=True)
     gin.add_config_file_search_path(str(pathlib.Path(t5x.__file__).parents[1]))
-    try:
-        # T5X's gin files name their script as `__main__`.
-        with _as_main(script), gin.unlock_config():
-            gin.parse_config_files_and_bindings(list(gin_files), list(bindings))
-            return gin.get_configurable(function)()
-    finally:
-        gin.clear_config(clear_constants=True)
-
-
-@contextlib.contextmanager
-def _as_main(module: types.ModuleType) -> Iterator[None]:
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = module
     try:
+        sys.modules["__main__"] = script  # as T5X's gin files call it
+        gin.parse_config_files_and_bindings(list(gin_files), list(bindings))
         yield
     finally:
         sys.modules["__main__"] = main
+        gin.clear_config(clear_constants=True)
+
+
+def _run(script: types.ModuleType, function: Any, gin_files: Sequence[str], bindings: Sequence[str]) -> Any:
+    with parsed(gin_files, bindings, script):
+        return gin.get_configurable(function)()

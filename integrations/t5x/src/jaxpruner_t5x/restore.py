@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
-from flax import traverse_util
+from t5x import state_utils
 
 _SPARSE = "state/sparse/"
 
@@ -55,7 +55,7 @@ def dense_or_sparse(allow_missing: bool = False) -> Callable[..., Mapping[str, A
 
 
 def _names(state: Mapping[str, Any]) -> set[str]:
-    return set(traverse_util.flatten_dict(state, sep="/"))
+    return set(state_utils.flatten_state_dict(state))  # which knows how checkpoints name arrays that are elsewhere
 
 
 def _without(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:

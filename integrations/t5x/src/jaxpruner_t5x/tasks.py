@@ -45,7 +45,8 @@ def _sizes(count: Any) -> dict[str, int]:
     return {split: len(count(split)) for split in bible.SPLITS}
 
 
-def _features() -> dict[str, seqio.Feature]:
+def features() -> dict[str, seqio.Feature]:
+    """Inputs and targets in the vocabulary of the tasks."""
     feature = seqio.Feature(vocabulary=vocabulary(), add_eos=True)
     return {"inputs": feature, "targets": feature}
 
@@ -64,7 +65,7 @@ def register() -> None:
             preprocessors.span_corruption,
             seqio.preprocessors.append_eos_after_trim,
         ],
-        output_features=_features(),
+        output_features=features(),
         metric_fns=[],
     )
     seqio.TaskRegistry.add(
@@ -75,7 +76,7 @@ def register() -> None:
             seqio.CacheDatasetPlaceholder(),
             seqio.preprocessors.append_eos_after_trim,
         ],
-        output_features=_features(),
+        output_features=features(),
         metric_fns=[bleu],
     )
 
