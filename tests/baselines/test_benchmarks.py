@@ -47,7 +47,9 @@ ROWS = {
 
 
 def test_quick_prints_and_writes_all_rows(tmp_path):
-    result = CliRunner().invoke(app, ["bench", "--quick", "--results", str(tmp_path)], env={"COLUMNS": "250"})
+    result = CliRunner().invoke(
+        app, ["bench", "--quick", "--repeats", "1", "--results", str(tmp_path)], env={"COLUMNS": "250"}
+    )
     assert result.exit_code == 0, result.output
     table = Results(tmp_path / "benchmarks.csv").read()
     assert list(table.columns) == COLUMNS
