@@ -83,7 +83,7 @@ INNER = {
 
 @pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
 def test_it_does_what_the_optax_transformation_does(algorithm):
-    """To the bit, statistics of regrown weights and dense weights of straight-through methods included."""
+    """Statistics of regrown weights and dense weights of straight-through methods included."""
     ours = train(jaxpruner_t5x.SparseOptimizer(optimizers.adamw(1e-2), updater(algorithm)))
     theirs = train(optimizers.OptaxWrapper(jaxpruner.sparsify(optax.adamw(1e-2), updater(algorithm))))
     kernel = np.asarray(ours.params["mlp"]["wi"]["kernel"])
@@ -93,6 +93,14 @@ def test_it_does_what_the_optax_transformation_does(algorithm):
     sparse, wanted = ours._optimizer.state.sparse, theirs._optimizer.state.param_states
     for a, b in zip(jax.tree.leaves(sparse.masks), jax.tree.leaves(wanted.masks), strict=True):
         np.testing.assert_array_equal(a, b)
+    hidden, inner = getattr(wanted.inner_state, "weights", ()), wanted.inner_state
+    if hidden != ():
+        inner = inner.inner_state
+        np.testing.assert_allclose(
+            sparse.inner_state.weights["mlp"]["wi"]["kernel"], hidden["mlp"]["wi"]["kernel"], rtol=2e-6, atol=1e-7
+        )
+    for a, b in zip(jax.tree.leaves(ours.param_states), jax.tree.leaves(inner), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste"])
@@ -144,7 +152,7 @@ def test_masks_and_dense_weights_have_the_axes_of_their_parameters(wrapped, pack
     assert sparse.masks["mlp"]["wi"]["kernel"] == (PartitionSpec("embed", None) if packed else kernel)
     assert sparse.masks["embedding"] == optax.MaskedNode()
     assert sparse.inner_state.weights["mlp"]["wi"]["kernel"] == kernel
-    assert sparse.count is None
+    assert sparse.count == PartitionSpec()
 
 
 def test_a_large_packed_mask_is_spread():
@@ -182,6 +190,53 @@ def test_metrics_of_a_dense_run_are_none():
     assert metrics.sparsities(state_of(factored())) == {}
     none = jaxpruner_t5x.SparseOptimizer(factored(), updater("no_prune", sparsity=None))
     assert metrics.sparsities(train(none, 1)) == {}
+
+
+def some_trained(trained):
+    """Optimizers of the embedding and of `mlp/*` or not, and of nothing else."""
+    chosen = traverse_util.ModelParamTraversal(lambda path, _: path.startswith(trained))
+    return optimizers.MultiOptimizer(((chosen, adafactor.Adafactor(beta1=0.9)),))
+
+
+def test_optimizers_that_train_a_part():
+    with pytest.raises(ValueError, match="mlp/wi/kernel: would be pruned, but no optimizer trains it"):
+        state_of(jaxpruner_t5x.SparseOptimizer(some_trained("/embedding"), updater("rigl")))
+    state = train(jaxpruner_t5x.SparseOptimizer(some_trained("/mlp"), updater("rigl")))
+    kernel = np.asarray(state.params["mlp"]["wi"]["kernel"])
+    assert (kernel == 0).sum() == 0.75 * kernel.size
+    np.testing.assert_array_equal(state.params["embedding"], params()["embedding"])
+
+
+def test_optimizers_of_groups():
+    labels = {"mlp": {"wi": {"kernel": "a"}, "scale": "b"}, "embedding": "b"}
+    groups = {"a": optax.adam(1e-2), "b": optax.adafactor(1e-2, min_dim_size_to_factor=8)}
+    inner = optimizers.OptaxWrapper(optax.multi_transform(groups, core.freeze(labels)))
+    state = train(jaxpruner_t5x.SparseOptimizer(inner, updater("rigl")))
+    kernel = np.asarray(state.params["mlp"]["wi"]["kernel"])
+    assert (kernel == 0).sum() == 0.75 * kernel.size
+    state.as_logical_axes()
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
+def test_parameters_keep_their_dtype(algorithm):
+    optimizer = jaxpruner_t5x.SparseOptimizer(factored(), updater(algorithm))
+    state = state_of(optimizer)
+    halved = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.params)
+    stepped = state.replace_params(halved).apply_gradient(halved, learning_rate=1e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(stepped.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_masks_stored_in_another_way_are_told():
+    saved = train(jaxpruner_t5x.SparseOptimizer(factored(), updater()), 1).state_dict()
+    packed = state_of(jaxpruner_t5x.SparseOptimizer(factored(), updater(use_packed_masks=True)))
+    with pytest.raises(ValueError, match=r"mask is bool\[32, 64\], .* bind create_updater.use_packed_masks"):
+        packed.restore_state(saved)
+
+
+def test_a_dense_run_is_told_by_the_metrics():
+    state = state_of(factored())
+    with pytest.raises(ValueError, match="this run trains dense, by Adafactor"):
+        jaxpruner_t5x.SparsityMetrics().compute_metrics(state.params, state, state)
 
 
 def test_a_bad_algorithm():

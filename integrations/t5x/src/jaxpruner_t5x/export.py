@@ -8,47 +8,59 @@ as stock fine-tuning, and saves the space of the masks.
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags
+from etils import epath
+
+
+class ExportError(ValueError):
+    """The checkpoint cannot be exported; the message says why."""
 
 
 def export(checkpoint: str, output: str) -> str:
     """Writes `output/checkpoint_STEP` without masks and hidden weights; returns its path.
 
     Args:
-      checkpoint: a folder `checkpoint_STEP` of a sparse run.
-      output: a folder, made if need be.
+      checkpoint: a folder `checkpoint_STEP` of a sparse run, made on any number of devices.
+      output: a folder, made if need be. Both may be in a bucket, `gs://...`.
 
     Raises:
-      ValueError: if the checkpoint is not one of T5X's, or not sparse, or if the output is there already.
+      ExportError: if the checkpoint is not one of T5X with Orbax, or has no masks of a `SparseOptimizer`, or if the
+        output is there already.
     """
-    source, target = (
-        pathlib.Path(checkpoint).absolute(),
-        pathlib.Path(output).absolute() / pathlib.Path(checkpoint).name,
-    )
+    source, target = _absolute(checkpoint), _absolute(output) / epath.Path(checkpoint).name
     if not (source / "state").is_dir():
-        raise ValueError(
-            f"--checkpoint: {source} is no checkpoint of T5X; give a folder such as runs/x/checkpoint_1000."
+        raise ExportError(
+            f"--checkpoint: {source} is no checkpoint of T5X in Orbax's format; give a folder such as "
+            "runs/x/checkpoint_1000."
         )
     if target.exists():
-        raise ValueError(f"--output: {target} is there already; choose another folder.")
+        raise ExportError(f"--output: {target} is there already; choose another folder.")
     checkpointer = ocp.PyTreeCheckpointer()
-    saved = checkpointer.restore(source / "state")
-    if "sparse" not in saved["state"]:
-        raise ValueError(f"--checkpoint: {source} is of a dense run and needs no export.")
+    names = checkpointer.metadata(source / "state").item_metadata.tree
+    if "sparse" not in names["state"]:
+        raise ExportError(f"--checkpoint: {source} has no state/sparse, the masks of a SparseOptimizer.")
+    # As NumPy arrays, whatever devices they were saved from.
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+    saved = checkpointer.restore(source / "state", restore_args=restore_args)
     del saved["state"]["sparse"]
     target.parent.mkdir(parents=True, exist_ok=True)
     checkpointer.save(target / "state", saved)
     return str(target)
 
 
+def _absolute(path: str) -> epath.Path:
+    return epath.Path(path) if "://" in path else epath.Path(path).absolute()
+
+
 def main(_: Any) -> None:
     try:
         print(export(flags.FLAGS.checkpoint, flags.FLAGS.output))
-    except ValueError as error:
+    except ExportError as error:
         raise SystemExit(f"export: {error}") from error
 
 

@@ -20,14 +20,24 @@ class SparsityMetrics(trainer.WeightMetricsComputer):
     Logs `sparsity/total` and `sparsity/NAME` of each prunable parameter, of the last step since the last log.
 
     Args:
-      weight_metrics: whether to log T5X's own metrics of weights as well. Its update relative to the weight is then
-        taken over weights that are not 0.
+      weight_metrics: whether to log T5X's own metrics of weights as well. A weight that is 0 counts as one without an
+        update in that of the update relative to the weight.
+
+    Raises:
+      ValueError: when the train step is compiled, if the run's optimizer is dense.
     """
 
     def __init__(self, weight_metrics: bool = False):
         self.weight_metrics = weight_metrics
 
     def compute_metrics(self, gradients: Any, old_train_state: Any, new_train_state: Any) -> dict[str, Any]:
+        optimizer = new_train_state._optimizer
+        if not hasattr(optimizer.state, "sparse"):
+            raise ValueError(
+                f"SparsityMetrics: this run trains dense, by {type(optimizer.optimizer_def).__name__}. sparse.gin "
+                "binds T5X's EncoderDecoderModel and DecoderOnlyModel; for another model bind "
+                "MODEL_CLASS.optimizer_def = @jaxpruner_t5x.SparseOptimizer()."
+            )
         metrics = {}
         if self.weight_metrics:
             metrics = super().compute_metrics(gradients, old_train_state, new_train_state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import serialization, struct, traverse_util
@@ -63,7 +64,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
     With :math:`\hat p` what the dense optimizer makes of the parameters, the new ones are :math:`\hat p` where the
     mask keeps a weight and 0 where it prunes it. The dense optimizer may be any of T5X: Adafactor, MultiOptimizer, an
     `OptaxWrapper`. Its state keeps its names in checkpoints, `state/param_states`, and masks are beside it in
-    `state/sparse`.
+    `state/sparse`. It is the outermost optimizer: a MultiOptimizer goes into it, not around it.
 
     Args:
       inner: the dense optimizer.
@@ -87,10 +88,21 @@ class SparseOptimizer(optimizers.OptimizerDef):
     def init_state(self, params: Any) -> SparseOptimizerState:
         dense = self.inner.init_state(params)
         sparse = jaxpruner.init_projection(self.updater, params)
+        self._refuse_frozen(sparse.masks, dense.param_states)
         # Checkpoints save None and then cannot restore it; of an empty state they save nothing.
         empty, hidden = optax.EmptyState(), sparse.inner_state
         sparse = sparse._replace(inner_state=empty if hidden is None else hidden._replace(inner_state=empty))
         return SparseOptimizerState(dense.step, dense.param_states, sparse)
+
+    def _refuse_frozen(self, masks: Any, slots: Any) -> None:
+        """T5X's MultiOptimizer has None where it trains nothing."""
+        frozen = []
+        trees.map_named(lambda path, leaf: frozen.append(path) if leaf is None else None, slots)
+        if pruned := sorted(set(frozen) & {path for path, _ in trees.named_leaves(masks)}):
+            raise ValueError(
+                f"{trees.leaf_name(pruned[0])}: would be pruned, but no optimizer trains it; bind "
+                "jaxpruner_t5x.create_updater.filter_fn to a function that leaves out what is frozen."
+            )
 
     def apply_gradient(
         self, hyper_params: Any, params: Any, state: SparseOptimizerState, grads: Any
@@ -109,8 +121,10 @@ class SparseOptimizer(optimizers.OptimizerDef):
             proposed, new_slots = when(step.is_mask_update, lambda: (step.params, slots), take)
         else:
             proposed, new_slots = take()
-        params, sparse = jaxpruner.end_step(step, proposed)
-        return params, SparseOptimizerState(state.step + 1, new_slots, sparse)
+        stepped, sparse = jaxpruner.end_step(step, proposed)
+        # Hidden weights may be more precise than the parameters that show them.
+        stepped = jax.tree.map(lambda new, old: new.astype(old.dtype), stepped, params)
+        return stepped, SparseOptimizerState(state.step + 1, new_slots, sparse)
 
     def _renewed(self, step: Any, slots: Any) -> Any:
         """The dense optimizer's state with statistics of new weights where weights regrow."""
@@ -122,6 +136,8 @@ class SparseOptimizer(optimizers.OptimizerDef):
         fresh = self.inner.init_state(jaxpruner.apply_mask(step.params, step.masks)).param_states
 
         def reset(path: trees.KeyPath, old: Any, new: Any) -> Any:
+            if trees.is_unpruned(old):
+                return old
             # optax keeps statistics/parameter, T5X's own optimizers parameter/statistics.
             owner = optimizer_state.owner_of(path, regrown) or optimizer_state.owner_of(path[:-1], regrown)
             # Factored statistics have none for a single weight.
@@ -163,6 +179,13 @@ class SparseOptimizer(optimizers.OptimizerDef):
         reference = traverse_util.flatten_dict(serialization.to_state_dict(opt_state.sparse), keep_empty_nodes=True)
         empty = {key: leaf for key, leaf in reference.items() if leaf is traverse_util.empty_node}
         whole = traverse_util.unflatten_dict(sparse | empty)
-        return target, SparseOptimizerState(
-            dense.step, dense.param_states, serialization.from_state_dict(opt_state.sparse, whole)
-        )
+        restored = serialization.from_state_dict(opt_state.sparse, whole)
+        for (path, old), (_, new) in zip(
+            trees.named_leaves(opt_state.sparse.masks), trees.named_leaves(restored.masks), strict=True
+        ):
+            if hasattr(new, "shape") and (new.shape, new.dtype) != (old.shape, old.dtype):  # else it is its axes
+                raise ValueError(
+                    f"{trees.leaf_name(path)}: the checkpoint's mask is {new.dtype}{list(new.shape)}, and "
+                    f"{old.dtype}{list(old.shape)} is asked for; bind create_updater.use_packed_masks as in that run."
+                )
+        return target, SparseOptimizerState(dense.step, dense.param_states, restored)

@@ -32,8 +32,9 @@ def sparse_state_axes(state: SparseState, params_axes: Any) -> SparseState:
     return SparseState(
         masks=jax.tree.map(_mask_axes, params_axes, state.masks),
         inner_state=OptaxStatePartitionRules.derive_optax_logical_axes(state.inner_state, params_axes),
-        target_sparsities=_everywhere(state.target_sparsities),
-        count=None,
+        # Not None, for which T5X casts what it restores to the dtype of parameters.
+        target_sparsities=jax.tree.map(lambda _: PartitionSpec(), state.target_sparsities),
+        count=PartitionSpec(),
     )
 
 
@@ -51,13 +52,21 @@ def factored_state_axes(state: optax.FactoredState, params_axes: Any) -> optax.F
         count=None,
         v_row=_everywhere(state.v_row),
         v_col=_everywhere(state.v_col),
-        v=jax.tree.map(lambda axes, v: None if v.shape == (1,) else axes, params_axes, state.v),
+        v=jax.tree.map(_unfactored_axes, params_axes, state.v),
     )
 
 
+def _unfactored_axes(axes: PartitionSpec, statistics: Any) -> Any:
+    if isinstance(statistics, optax.MaskedNode):
+        return statistics
+    return None if statistics.shape == (1,) else axes
+
+
 def _mask_axes(axes: PartitionSpec, mask: Any) -> Any:
-    if isinstance(mask, optax.MaskedNode) or mask.dtype == jnp.bool_:
-        return mask if isinstance(mask, optax.MaskedNode) else axes
+    if isinstance(mask, optax.MaskedNode):
+        return mask
+    if mask.dtype == jnp.bool_:
+        return axes
     return PartitionSpec(*(None if size % _DEALT else axis for axis, size in zip(axes, mask.shape, strict=True)))
 
 
