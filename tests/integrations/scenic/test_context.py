@@ -278,6 +278,18 @@ def test_an_unknown_trainer():
         main.get_model("scenic.no:Model")
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"trainer_name": "no_trainer"}, "main: config.trainer_name: 'no_trainer'"),
+        ({"sparsity_algorithm": "rgl"}, "main: algorithm: 'rgl' is not known"),
+    ],
+)
+def test_main_tells_a_bad_configuration_in_one_line(more, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        main.main(jax.random.PRNGKey(0), cases.config(**more), str(tmp_path), None)
+
+
 def test_a_batch_larger_than_the_data():
     with pytest.raises(ValueError, match="2048 images are more than the 1414 to train on"):
         registry.get_dataset("digits")(batch_size=2048, eval_batch_size=128, num_shards=1)
