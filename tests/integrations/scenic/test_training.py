@@ -101,12 +101,16 @@ cases.run(cases.config("set", **{more!r}), cases.pathlib.Path({str(tmp_path / "r
 
 
 def test_two_devices_equal_one(tmp_path):
+    """For one that grows by gradients; and straight-through, with packed masks."""
+    algorithms = {"rigl": {}, "magnitude_ste": {"sparsity_use_packed_masks": True}}
     program = f"""
 import sys; sys.path[:] = {[str(HERE), *sys.path]!r}
 import scenic_cases as cases, pickle, jax
 assert jax.local_device_count() == 2
-state, _ = cases.run(cases.config("rigl"), cases.pathlib.Path({str(tmp_path)!r}))
-pickle.dump((state.params, cases.sparse_states(state)[0].masks), open({str(tmp_path / "two.pickle")!r}, "wb"))
+folder = cases.pathlib.Path({str(tmp_path)!r})
+for name, more in {algorithms!r}.items():
+    state, _ = cases.run(cases.config(name, **more), folder / "two")
+    pickle.dump((state.params, cases.sparse_states(state)[0].masks), open(folder / f"{{name}}.pickle", "wb"))
 """
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "NPROC": "16",
@@ -116,11 +120,12 @@ pickle.dump((state.params, cases.sparse_states(state)[0].masks), open({str(tmp_p
         [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    two, masks = pickle.loads((tmp_path / "two.pickle").read_bytes())
-    one, _ = cases.run(cases.config("rigl"), tmp_path / "one")
-    cases.assert_same_bits(masks, cases.sparse_states(one)[0].masks)
-    for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+    for name, more in algorithms.items():
+        two, masks = pickle.loads((tmp_path / f"{name}.pickle").read_bytes())
+        one, _ = cases.run(cases.config(name, **more), tmp_path / "one")
+        cases.assert_same_bits(masks, cases.sparse_states(one)[0].masks)
+        for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 @pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
