@@ -1,7 +1,7 @@
 """vit and resnet: image classification with Scenic, the vision rows of the paper.
 
     jaxpruner-baselines run vit --preset digits       # 63 runs, about 20 minutes on one core
-    jaxpruner-baselines run resnet --preset digits    # 63 runs, about 30 minutes on one core
+    jaxpruner-baselines run resnet --preset digits    # 63 runs, about 50 minutes on one busy core
     jaxpruner-baselines run vit --preset natural --sparsities 0.95
     jaxpruner-baselines run vit --preset paper --sparsities 0.8    # a day on a slice of TPUs; needs ImageNet
 

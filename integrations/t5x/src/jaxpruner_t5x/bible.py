@@ -15,7 +15,6 @@ import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
 
-VERSIONS = ("web", "kjv")
 SPLITS = ("train", "validation", "test")
 _HELD_OUT = {6: "validation", 16: "test"}
 _CHAPTERS = 20

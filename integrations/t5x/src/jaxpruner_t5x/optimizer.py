@@ -108,9 +108,9 @@ class SparseOptimizer(optimizers.OptimizerDef):
         self, hyper_params: Any, params: Any, state: SparseOptimizerState, grads: Any
     ) -> tuple[Any, SparseOptimizerState]:
         step = jaxpruner.begin_step(self.updater, params, grads, state.sparse)
-        slots = state.param_states
+        slots = kept = state.param_states
         if self.updater.regrows:
-            slots = when(step.is_mask_update, lambda: self._renewed(step, slots), lambda: state.param_states)
+            slots = when(step.is_mask_update, lambda: self._renewed(step, kept), lambda: kept)
 
         def take() -> tuple[Any, Any]:
             before = optimizers.OptimizerState(state.step, slots)
