@@ -32,6 +32,7 @@ from jaxpruner.api import (
     sparsify,
 )
 from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.flops import summarize_flops
 from jaxpruner.projection import (
     SparseState,
     StraightThroughState,
@@ -92,6 +93,7 @@ __all__ = [
     "sparsity_schedules",
     "sparsity_types",
     "state_shardings",
+    "summarize_flops",
     "summarize_intersection",
     "summarize_sparsity",
     "utils",
