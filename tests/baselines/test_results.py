@@ -85,7 +85,7 @@ def test_summary_means_over_seeds_dense_first(tmp_path):
     assert lines[0].mean == pytest.approx(0.96)
     assert lines[0].std == pytest.approx(math.sqrt((0.06**2 + 0.02**2 + 0.04**2) / 2))
     assert math.isnan(lines[2].std)
-    shown = report.markdown(lines, "accuracy").splitlines()
+    shown = report.markdown(BASELINE, lines).splitlines()
     assert shown[0] == "| method | sparsity asked | sparsity reached | steps | accuracy (%), mean ± std | seeds |"
     assert shown[2] == "| dense | - | 0.00 % | 7 | 96.0 ± 5.3 | 3 |"
     assert shown[4] == "| rigl | 95 % | 95.00 % | 7 | 50.0 | 1 |"

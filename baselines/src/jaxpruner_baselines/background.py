@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+import jax
 
 from jaxpruner_baselines.baseline import Progress
 
@@ -40,6 +43,15 @@ def follow(work: Callable[[Report], T]) -> Generator[Progress, None, T]:
         finally:
             stopped.set()
         return result.result()
+
+
+def release_programs() -> None:
+    """Frees what was compiled, for hosts that compile anew for each training.
+
+    Programs take mappings of memory, of which Linux allows a process 65,530.
+    """
+    jax.clear_caches()
+    gc.collect()
 
 
 class _StoppedError(Exception):

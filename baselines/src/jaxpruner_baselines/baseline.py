@@ -112,6 +112,8 @@ class Baseline:
     """Called with the preset before the first run; raises `NotReady` where something is missing."""
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
+    also: tuple[str, ...] = ()
+    """Further measures: numbers in `Outcome.details`, a column each."""
     cost: Cost | None = None
     curve: Curve | None = None
     sparsities: tuple[float, ...] = (0.8, 0.95)

@@ -87,14 +87,14 @@ def table(
     """Print the results: method, sparsity, mean and standard deviation over seeds."""
     baseline, preset = _baseline(name, preset)
     lines = _lines(baseline, preset, results)
-    console.print(report.terminal(f"{name}, preset {preset}", lines, baseline.metric, baseline.cost))
+    console.print(report.terminal(f"{name}, preset {preset}", baseline, lines))
     if markdown is not None:
         # A place for each preset, where the file has one.
         marker = f"results:{name}-{preset}"
         if not (markdown.exists() and f"<!-- {marker} -->" in markdown.read_text()):
             marker = f"results:{name}"
         try:
-            report.update_markdown(markdown, marker, report.markdown(lines, baseline.metric, baseline.cost))
+            report.update_markdown(markdown, marker, report.markdown(baseline, lines))
         except ValueError as error:
             _fail(str(error))
         console.print(f"written to {markdown}", soft_wrap=True)

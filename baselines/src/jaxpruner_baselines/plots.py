@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib import ticker
 
 from jaxpruner_baselines.baseline import Cost, Curve
+from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.methods import is_dense
-from jaxpruner_baselines.report import FRACTIONS, Line
+from jaxpruner_baselines.report import Line
 
 # Paul Tol's "muted" scheme, told apart with any colour vision; markers differ as well.
 COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#555555")
@@ -24,18 +25,19 @@ DASHES = ("-", "--", ":", "-.")
 SPREAD = 0.8  # of the distance between two sparsities, so that error bars do not hide one another
 
 
-def fence(means: list[float]) -> float:
-    """Tukey's far-out fence: a method below it gets an arrow, so that the others can be told apart."""
+def far_out(means: list[float], lower_is_better: bool) -> float:
+    """Tukey's far-out fence: a method worse than it gets an arrow, so that the others can be told apart."""
     low, high = np.percentile(means, [25, 75])
-    return low - 3 * (high - low)
+    return high + 3 * (high - low) if lower_is_better else low - 3 * (high - low)
 
 
 def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
     """Writes a PNG. The sparsities stand side by side at equal distances, methods spread around them."""
-    scale = 100 if metric in FRACTIONS else 1
+    kind = measure(metric)
+    scale = kind.scale
     sparsities = sorted({line.sparsity for line in lines if not is_dense(line.method)})
     methods = list(dict.fromkeys(line.method for line in lines if not is_dense(line.method)))
-    floor = fence([scale * line.mean for line in lines])
+    fence = far_out([line.mean for line in lines], kind.lower_is_better)
     styles = looks(lines)
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
 
@@ -50,20 +52,20 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
         own = [line for line in lines if line.method == method]
         offset = SPREAD * ((i + 0.5) / len(methods) - 0.5)
         style = styles[method]
-        for line in own:
-            if scale * line.mean < floor:
-                place = (sparsities.index(line.sparsity) + offset, 0.0)
-                axes.annotate(
-                    f"{scale * line.mean:.1f}",
-                    place,
-                    xytext=(0, 22),
-                    xycoords=("data", "axes fraction"),
-                    textcoords="offset points",
-                    arrowprops={"arrowstyle": "->", "color": style["color"]},
-                    color=style["color"],
-                    ha="center",
-                )
-        shown = [line for line in own if scale * line.mean >= floor]
+        beyond = [line for line in own if (line.mean > fence if kind.lower_is_better else line.mean < fence)]
+        for line in beyond:
+            edge, inwards = (1.0, -22) if kind.lower_is_better else (0.0, 22)
+            axes.annotate(
+                kind.shown(line.mean),
+                (sparsities.index(line.sparsity) + offset, edge),
+                xytext=(0, inwards),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "->", "color": style["color"]},
+                color=style["color"],
+                ha="center",
+            )
+        shown = [line for line in own if line not in beyond]
         axes.errorbar(
             [sparsities.index(line.sparsity) + offset for line in shown],
             [scale * line.mean for line in shown],
@@ -81,7 +83,7 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
 
 def draw_cost(path: Path, title: str, lines: list[Line], metric: str, cost: Cost) -> None:
     """Writes a PNG of the metric against a cost on a logarithmic axis; cheap and good is top left."""
-    scale = 100 if metric in FRACTIONS else 1
+    scale = measure(metric).scale
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for method, style in looks(lines).items():
         own = [line for line in lines if line.method == method]
@@ -105,7 +107,7 @@ def draw_cost(path: Path, title: str, lines: list[Line], metric: str, cost: Cost
 
 def draw_curves(path: Path, title: str, lines: list[Line], metric: str, curve: Curve) -> None:
     """Writes a PNG of the metric while training, mean over seeds; a panel for each sparsity, dense in all of them."""
-    scale = 100 if metric in FRACTIONS else 1
+    scale = measure(metric).scale
     styles = looks(lines)
     sparsities = sorted({line.sparsity for line in lines if not is_dense(line.method)}) or [0.0]
     figure, panels = plt.subplots(
@@ -157,9 +159,7 @@ def look(i: int) -> dict[str, Any]:
 
 
 def finish(path: Path, figure: Any, axes: Any, title: str, metric: str) -> None:
-    axes.set_ylabel(
-        f"test {metric} (%), mean ± std over seeds" if metric in FRACTIONS else f"{metric}, mean ± std over seeds"
-    )
+    axes.set_ylabel(f"{measure(metric).header}, mean ± std over seeds")
     axes.set_title(title)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)

@@ -15,7 +15,7 @@ import jax
 
 _PACKAGES = ("jaxpruner", "jax", "flax", "optax", "numpy")
 # Module -> package, recorded where they are used.
-_HOSTS = {"dopamine": "dopamine-rl", "fedjax": "fedjax", "scenic": "scenic"}
+_HOSTS = {"dopamine": "dopamine-rl", "fedjax": "fedjax", "scenic": "scenic", "t5x": "t5x"}
 
 
 @functools.cache

@@ -12,6 +12,7 @@ MODULES = {
     "digits_vit": "jaxpruner_baselines.digits_vit:BASELINE",
     "vit": "jaxpruner_baselines.scenic_images:VIT",
     "resnet": "jaxpruner_baselines.scenic_images:RESNET",
+    "t5": "jaxpruner_baselines.t5:BASELINE",
     "fed_emnist": "jaxpruner_baselines.fed_emnist:BASELINE",
     "dqn": "jaxpruner_baselines.dqn:BASELINE",
 }

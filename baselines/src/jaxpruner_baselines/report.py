@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,20 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from jaxpruner_baselines.baseline import Baseline, Cost
+from jaxpruner_baselines.baseline import Baseline
+from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.methods import is_dense
 from jaxpruner_baselines.results import Results
 
 HEADER = ("method", "sparsity asked", "sparsity reached", "steps", "", "seeds")
-FRACTIONS = {"accuracy"}  # metrics that are shown in percent
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One line of the table; `std` is NaN for a single seed.
 
-    `cost` is a mean, where the baseline counts one; `curves` are those of the seeds, where runs have one.
+    `also` has mean and standard deviation of the baseline's further measures. `cost` is a mean, where the baseline
+    counts one; `curves` are those of the seeds, where runs have one.
     """
 
     method: str
@@ -34,6 +36,7 @@ class Line:
     mean: float
     std: float
     seeds: int
+    also: tuple[tuple[float, float], ...] = ()
     cost: float | None = None
     curves: tuple[tuple[float, ...], ...] = ()
 
@@ -60,6 +63,7 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
             mean=group["value"].mean(),
             std=group["value"].std(),
             seeds=len(group),
+            also=tuple(_mean_and_std(group, name) for name in baseline.also),
             cost=baseline.cost and float(np.mean(_details(group, baseline.cost.key))),
             curves=tuple(map(tuple, _details(group, baseline.curve.key))) if baseline.curve else (),
         )
@@ -74,40 +78,48 @@ def _details(rows: pd.DataFrame, key: str) -> list[Any]:
     return [json.loads(text)[key] for text in rows["details"]]
 
 
-def cells(line: Line, metric: str) -> list[str]:
-    scale = 100 if metric in FRACTIONS else 1
-    spread = f" ± {scale * line.std:.1f}" if line.seeds > 1 else ""
+def _mean_and_std(rows: pd.DataFrame, key: str) -> tuple[float, float]:
+    """NaN where not all rows have it, as those of older code."""
+    values = [json.loads(text).get(key, math.nan) for text in rows["details"]]
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def cells(baseline: Baseline, line: Line) -> list[str]:
     return [
         line.method,
         "-" if is_dense(line.method) else f"{100 * line.sparsity:g} %",
         f"{100 * line.sparsity_reached:.2f} %",
         str(line.steps),
-        f"{scale * line.mean:.1f}{spread}",
+        measure(baseline.metric).shown(line.mean, line.std),
         str(line.seeds),
+        *(measure(name).shown(*spread) for name, spread in zip(baseline.also, line.also, strict=True)),
         *([] if line.cost is None else [f"{line.cost:,.1f}"]),
     ]
 
 
-def header(metric: str, cost: Cost | None = None) -> list[str]:
-    shown = f"{metric} (%)" if metric in FRACTIONS else metric
-    return [*(name or f"{shown}, mean ± std" for name in HEADER), *([cost.header] if cost else [])]
+def header(baseline: Baseline) -> list[str]:
+    return [
+        *(name or f"{measure(baseline.metric).header}, mean ± std" for name in HEADER),
+        *(measure(name).header for name in baseline.also),
+        *([baseline.cost.header] if baseline.cost else []),
+    ]
 
 
-def terminal(title: str, lines: list[Line], metric: str, cost: Cost | None = None) -> Table:
+def terminal(title: str, baseline: Baseline, lines: list[Line]) -> Table:
     table = Table(title=title)
-    for i, name in enumerate(header(metric, cost)):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    for i, name in enumerate(header(baseline)):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     previous = None
     for line in lines:
         if previous is not None and line.sparsity != previous:
             table.add_section()
-        table.add_row(*cells(line, metric))
+        table.add_row(*cells(baseline, line))
         previous = line.sparsity
     return table
 
 
-def markdown(lines: list[Line], metric: str, cost: Cost | None = None) -> str:
-    return markdown_table(header(metric, cost), [cells(line, metric) for line in lines])
+def markdown(baseline: Baseline, lines: list[Line]) -> str:
+    return markdown_table(header(baseline), [cells(baseline, line) for line in lines])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import fcntl
 import io
 import os
 from collections.abc import Mapping
@@ -108,15 +109,17 @@ class Results:
         return set(self.read()["config_hash"])
 
     def append(self, row: Row) -> None:
+        """Appends a row; other processes may do so at the same time."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        complete = self._complete_lines()
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        if not complete:
-            writer.writerow(COLUMNS)
-        writer.writerow(dataclasses.astuple(row))
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            complete = self._complete_lines()
+            text = io.StringIO(newline="")
+            writer = csv.writer(text, lineterminator="\n")
+            if not complete:
+                writer.writerow(COLUMNS)
+            writer.writerow(dataclasses.astuple(row))
             if os.fstat(file).st_size > len(complete):
                 os.ftruncate(file, len(complete))
             os.write(file, text.getvalue().encode())

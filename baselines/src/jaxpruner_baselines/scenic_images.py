@@ -12,7 +12,6 @@ the algorithm and the sparsity as the part of `--config` after the colon does.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import importlib
 import os
 import warnings
@@ -25,7 +24,7 @@ import ml_collections
 from absl import logging
 
 import jaxpruner_scenic
-from jaxpruner_baselines.background import Report, follow
+from jaxpruner_baselines.background import Report, follow, release_programs
 from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.hush import hushed
@@ -131,9 +130,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 
     replicated, training, test = yield from follow(work)
     state = jax_utils.unreplicate(jax.device_get(replicated))
-    # Scenic compiles for each training anew, and programs take mappings of memory, of which Linux allows 65,530.
-    jax.clear_caches()
-    gc.collect()
+    release_programs()
     yield Outcome(
         value=_accuracy(test),
         sparsity_reached=float(jaxpruner_scenic.sparsity_logs(state).get("sparsity", 0.0)),

@@ -13,16 +13,17 @@ import gin
 import t5x
 
 
-def train(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> tuple[int, Any]:
+def train(gin_files: Sequence[str], bindings: Sequence[str] = (), **arguments: Any) -> tuple[int, Any]:
     """`python -m t5x.train --gin_file=... --gin.NAME=VALUE`; returns the last step and the train state.
 
     Args:
       gin_files: as the flags, in order.
       bindings: `NAME = VALUE`.
+      **arguments: of `t5x.train.train`, in place of what gin binds, such as `actions`.
     """
     from t5x import train as script
 
-    return _run(script, script.train, gin_files, bindings)
+    return _run(script, script.train, gin_files, bindings, **arguments)
 
 
 def evaluate(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
@@ -51,6 +52,8 @@ def parsed(
         gin.clear_config(clear_constants=True)
 
 
-def _run(script: types.ModuleType, function: Any, gin_files: Sequence[str], bindings: Sequence[str]) -> Any:
+def _run(
+    script: types.ModuleType, function: Any, gin_files: Sequence[str], bindings: Sequence[str], **arguments: Any
+) -> Any:
     with parsed(gin_files, bindings, script):
-        return gin.get_configurable(function)()
+        return gin.get_configurable(function)(**arguments)

@@ -1,0 +1,36 @@
+"""What a run's network costs: parameters, and FLOPs of inference and training, dense and sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jaxpruner
+
+# Measures of the table, fractions of the dense cost.
+SHARES = ("inference_flops_share", "training_flops_share")
+
+
+def costs(
+    forward: Callable[..., Any], params: Any, *example: Any, updater: Any, steps: int, batch: int
+) -> dict[str, Any]:
+    """For `Outcome.details`.
+
+    Args:
+      forward: `forward(params, *example)`, for one example.
+      params: the trained parameters, zeros in place.
+      *example: arrays or their shapes.
+      updater: the algorithm of the run; None if dense.
+      steps: of the training.
+      batch: examples of a step.
+    """
+    counted = jaxpruner.summarize_flops(forward, params, *example, updater=updater, steps=steps)
+    inference, training = counted["_inference_flops"], counted["_training_flops"]
+    return {
+        "parameters": counted["_nparams"],
+        "parameters_nonzero": counted["_nparams_nnz"],
+        "inference_flops": inference,
+        "inference_flops_share": round(counted["_inference_flops_nnz"] / inference, 6),
+        "training_flops": batch * training,
+        "training_flops_share": round(counted["_training_flops_nnz"] / training, 6),
+    }

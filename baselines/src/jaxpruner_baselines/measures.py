@@ -1,0 +1,41 @@
+"""How a measured number is shown in tables and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """`header` names a column or an axis, its unit included; numbers are multiplied by `scale`.
+
+    Of what hardly differs between seeds the mean alone is shown.
+    """
+
+    header: str
+    scale: float = 1.0
+    decimals: int = 1
+    lower_is_better: bool = False
+    differs: bool = True  # between seeds
+
+    def shown(self, mean: float, std: float = math.nan) -> str:
+        """The mean, and the standard deviation unless it is NaN, as it is of a single seed; a dash for no mean."""
+        if math.isnan(mean):
+            return "-"
+        spread = "" if math.isnan(std) or not self.differs else f" ± {self.scale * std:.{self.decimals}f}"
+        return f"{self.scale * mean:,.{self.decimals}f}{spread}"
+
+
+MEASURES = {
+    "accuracy": Measure("accuracy (%)", scale=100),
+    "loss": Measure("loss (nats a token)", decimals=3, lower_is_better=True),
+    "return": Measure("return"),
+    "bleu": Measure("BLEU"),
+    "inference_flops_share": Measure("inference FLOPs (% of dense)", scale=100, differs=False),
+    "training_flops_share": Measure("training FLOPs (% of dense)", scale=100, differs=False),
+}
+
+
+def measure(name: str) -> Measure:
+    return MEASURES.get(name, Measure(name))

@@ -1,0 +1,288 @@
+"""t5: a T5 that is pruned with T5X, the language row of the paper.
+
+    jaxpruner-baselines run t5 --preset tiny
+    jaxpruner-baselines run t5 --preset paper     # days on a slice of TPUs; needs C4
+
+T5X's own trainer with the gin files of jaxpruner_t5x, to which a run binds the algorithm and the sparsity. `tiny`
+pretrains densely, once for all runs of a seed, and fine-tunes from there, dense or sparse; `paper` is the paper's
+sparse pretraining.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from jaxpruner_baselines.background import Report, follow, release_programs
+from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run, hash_of
+from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.costs import SHARES, costs
+from jaxpruner_baselines.hush import hushed
+from jaxpruner_baselines.methods import is_dense
+
+# Importing T5X takes some ten seconds, so that happens when a run starts, or to say what is missing.
+if any(importlib.util.find_spec(name) is None for name in ("jaxpruner_t5x", "t5x", "airio", "jestimator")):
+    import jaxpruner_t5x  # noqa: F401
+
+CONFIGS = "jaxpruner_t5x/configs"
+LOSS = "loss_per_nonpadding_target_token"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training with T5X."""
+
+    gin_files: tuple[str, ...]
+    steps: int
+    bindings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    training: Stage
+    start: int  # steps of the training between which masks are made
+    end: int
+    freq: int
+    pretraining: Stage | None = None  # dense, shared by all runs of a seed
+    split: str = "test"  # `validation` to choose the numbers
+    eval_batches: int = 100
+    report_every: int = 20  # steps
+    needs_c4: bool = False
+
+
+def _sizes(inputs: int, targets: int, batch: int) -> tuple[str, ...]:
+    return f"TASK_FEATURE_LENGTHS = {{'inputs': {inputs}, 'targets': {targets}}}", f"BATCH_SIZE = {batch}"
+
+
+_SMALLEST = tuple(
+    f"network.T5Config.{name} = {value}"
+    for name, value in {
+        "num_encoder_layers": 1, "num_decoder_layers": 1, "emb_dim": 16, "head_dim": 8, "num_heads": 2, "mlp_dim": 32,
+    }.items()
+)  # fmt: skip
+# Verses are scored one by one, and no longer than they are trained on.
+_VERSES = (
+    "train_eval/utils.DatasetConfig.pack = False",
+    "infer_eval/utils.DatasetConfig.task_feature_lengths = %TASK_FEATURE_LENGTHS",
+    "CHECKPOINT_PERIOD = 0",  # a run is so short that it starts anew
+)
+PRESETS = {
+    "tiny": Preset(
+        pretraining=Stage((f"{CONFIGS}/bible_pretrain.gin",), 1500, _sizes(64, 24, 16)),
+        training=Stage(
+            (f"{CONFIGS}/bible_finetune.gin",),
+            400,
+            (
+                *_sizes(64, 64, 16),
+                *_VERSES,
+                "EVALUATOR_NUM_EXAMPLES = 128",
+                "utils.create_learning_rate_scheduler.base_learning_rate = 0.03",
+            ),
+        ),
+        start=60,
+        end=300,
+        freq=20,
+    ),
+    "paper": Preset(
+        training=Stage(
+            ("t5x/examples/t5/t5_1_1/base.gin", f"{CONFIGS}/c4_pretrain.gin"),
+            100_000,
+            ("utils.SaveCheckpointConfig.keep = 1",),
+        ),
+        start=25_000,
+        end=75_000,
+        freq=1_000,
+        split="validation",  # C4 has no other
+        report_every=100,
+        needs_c4=True,
+    ),
+    "smoke": Preset(
+        pretraining=Stage((f"{CONFIGS}/bible_pretrain.gin",), 6, (*_sizes(32, 12, 4), *_SMALLEST)),
+        training=Stage(
+            (f"{CONFIGS}/bible_finetune.gin",),
+            8,
+            (*_sizes(32, 32, 4), *_SMALLEST, *_VERSES, "EVALUATOR_NUM_EXAMPLES = 4"),
+        ),
+        start=2,
+        end=6,
+        freq=2,
+        eval_batches=1,
+        report_every=2,
+    ),
+}
+
+
+def prepare(preset: Preset) -> None:
+    """Says how to prepare C4 where it is missing."""
+    place = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    if preset.needs_c4 and "://" not in place and not list(Path(place).expanduser().glob("c4/en/*")):
+        raise NotReady(
+            f"No C4 in {place} (TFDS_DATA_DIR names another folder, also gs://...). It is prepared by "
+            "tensorflow_datasets, https://www.tensorflow.org/datasets/catalog/c4 says how: 'c4/en:2.2.0', 800 GB.\n"
+            "The preset tiny needs no download."
+        )
+
+
+def gin_config(run: Run, folder: Path, initial_checkpoint: Path | None = None) -> tuple[list[str], list[str]]:
+    """The gin files and bindings of a run's training."""
+    preset = run.preset
+    files, bindings = _of(
+        preset.training, folder, run.seed, after=preset.pretraining.steps if initial_checkpoint else 0
+    )
+    if initial_checkpoint:
+        bindings.append(f"INITIAL_CHECKPOINT_PATH = {str(initial_checkpoint)!r}")
+    bindings += [f"{use}/utils.DatasetConfig.split = {preset.split!r}" for use in ("train_eval", "infer_eval")]
+    if not is_dense(run.method):
+        files.append(f"{CONFIGS}/sparse.gin")
+        bindings += [
+            f"ALGORITHM = {run.method!r}",
+            f"SPARSITY = {run.sparsity}",
+            f"UPDATE_START_STEP = {preset.start}",
+            f"UPDATE_END_STEP = {preset.end}",
+            f"UPDATE_FREQ = {preset.freq}",
+            f"jaxpruner_t5x.create_updater.rng_seed = {run.seed}",
+        ]
+    return files, bindings
+
+
+def _of(stage: Stage, folder: Path, seed: int, after: int = 0) -> tuple[list[str], list[str]]:
+    return list(stage.gin_files), [
+        *stage.bindings,
+        f"MODEL_DIR = {str(folder)!r}",
+        f"TRAIN_STEPS = {after + stage.steps}",
+        f"RANDOM_SEED = {seed}",
+        f"train/utils.DatasetConfig.seed = {seed}",
+    ]
+
+
+def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
+    preset = run.preset
+    before = preset.pretraining.steps if preset.pretraining else 0
+    yield Progress(0, before + preset.training.steps)
+    with hushed():
+        from jaxpruner_t5x import metrics
+
+    dense = (yield from _pretrained(run, checkpoint.path.parent)) if preset.pretraining else None
+    files, bindings = gin_config(run, checkpoint.folder, dense)
+    state, measured = yield from _follow(run, files, bindings, evaluate=True)
+    yield Outcome(
+        value=measured[LOSS],
+        sparsity_reached=float(metrics.sparsities(state).get("total", 0.0)),
+        steps=int(state.step) - before,
+        details={
+            **{name: round(measured[name], 4) for name in ("accuracy", "bleu") if name in measured},
+            **_costs(run, files, bindings, state.params),
+        },
+    )
+    release_programs()
+
+
+def _pretrained(run: Run, folder: Path) -> Generator[Progress, None, Path]:
+    """The checkpoint of the dense pretraining of a seed; trains where there is none yet."""
+    stage = run.preset.pretraining
+    folder = folder / f"t5-pretrained-{hash_of({'stage': dataclasses.asdict(stage), 'seed': run.seed})}"
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"checkpoint_{stage.steps}"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # for who runs several commands at once
+        if not checkpoint.exists():
+            files, bindings = _of(stage, folder, run.seed)
+            yield from _follow(run, files, [*bindings, "EVAL_PERIOD = 0"], evaluate=False)
+    return checkpoint
+
+
+def _follow(
+    run: Run, files: list[str], bindings: list[str], evaluate: bool
+) -> Generator[Progress, None, tuple[Any, Mapping[str, float]]]:
+    """Follows T5X's trainer; returns its state and what it measured at the end."""
+    from jaxpruner_t5x import launch
+
+    preset = run.preset
+    before = preset.pretraining.steps if preset.pretraining else 0
+    measured: dict[str, float] = {}
+
+    def work(report: Report) -> Any:
+        def training(state: Any, summary: Mapping[str, Any]) -> None:
+            stage = "pretraining, " if int(state.step) <= before else ""
+            report(
+                Progress(int(state.step), before + preset.training.steps, f"{stage}loss {_value(summary[LOSS]):.2f}")
+            )
+
+        def evaluation(_: Any, summary: Mapping[str, Any]) -> None:
+            measured.update({name: _value(summary[name]) for name in (LOSS, "accuracy", "bleu") if name in summary})
+
+        heard = {"TRAIN": training} | ({"TRAIN_EVAL": evaluation, "INFER_EVAL": evaluation} if evaluate else {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of donated buffers, and of one another's old ways
+            return launch.train(
+                files,
+                bindings,
+                actions={mode: [_Action(hear)] for mode, hear in heard.items()},
+                concurrent_metrics=False,
+                stats_period=preset.report_every,
+                eval_period=preset.training.steps if evaluate else 0,
+                eval_steps=preset.eval_batches,
+            )
+
+    logging.set_verbosity(logging.ERROR)
+    _, state = yield from follow(work)
+    return state, measured
+
+
+def _costs(run: Run, files: list[str], bindings: list[str], params: Any) -> dict[str, Any]:
+    import gin
+    from t5x import models
+
+    import jaxpruner_t5x
+    from jaxpruner_t5x import launch
+
+    with launch.parsed(files, bindings):
+        model = gin.get_configurable(models.EncoderDecoderModel)()
+        updater = None if is_dense(run.method) else gin.get_configurable(jaxpruner_t5x.create_updater)()
+        lengths = gin.query_parameter("%TASK_FEATURE_LENGTHS")
+        batch = gin.query_parameter("%BATCH_SIZE")
+    inputs, targets = (jax.ShapeDtypeStruct((1, lengths[name]), jnp.int32) for name in ("inputs", "targets"))
+
+    def forward(params: Any, inputs: Any, targets: Any) -> Any:
+        return model.module.apply({"params": params}, inputs, targets, targets, enable_dropout=False)
+
+    return costs(forward, params, inputs, targets, updater=updater, steps=run.preset.training.steps, batch=batch)
+
+
+class _Action:
+    """What T5X runs after it trained or evaluated."""
+
+    def __init__(self, hear: Callable[[Any, Mapping[str, Any]], None]):
+        self.hear = hear
+
+    def run(self, train_state: Any, metrics_by_task: Mapping[str, Mapping[str, Any]]) -> bool:
+        for summary in metrics_by_task.values():
+            self.hear(train_state, summary)
+        return False
+
+
+def _value(metric: Any) -> float:
+    """T5X has scalars of clu in its own summaries, and numbers in those of seqio."""
+    return float(getattr(metric, "value", metric))
+
+
+BASELINE = Baseline(
+    name="t5",
+    summary="T5 on the Bible or C4 (T5X)",
+    metric="loss",
+    also=("accuracy", "bleu", *SHARES),
+    presets=PRESETS,
+    train=train,
+    prepare=prepare,
+    sparsities=(0.8,),  # the paper's
+)
