@@ -37,8 +37,8 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where a run keeps what its host saves in ways of its own."""
-        return self.path.with_suffix("")
+        """Where a run keeps what its host saves in ways of its own; absolute, as Orbax wants it."""
+        return self.path.with_suffix("").absolute()
 
     def delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -172,7 +172,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     with hushed():
         from jaxpruner_t5x import metrics
 
-    dense = (yield from _pretrained(run, checkpoint.path.parent)) if preset.pretraining else None
+    dense = (yield from _pretrained(run, checkpoint.folder.parent)) if preset.pretraining else None
     files, bindings = gin_config(run, checkpoint.folder, dense)
     state, measured = yield from _follow(run, files, bindings, evaluate=True)
     yield Outcome(
