@@ -37,7 +37,7 @@ PRETRAIN = "jaxpruner_t5x/configs/bible_pretrain.gin"
 FINETUNE = "jaxpruner_t5x/configs/bible_finetune.gin"
 SPARSE = "jaxpruner_t5x/configs/sparse.gin"
 DENSE_STEPS = 4
-SMALL = {
+MODEL = {
     "network.T5Config.num_encoder_layers": 1,
     "network.T5Config.num_decoder_layers": 1,
     "network.T5Config.emb_dim": 16,
@@ -45,6 +45,8 @@ SMALL = {
     "network.T5Config.num_heads": 2,
     "network.T5Config.mlp_dim": 32,
     "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 32},
+}
+SMALL = MODEL | {
     "BATCH_SIZE": 4,
     "EVAL_PERIOD": 0,
     "train/utils.DatasetConfig.shuffle": False,

@@ -132,6 +132,42 @@ def test_stock_evaluation_and_export(sparse, tmp_path):
     cases.assert_equal(cases.of(restored), wanted)
 
 
+def test_stock_inference_reads_sparse_checkpoints(sparse, tmp_path):
+    checkpoint, _ = sparse
+    written = []
+    for number, path in enumerate((checkpoint, export.export(str(checkpoint), str(tmp_path / "plain")))):
+        bindings = cases.MODEL | {
+            "CHECKPOINT_PATH": str(path), "INFER_OUTPUT_DIR": str(tmp_path / f"out{number}"), "DROPOUT_RATE": 0.0,
+            "MIXTURE_OR_TASK_NAME": "one_verse", "utils.DatasetConfig.split": "validation",
+            "utils.DatasetConfig.batch_size": 1, "network.T5Config.dtype": "float32",
+        }  # fmt: skip
+        files = ["t5x/examples/t5/t5_1_1/tiny.gin", "t5x/configs/runs/infer.gin", "jaxpruner_t5x/configs/bible.gin"]
+        launch.infer(files, cases.bind(**bindings))
+        files = sorted((tmp_path / f"out{number}").glob("*.jsonl*"))
+        written.append([(file.name, file.read_text()) for file in files])
+    assert "prediction" in str(written[0])
+    assert written[0] == written[1]
+
+
+def test_a_decoder_only_model(tmp_path):
+    import t5x
+
+    network = {"num_layers": 1, "emb_dim": 16, "head_dim": 8, "num_heads": 2, "mlp_dim": 32, "vocab_size": 4224}
+    bindings = {f"network.TransformerConfig.{name}": value for name, value in network.items()} | cases.MASKS | {
+        "MODEL_DIR": str(tmp_path), "TRAIN_STEPS": 8, "BATCH_SIZE": 4, "DROPOUT_RATE": 0.0, "RANDOM_SEED": 0,
+        "MIXTURE_OR_TASK_NAME": "web_span_corruption", "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 32},
+        "network.TransformerConfig.dtype": "float32", "utils.SaveCheckpointConfig.period": 8,
+    }  # fmt: skip
+    # A folder without __init__.py, which gin cannot find by its name.
+    model = pathlib.Path(t5x.__file__).parent / "examples" / "decoder_only" / "models" / "base.gin"
+    files = [str(model), "t5x/configs/runs/pretrain.gin"]
+    more = ["jaxpruner_t5x/configs/bible.gin", cases.SPARSE]
+    _, state = launch.train([*files, *more], cases.bind(**bindings), eval_period=0)
+    found = metrics.sparsities(state)
+    assert float(found["total"]) == pytest.approx(0.8, abs=5e-3)
+    assert any(name.startswith("decoder/layers_0/mlp") for name in found)
+
+
 def test_export_of_what_is_no_sparse_checkpoint(dense, sparse, tmp_path):
     with pytest.raises(ValueError, match="has no state/sparse, the masks"):
         export.export(str(dense), str(tmp_path))

@@ -33,6 +33,13 @@ def evaluate(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     _run(script, script.evaluate, gin_files, bindings)
 
 
+def infer(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
+    """`python -m t5x.infer`, in the same way."""
+    from t5x import infer as script
+
+    _run(script, script.infer, gin_files, bindings)
+
+
 @contextlib.contextmanager
 def parsed(
     gin_files: Sequence[str], bindings: Sequence[str] = (), script: types.ModuleType | None = None

@@ -1,0 +1,138 @@
+"""The baseline t5: runs, the shared pretraining, the presets' gin, and what is said where T5X or C4 is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+from typer.testing import CliRunner
+
+from jaxpruner_baselines import registry
+from jaxpruner_baselines.baseline import NotReady
+from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.cli import app
+from jaxpruner_baselines.results import Results
+
+t5x = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("t5x", "airio", "jestimator")),
+    reason="T5X, airio or jestimator not installed, nor the sources in ~/.cache/jaxpruner/frameworks",
+)
+# Hosts warn of one another's old ways.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(compiled_in, tmp_path_factory):
+    with compiled_in(tmp_path_factory.mktemp("programs")):
+        yield
+
+
+@t5x
+def test_a_small_grid_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["t5", "--preset", "smoke", "--results", "results"]
+    result = CliRunner().invoke(
+        app, ["run", *common, "--methods", "dense,rigl", "--seeds", "1"], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    rows = Results(tmp_path / "results" / "t5.csv").read()
+    assert list(rows["method"]) == ["dense", "rigl"]
+    assert list(rows["steps"]) == [8, 8]
+    assert list(rows["sparsity_reached"]) == [0.0, pytest.approx(0.8, abs=5e-3)]
+    assert rows["value"].between(7, 9).all()  # an untrained model: ln 4224 = 8.3
+    assert all("t5x" in json.loads(versions) for versions in rows["versions"])
+    dense, rigl = map(json.loads, rows["details"])
+    for details in (dense, rigl):
+        assert 0 <= details["accuracy"] < 0.5
+        assert 0 <= details["bleu"] < 50
+        assert details["parameters"] == dense["parameters"] >= details["parameters_nonzero"]
+    assert dense["inference_flops_share"] == dense["training_flops_share"] == 1
+    assert rigl["inference_flops_share"] < rigl["training_flops_share"] < 1
+    # Both start from one pretraining, which stays; the runs' own folders are gone.
+    (pretrained,) = (tmp_path / "results" / "checkpoints").glob("*")
+    assert (pretrained / "checkpoint_6").exists()
+    height, width, _ = matplotlib.image.imread(tmp_path / "results" / "t5-smoke.png").shape
+    assert width > height > 300
+    assert "BLEU" in result.output
+
+
+@t5x
+def test_an_interrupted_run_pretrains_once(tmp_path):
+    t5 = registry.get("t5")
+    run = t5.run("smoke", "magnitude", 0.8, seed=4)
+    checkpoint = Checkpoint(tmp_path / "checkpoints" / "run.msgpack")
+    interrupted = t5.train(run, checkpoint)
+    notes = []
+    while not notes or notes[-1].done < 8:
+        notes.append(next(interrupted))
+    interrupted.close()
+    assert any("pretraining" in event.note for event in notes)
+
+    start, *progress, outcome = t5.train(run, checkpoint)
+    assert (start.done, start.total) == (0, 14)
+    assert [event.done for event in progress] == [8, 10, 12, 14]
+    assert outcome.steps == 8
+    assert outcome.sparsity_reached == pytest.approx(0.8, abs=5e-3)
+
+
+@t5x
+def test_configurations_of_runs(tmp_path):
+    import gin
+
+    from jaxpruner_baselines.t5 import gin_config
+    from jaxpruner_t5x import launch
+
+    t5 = registry.get("t5")
+    assert (t5.default_preset, t5.sparsities) == ("tiny", (0.8,))
+    for name, preset in t5.presets.items():
+        before = tmp_path / "checkpoint" if preset.pretraining else None
+        with launch.parsed(*gin_config(t5.run(name, "dense", 0.8, seed=3), tmp_path, before)):
+            assert "SparseOptimizer" not in gin.config_str()
+            assert gin.query_parameter("%RANDOM_SEED") == 3
+        with launch.parsed(*gin_config(t5.run(name, "rigl", 0.9, seed=3), tmp_path, before)):
+            updater = gin.query_parameter("%MODEL").scoped_configurable_fn().optimizer_def.updater
+            assert (type(updater).__name__, updater.rng_seed) == ("RigL", 3)
+            schedule = updater.scheduler
+            assert (schedule.update_start_step, schedule.update_end_step) == (preset.start, preset.end)
+            assert preset.end % preset.freq == 0
+            assert gin.query_parameter("%SPARSITY") == 0.9
+            split = gin.query_parameter("train_eval/utils.DatasetConfig.split")
+            steps = gin.query_parameter("%TRAIN_STEPS")
+            if name == "paper":
+                assert (split, steps, preset.start, preset.end, preset.freq) == (
+                    "validation",
+                    100_000,
+                    25_000,
+                    75_000,
+                    1_000,
+                )
+                assert gin.query_parameter("%MIXTURE_OR_TASK_NAME") == "c4_v220_span_corruption"
+            else:
+                assert (split, steps) == ("test", preset.pretraining.steps + preset.training.steps)
+
+
+@t5x
+def test_c4_is_asked_for_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    t5 = registry.get("t5")
+    t5.prepare(t5.presets["tiny"])
+    with pytest.raises(NotReady, match=r"No C4 in .*tensorflow_datasets(.|\n)*The preset tiny needs no download"):
+        t5.prepare(t5.presets["paper"])
+    (tmp_path / "c4" / "en" / "2.2.0").mkdir(parents=True)
+    t5.prepare(t5.presets["paper"])
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://somewhere")
+    t5.prepare(t5.presets["paper"])
+
+
+def test_where_t5x_is_missing_the_command_says_how_to_install_it(tmp_path):
+    block = "import sys; sys.modules['t5x'] = None; import jaxpruner_baselines.cli as c; c.main()"
+    command = [sys.executable, "-c", block, "run", "t5", "--preset", "tiny"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert told.returncode == 2
+    assert "t5 needs a package that is not installed (No module named 't5x', which T5X needs" in told.stderr
+    assert "'git+https://github.com/google-research/t5x@" in told.stderr
+    assert not list(tmp_path.iterdir())
