@@ -23,6 +23,7 @@ import jaxpruner
 from jaxpruner_baselines import data
 from jaxpruner_baselines.baseline import Baseline, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.costs import SHARES, costs
 from jaxpruner_baselines.methods import sparsify_config
 from jaxpruner_baselines.vit import ViT
 
@@ -68,14 +69,18 @@ class Training:
         p = self.preset
         return ViT(p.patch, p.dim, p.depth, p.heads, classes=10)
 
+    @property
+    def sparsity_config(self) -> dict[str, Any]:
+        p = self.preset
+        return sparsify_config(
+            self.method, self.sparsity, self.steps, start=p.prune_start, end=p.prune_end, freq=p.prune_every
+        )
+
     def optimizer(self, seed: jax.Array) -> optax.GradientTransformation:
         p = self.preset
         schedule = optax.warmup_cosine_decay_schedule(0.0, p.learning_rate, self.steps // 10, self.steps)
         tx = optax.adamw(schedule, weight_decay=p.weight_decay)
-        config = sparsify_config(
-            self.method, self.sparsity, self.steps, start=p.prune_start, end=p.prune_end, freq=p.prune_every
-        )
-        return jaxpruner.sparsify(tx, **config, rng_seed=jax.random.key(seed))  # the one-line change
+        return jaxpruner.sparsify(tx, **self.sparsity_config, rng_seed=jax.random.key(seed))  # the one-line change
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -138,7 +143,18 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         value=float(accuracy(training.model, params, dataset.test.images, dataset.test.labels)),
         sparsity_reached=jaxpruner.summarize_sparsity(kernels, only_total_sparsity=True)["_total_sparsity"],
         steps=training.steps,
-        details={"train_loss": float(loss), "prunable_weights": sum(leaf.size for leaf in kernels)},
+        details={
+            "train_loss": float(loss),
+            "prunable_weights": sum(leaf.size for leaf in kernels),
+            **costs(
+                training.model.apply,
+                params,
+                dataset.test.images[:1],
+                updater=jaxpruner.create_updater_from_config(training.sparsity_config),
+                steps=training.steps,
+                batch=preset.batch_size,
+            ),
+        },
     )
 
 
@@ -146,6 +162,7 @@ BASELINE = Baseline(
     name="digits_vit",
     summary="a small vision transformer on real handwritten digits (Flax Linen, optax)",
     metric="accuracy",
+    also=SHARES,
     presets=PRESETS,
     train=train,
 )

@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxpruner_baselines.baseline import Baseline, Curve, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.costs import SHARES, costs
 from jaxpruner_baselines.hush import hushed
 from jaxpruner_baselines.methods import is_dense
 
@@ -139,7 +140,21 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         value=sum(returns[-preset.last :]) / preset.last,
         sparsity_reached=sparsity.get("total", 0.0),
         steps=total,
-        details={"returns": [round(value, 3) for value in returns]},
+        details={"returns": [round(value, 3) for value in returns], **_costs(runner.agent)},
+    )
+
+
+def _costs(agent: Any) -> dict[str, Any]:
+    """Those of acting, and of the gradient steps; target networks, which are evaluated as well, are left out."""
+    import gin
+
+    return costs(
+        agent.network_def.apply,
+        agent.online_params,
+        agent.preprocess_fn(agent.state),
+        updater=agent.updater,
+        steps=(agent.training_steps - agent.min_replay_history) // agent.update_period,
+        batch=gin.query_parameter("ReplayBuffer.batch_size"),
     )
 
 
@@ -147,6 +162,7 @@ BASELINE = Baseline(
     name="dqn",
     summary="deep Q-learning on CartPole, Acrobot and Atari (Dopamine)",
     metric="return",
+    also=SHARES,
     presets=PRESETS,
     train=train,
     sparsities=(0.9, 0.98),

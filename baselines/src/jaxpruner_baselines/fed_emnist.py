@@ -16,6 +16,7 @@ from typing import Any
 
 import fedjax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,6 +25,7 @@ import jaxpruner_fedjax
 from jaxpruner_baselines import federated_data
 from jaxpruner_baselines.baseline import Baseline, Cost, NotReady, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.costs import SHARES, costs
 from jaxpruner_baselines.methods import sparsify_config
 from jaxpruner_fedjax.sampling import PARAMS, branch_key
 from jaxpruner_fedjax.tasks import require_emnist
@@ -119,6 +121,10 @@ def build(run: Run, model: fedjax.Model) -> tuple[Any, Any, jaxpruner_fedjax.Cli
     return jaxpruner_fedjax.federated_averaging(*parts, updates), server, updates
 
 
+def mean_examples(clients: fedjax.FederatedData) -> float:
+    return float(np.mean([size for _, size in clients.client_sizes()]))
+
+
 def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     preset = run.preset
     data = load(preset)
@@ -158,6 +164,15 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
             "megabytes_down": down / MEGABYTE,
             "megabytes_up": up / MEGABYTE,
             "prunable_weights": sum(leaf.size for leaf in kernels),
+            **costs(
+                lambda params, images: model.apply_for_eval(params, {"x": images}),
+                state.params,
+                jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32),
+                # Clients that train densely leave the masks with their first step.
+                updater=server.updater if updates.masked else None,
+                steps=preset.rounds,
+                batch=preset.clients * preset.client_epochs * mean_examples(data.train),
+            ),
         },
     )
 
@@ -171,5 +186,6 @@ BASELINE = Baseline(
     prepare=prepare,
     variants=("dense+top_k", "magnitude+masked", "magnitude+masked+top_k", "static_sparse+masked"),
     sparsities=(0.8,),  # the paper's
+    also=SHARES,
     cost=Cost("megabytes", "megabytes sent down and up, all clients and rounds together", "megabytes sent, mean"),
 )

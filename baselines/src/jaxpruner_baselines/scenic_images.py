@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
@@ -27,6 +28,7 @@ import jaxpruner_scenic
 from jaxpruner_baselines.background import Report, follow, release_programs
 from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
+from jaxpruner_baselines.costs import SHARES, costs
 from jaxpruner_baselines.hush import hushed
 from jaxpruner_baselines.methods import is_dense
 
@@ -53,8 +55,20 @@ _SMOKE = (
     ("sparsity_config.update_freq", 5),
 )
 _NO_CHECKPOINT = (("checkpoint", False),)  # a run is so short that it starts anew
+# A third as long as `digits`, as 90 epochs are of 300.
+_SHORT = (
+    ("num_training_epochs", 18),  # 396 steps
+    ("lr_configs.total_steps", 396),
+    ("lr_configs.steps_per_cycle", 396),
+    ("lr_configs.warmup_steps", 39),
+    ("log_eval_steps", 396),
+    ("log_summary_steps", 19),
+    ("sparsity_config.update_start_step", 80),
+    ("sparsity_config.update_end_step", 300),
+)
 VIT_PRESETS = {
     "digits": Preset("vit_small", "digits", _NO_CHECKPOINT),
+    "digits_short": Preset("vit_small", "digits", (*_NO_CHECKPOINT, *_SHORT)),
     # 16 patches and four layers of 64 in place of the 64 patches and twelve layers of 192 of ViT-Ti.
     "natural": Preset(
         "vit_small",
@@ -130,7 +144,6 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 
     replicated, training, test = yield from follow(work)
     state = jax_utils.unreplicate(jax.device_get(replicated))
-    release_programs()
     yield Outcome(
         value=_accuracy(test),
         sparsity_reached=float(jaxpruner_scenic.sparsity_logs(state).get("sparsity", 0.0)),
@@ -138,8 +151,28 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         details={
             "test_loss": round(float(test["loss"]), 4),
             "train_loss": round(float(training["loss"]), 4),
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            **_costs(config, state),
         },
+    )
+    release_programs()
+
+
+def _costs(config: ml_collections.ConfigDict, state: Any) -> dict[str, Any]:
+    from scenic.train_lib import train_utils
+
+    from jaxpruner_scenic import main, sparse
+
+    data = train_utils.get_dataset(config, jax.random.PRNGKey(0)).meta_data
+    model = main.get_model(config.model_name)(config, data).flax_model
+    image = jax.ShapeDtypeStruct((1, *data["input_shape"][1:]), jnp.float32)
+    chosen = config.sparsity_config
+    return costs(
+        lambda params, image: model.apply({"params": params, **(state.model_state or {})}, image, train=False),
+        state.params,
+        image,
+        updater=None if chosen is None else sparse.create_updater(chosen),
+        steps=int(state.global_step),
+        batch=config.batch_size,
     )
 
 
@@ -163,6 +196,7 @@ VIT = Baseline(
     name="vit",
     summary="a vision transformer on digits, natural images or ImageNet (Scenic)",
     metric="accuracy",
+    also=SHARES,
     presets=VIT_PRESETS,
     train=train,
     prepare=prepare,
@@ -171,6 +205,7 @@ RESNET = Baseline(
     name="resnet",
     summary="a residual network on digits, natural images or ImageNet (Scenic)",
     metric="accuracy",
+    also=SHARES,
     presets=RESNET_PRESETS,
     train=train,
     prepare=prepare,

@@ -218,7 +218,7 @@ def test_configurations_take_algorithm_and_sparsity(name):
     assert load(name, "dense").sparsity_config is None
     assert hasattr(main.get_trainer(c.trainer_name), "train")
     assert main.get_model(c.model_name) is not None
-    sparse.check(c.sparsity_config)
+    sparse.create_updater(c.sparsity_config)
     for wrong in ("rigl,much", "dense,0.9", "rigl,0.9,digits,validation,more"):
         with pytest.raises(ValueError, match="--config: "):
             load(name, wrong)

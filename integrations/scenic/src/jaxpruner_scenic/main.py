@@ -83,7 +83,7 @@ def main(rng: Any, config: Any, workdir: str, writer: Any) -> None:
         get_trainer(config.trainer_name)
         get_model(config.model_name)
         if config.get("sparsity_config") is not None:
-            sparse.check(config.sparsity_config)
+            sparse.create_updater(config.sparsity_config)
     except ValueError as error:
         raise SystemExit(f"main: {error}") from error
     train(rng, config, workdir, writer)

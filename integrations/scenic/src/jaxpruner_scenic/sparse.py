@@ -71,9 +71,13 @@ def sparse_training(config: Mapping[str, Any], trainer: types.ModuleType | None 
         made.require_one("the training")
 
 
-def check(sparsity_config: Mapping[str, Any]) -> None:
-    """Raises the ValueError that `sparse_training` would raise for a configuration that is not valid."""
-    _Made(sparsity_config)
+def create_updater(sparsity_config: Mapping[str, Any]) -> jaxpruner.BaseUpdater:
+    """The algorithm that `sparse_training` uses where Scenic freezes nothing.
+
+    Raises:
+      ValueError: for a configuration that is not valid.
+    """
+    return _Made(sparsity_config).updater(is_frozen=lambda name: False)
 
 
 @contextlib.contextmanager
