@@ -1,16 +1,17 @@
-"""The command `jaxpruner-baselines`: list, run, table, plot, bench."""
+"""The command `jaxpruner-baselines`: list, run, suite, table, plot, bench."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import registry, report, runner
+from jaxpruner_baselines import suite as suites
 from jaxpruner_baselines.baseline import Baseline, NotReady
 from jaxpruner_baselines.benchmarks.command import bench
 from jaxpruner_baselines.methods import all_methods
@@ -23,7 +24,9 @@ app = typer.Typer(
 )
 console = Console()
 
+SUITE = "suite"
 Name = Annotated[str, typer.Argument(help="Which baseline; see `list`.")]
+Shown = Annotated[str, typer.Argument(help="Which baseline; or `suite`, whose presets are its scales.")]
 Preset = Annotated[str | None, typer.Option(help="Which size; default: the first of `list`.", show_default=False)]
 Folder = Annotated[Path, typer.Option("--results", help="Folder of the CSV, plots and checkpoints.")]
 
@@ -64,20 +67,51 @@ def run(
     baseline, preset = _baseline(name, preset)
     plan = baseline.plan(preset, _methods(baseline, methods), _sparsities(baseline, sparsities), _seeds(seeds))
     try:
-        count = runner.carry_out(baseline, plan, results, console)
+        done, failed = runner.carry_out(baseline, plan, results, console)
     except KeyboardInterrupt:
         console.print("Interrupted. What is finished is kept; the same command continues from here.")
         raise typer.Exit(130) from None
     except NotReady as error:
         _fail(str(error))
-    console.print(f"{count} runs done, {len(plan) - count} finished before.\n")
-    table(name, preset, results)
-    plot(name, preset, results)
+    before = len(plan) - done - failed
+    console.print(f"{done} runs done, {before} finished before.\n")
+    if done or before:
+        table(name, preset, results)
+        plot(name, preset, results)
+    if failed:
+        _fail(f"{failed} runs failed, see above; the same command tries them again.", exit_code=1)
+
+
+@app.command()
+def suite(
+    scale: Annotated[str, typer.Option(help=f"One of {', '.join(suites.SCALES)}.")] = "embedded",
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(suites.TASKS)}; default: all.")] = "all",
+    seeds: Annotated[str, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,).")] = "3",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once; each gets its share of the cores.")] = 1,
+    results: Folder = Path("runs"),
+) -> None:
+    """Make the paper's table: all its rows and methods. Run it again to continue where it stopped."""
+    _check("scale", scale, suites.SCALES)
+    names = (
+        list(suites.TASKS) if tasks == "all" else [_check("task", t, suites.TASKS) for t in _split(tasks, "--tasks")]
+    )
+    parts = suites.plan(names, scale, _seeds(seeds), results, jobs, console)
+    if parts:
+        console.print(suites.expected(parts, jobs), soft_wrap=True)
+    try:
+        failures = suites.carry_out(parts, results, jobs, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted. What is finished is kept; the same command continues from here.")
+        raise typer.Exit(130) from None
+    table(SUITE, scale, results)
+    plot(SUITE, scale, results)
+    if failures:
+        _fail("\n".join([*failures, f"{len(failures)} runs failed; the same command tries them again."]), exit_code=1)
 
 
 @app.command()
 def table(
-    name: Name,
+    name: Shown,
     preset: Preset = None,
     results: Folder = Path("runs"),
     markdown: Annotated[
@@ -85,16 +119,24 @@ def table(
     ] = None,
 ) -> None:
     """Print the results: method, sparsity, mean and standard deviation over seeds."""
-    baseline, preset = _baseline(name, preset)
-    lines = _lines(baseline, preset, results)
-    console.print(report.terminal(f"{name}, preset {preset}", baseline, lines))
+    if name == SUITE:
+        from jaxpruner_baselines import suite_report
+
+        preset, rows = _suite(preset, results)
+        console.print(suite_report.terminal(f"The paper's table, {preset} scale", rows))
+        text = suite_report.markdown(rows)
+    else:
+        baseline, preset = _baseline(name, preset)
+        lines = _lines(baseline, preset, results)
+        console.print(report.terminal(f"{name}, preset {preset}", baseline, lines))
+        text = report.markdown(baseline, lines)
     if markdown is not None:
         # A place for each preset, where the file has one.
         marker = f"results:{name}-{preset}"
         if not (markdown.exists() and f"<!-- {marker} -->" in markdown.read_text()):
             marker = f"results:{name}"
         try:
-            report.update_markdown(markdown, marker, report.markdown(baseline, lines))
+            report.update_markdown(markdown, marker, text)
         except ValueError as error:
             _fail(str(error))
         console.print(f"written to {markdown}", soft_wrap=True)
@@ -102,14 +144,20 @@ def table(
 
 @app.command()
 def plot(
-    name: Name,
+    name: Shown,
     preset: Preset = None,
     results: Folder = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="The PNG; default: in the results folder.")] = None,
 ) -> None:
     """Draw the metric against the sparsity, what runs cost, and the time of training, where these are counted."""
-    from jaxpruner_baselines import plots
+    from jaxpruner_baselines import plots, suite_report
 
+    if name == SUITE:
+        preset, rows = _suite(preset, results)
+        path = output or results / f"{SUITE}-{preset}.png"
+        suite_report.draw(path, f"Ours against the paper's, {preset} scale: better is up and right", rows)
+        console.print(f"plot: {path}", soft_wrap=True)
+        return
     baseline, preset = _baseline(name, preset)
     path = output or results / f"{name}-{preset}.png"
     lines = _lines(baseline, preset, results)
@@ -136,6 +184,19 @@ def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:
     if left_out:
         console.print(f"{left_out} rows left out: repeated, or of a preset that has changed since.")
     return lines
+
+
+def _suite(scale: str | None, folder: Path) -> tuple[str, list[Any]]:
+    from jaxpruner_baselines import suite_report
+
+    scale = _check("scale", scale or suites.SCALES[0], suites.SCALES)
+    rows = suite_report.summarize(scale, folder)
+    if not rows:
+        _fail(
+            f"{folder} has no results of the suite at {scale} scale. "
+            f"First: jaxpruner-baselines suite --scale {scale} --results {folder}"
+        )
+    return scale, rows
 
 
 def _baseline(name: str, preset: str | None) -> tuple[Baseline, str]:
@@ -188,9 +249,9 @@ def _check(what: str, value: str, valid: Iterable[str]) -> str:
     return value
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int = 2) -> None:
     typer.echo(message, err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(exit_code)
 
 
 def main() -> None:

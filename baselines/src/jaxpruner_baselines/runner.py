@@ -2,75 +2,106 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
 
-from jaxpruner_baselines.baseline import Baseline, Outcome, Run
+from jaxpruner_baselines.baseline import Baseline, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.results import Results, Row
+
+COLUMNS = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A run that raised."""
+
+    message: str
 
 
 def results_of(baseline: Baseline, folder: Path) -> Results:
     return Results(folder / f"{baseline.name}.csv")
 
 
-def carry_out(baseline: Baseline, runs: Sequence[Run], folder: Path, console: Console) -> int:
-    """Carries out those of `runs` that have no row yet. Returns how many that were."""
-    results = results_of(baseline, folder)
-    finished = results.finished()
-    todo = []
-    for run in runs:
-        if run.config_hash in finished:
-            console.print(f"skipped [bold]{run.title}[/]: finished before, in {results.path}", soft_wrap=True)
-        else:
-            todo.append(run)
+def unfinished(baseline: Baseline, runs: Sequence[Run], folder: Path) -> list[Run]:
+    """Those that have no row yet."""
+    finished = results_of(baseline, folder).finished()
+    return [run for run in runs if run.config_hash not in finished]
 
+
+def events(baseline: Baseline, runs: Sequence[Run], folder: Path) -> Iterator[tuple[Run, Progress | Row | Failure]]:
+    """Carries out runs one after the other, and says how far each is; the last of a run is its row or its failure."""
+    _compile_once(folder / "compiled")
+    for run in runs:
+        checkpoint = Checkpoint(folder / "checkpoints" / f"{baseline.name}-{run.config_hash}.msgpack")
+        started = time.monotonic()
+        try:
+            for event in baseline.train(run, checkpoint):
+                if isinstance(event, Outcome):
+                    row = Row.of(run, baseline.metric, event, time.monotonic() - started)
+                    break
+                yield run, event
+            else:
+                raise RuntimeError(f"{baseline.name}: train() ended without an Outcome. Yield one as the last thing.")
+        except Exception as error:  # of a host; the other runs go on
+            yield run, Failure(f"{type(error).__name__}: {error}")
+            continue
+        results_of(baseline, folder).append(row)
+        checkpoint.delete()
+        yield run, row
+
+
+def carry_out(baseline: Baseline, runs: Sequence[Run], folder: Path, console: Console) -> tuple[int, int]:
+    """Carries out those of `runs` that have no row yet. Returns how many were done, and how many failed."""
+    todo = unfinished(baseline, runs, folder)
+    for run in runs:
+        if run not in todo:
+            path = results_of(baseline, folder).path
+            console.print(f"skipped [bold]{run.title}[/]: finished before, in {path}", soft_wrap=True)
     for preset in {run.preset_name: run.preset for run in todo}.values():
         baseline.prepare(preset)
-    if todo:
-        _compile_once(folder / "compiled")
-    columns = (
-        TextColumn("{task.description:32}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        whole = progress.add_task("all runs", total=len(todo), note="")
-        current = progress.add_task("", total=1, note="")
+    done = failed = 0
+    if not todo:
+        return done, failed
+    with Bars(*COLUMNS, console=console, transient=True) as bars:
+        whole = bars.add_task("all runs", total=len(todo), note="")
+        current = bars.add_task("", total=1, note="")
         started = time.monotonic()
-        for number, run in enumerate(todo, start=1):
-            progress.update(current, description=run.title)
-            run_started = time.monotonic()
-            checkpoint = Checkpoint(folder / "checkpoints" / f"{baseline.name}-{run.config_hash}.msgpack")
-            outcome = _follow(baseline, run, checkpoint, progress, current)
-            seconds = time.monotonic() - run_started
-            results.append(Row.of(run, baseline.metric, outcome, seconds))
-            checkpoint.delete()
-            per_run = (time.monotonic() - started) / number
-            left = datetime.timedelta(seconds=round(per_run * (len(todo) - number)))
-            progress.update(whole, completed=number, note=f"about {left} left")
-            progress.console.print(
-                f"[{number}/{len(todo)}] {run.title}: {baseline.metric} [bold]{outcome.value:.4f}[/], "
-                f"sparsity {outcome.sparsity_reached:.4f}, {seconds:.1f} s; about {left} left",
-                highlight=False,
-                soft_wrap=True,
+        for run, event in events(baseline, todo, folder):
+            if isinstance(event, Progress):
+                bars.update(current, description=run.title, completed=event.done, total=event.total, note=event.note)
+                continue
+            done, failed = (done, failed + 1) if isinstance(event, Failure) else (done + 1, failed)
+            number = done + failed
+            left = remaining(time.monotonic() - started, number, len(todo))
+            bars.update(whole, completed=number, note=f"about {left} left")
+            bars.console.print(
+                f"[{number}/{len(todo)}] {told(run, event)}; about {left} left", highlight=False, soft_wrap=True
             )
-    return len(todo)
+    return done, failed
 
 
-def _follow(baseline: Baseline, run: Run, checkpoint: Checkpoint, progress: Progress, task: TaskID) -> Outcome:
-    for event in baseline.train(run, checkpoint):
-        if isinstance(event, Outcome):
-            return event
-        progress.update(task, completed=event.done, total=event.total, note=event.note)
-    raise RuntimeError(f"{baseline.name}: train() ended without an Outcome. Yield one as the last thing.")
+def told(run: Run, event: Row | Failure) -> str:
+    """How a run ended, for the console."""
+    if isinstance(event, Failure):
+        return f"{run.title}: [red]failed[/], {event.message}"
+    return (
+        f"{run.title}: {event.metric} [bold]{event.value:.4f}[/], sparsity {event.sparsity_reached:.4f}, "
+        f"{event.seconds:.1f} s"
+    )
+
+
+def remaining(seconds: float, number: int, total: int) -> datetime.timedelta:
+    """How long the rest takes if it goes on like the first `number`."""
+    return datetime.timedelta(seconds=round(seconds / number * (total - number)))
 
 
 def _compile_once(folder: Path) -> None:

@@ -1,0 +1,205 @@
+"""The table and the figure of a suite: ours beside the paper's, and whether the methods come in the same order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from rich.table import Table
+from scipy import stats
+
+from jaxpruner_baselines import plots, registry, report, runner
+from jaxpruner_baselines.costs import SHARES
+from jaxpruner_baselines.measures import Measure, measure
+from jaxpruner_baselines.methods import DENSE
+from jaxpruner_baselines.report import Line
+from jaxpruner_baselines.suite import METHODS, TASKS, Task
+
+SIGNIFICANT = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOfSuite:
+    """One task: our lines and the paper's numbers by method, and Spearman's rank correlation of the pruned ones."""
+
+    task: Task
+    preset: str
+    sparsity: float
+    kind: Measure
+    ours: dict[str, Line]
+    paper: dict[str, float]
+    correlation: float
+    p_value: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether the order of the methods is the paper's."""
+        if not self.paper:
+            return "no numbers of the paper"
+        if math.isnan(self.correlation):
+            return "too few methods"
+        holds = "holds" if self.p_value < SIGNIFICANT else "does not hold"
+        return f"{self.correlation:+.2f} (p {self.p_value:.2f}): the order {holds}"
+
+
+@functools.cache
+def _published() -> pd.DataFrame:
+    """The paper's numbers (Lee et al., 2024, table of baselines as published with the library), in our schema."""
+    with importlib.resources.files("jaxpruner_baselines").joinpath("paper.csv").open() as file:
+        return pd.read_csv(file)
+
+
+def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
+    """The tasks that have results in a folder."""
+    rows = []
+    for task in TASKS.values():
+        if scale not in task.scales:
+            continue
+        setting = task.scales[scale]
+        try:
+            baseline = registry.get(task.baseline)
+        except ImportError:  # its host is missing, and so it has no presets
+            continue
+        lines, _ = report.summarize(baseline, setting.preset, runner.results_of(baseline, folder))
+        ours = {
+            line.method: line for line in lines if line.method in METHODS and line.sparsity in (0.0, setting.sparsity)
+        }
+        if not ours:
+            continue
+        published = _published()
+        mine = (published["baseline"] == task.baseline) & (published["preset"] == task.scales["paper"].preset)
+        paper = dict(zip(published[mine]["method"], published[mine]["value"], strict=True))
+        correlation, p_value = _spearman({method: line.mean for method, line in ours.items()}, paper)
+        kind = measure(baseline.metric)
+        rows.append(RowOfSuite(task, setting.preset, setting.sparsity, kind, ours, paper, correlation, p_value))
+    return rows
+
+
+def _spearman(ours: dict[str, float], paper: dict[str, float]) -> tuple[float, float]:
+    """Rank correlation over the methods that both have, and the probability of one so high by chance."""
+    both = [method for method in ours if method in paper and method != DENSE]
+    if len(both) < 4:
+        return math.nan, math.nan
+    found = stats.spearmanr([ours[m] for m in both], [paper[m] for m in both], alternative="greater")
+    return float(found.statistic), float(found.pvalue)
+
+
+def header() -> list[str]:
+    return ["", *METHODS.values(), "Spearman"]
+
+
+def cells(row: RowOfSuite) -> list[list[str]]:
+    """Two lines: ours and the paper's, each with its gap to dense."""
+    return [
+        [
+            f"{row.task.title}: {row.task.baseline} {row.preset}, {100 * row.sparsity:g} %, {row.kind.header}",
+            *(_cell(row.kind, row.ours, method) for method in METHODS),
+            row.verdict,
+        ],
+        [
+            f"paper, {row.kind.header}",
+            *(
+                "-" if method not in row.paper else _with_gap(row.kind, row.paper[method], row.paper, method)
+                for method in METHODS
+            ),
+            "",
+        ],
+    ]
+
+
+def _cell(kind: Measure, ours: dict[str, Line], method: str) -> str:
+    if method not in ours:
+        return "-"
+    line = ours[method]
+    means = {name: other.mean for name, other in ours.items()}
+    return _with_gap(kind, line.mean, means, method, line.std)
+
+
+def _with_gap(kind: Measure, mean: float, means: dict[str, float], method: str, std: float = math.nan) -> str:
+    shown = kind.shown(mean, std)
+    if method == DENSE or DENSE not in means:
+        return shown
+    return f"{shown} ({kind.scale * (mean - means[DENSE]):+,.{kind.decimals}f})"
+
+
+def cost_cells(row: RowOfSuite) -> list[list[str]]:
+    """What each method costs beside dense: inference, then training."""
+    baseline = registry.get(row.task.baseline)
+    shown = []
+    for name, what in zip(SHARES, ("inference", "training"), strict=True):
+        place = baseline.also.index(name)
+        kind = measure(name)
+        shares = [kind.shown(row.ours[m].also[place][0]) if m in row.ours else "-" for m in METHODS]
+        shown.append([f"{row.task.title}: {what}", *shares])
+    return shown
+
+
+def terminal(title: str, rows: Sequence[RowOfSuite]) -> Table:
+    """One task a block, for narrow terminals: methods down, ours and the paper's across."""
+    table = Table(title=title)
+    for name in ("task", "method", "ours, mean ± std (to dense)", "paper (to dense)"):
+        table.add_column(name, justify="left", overflow="fold")
+    for row in rows:
+        mine, published = cells(row)
+        for i, method in enumerate(METHODS.values(), start=1):
+            table.add_row(mine[0] if i == 1 else "", method, mine[i], published[i])
+        table.add_row("", "[bold]Spearman[/]", row.verdict, "")
+        table.add_section()
+    return table
+
+
+def markdown(rows: Sequence[RowOfSuite]) -> str:
+    results = report.markdown_table(header(), [line for row in rows for line in cells(row)])
+    costs = report.markdown_table(
+        ["FLOPs, % of dense", *METHODS.values()], [line for row in rows for line in cost_cells(row)]
+    )
+    return f"{results}\n\n{costs}"
+
+
+def draw(path: Path, title: str, rows: Sequence[RowOfSuite]) -> None:
+    """Writes a PNG: a panel for each task, ours against the paper's, better is up and right."""
+    shown = [row for row in rows if row.paper]
+    columns = min(len(shown), 3) or 1
+    figure, panels = plt.subplots(
+        math.ceil(max(len(shown), 1) / columns),
+        columns,
+        figsize=(4.2 * columns + 2, 3.8 * math.ceil(max(len(shown), 1) / columns)),
+        squeeze=False,
+        layout="constrained",
+    )
+    looks = {method: plots.look(i) for i, method in enumerate(m for m in METHODS if m != DENSE)}
+    looks[DENSE] = plots.look(0) | {"color": "black", "marker": "*", "markersize": 11}
+    handles = {}
+    for row, axes in zip(shown, panels.flat, strict=False):
+        scale = row.kind.scale
+        for method, name in METHODS.items():
+            if method in row.ours and method in row.paper:
+                line = row.ours[method]
+                handles[name] = axes.errorbar(
+                    scale * row.paper[method],
+                    scale * line.mean,
+                    yerr=scale * float(np.nan_to_num(line.std)),
+                    **looks[method],
+                )
+        if row.kind.lower_is_better:
+            axes.invert_xaxis()
+            axes.invert_yaxis()
+        rho = "" if math.isnan(row.correlation) else f", Spearman {row.correlation:+.2f}"
+        axes.set_title(f"{row.task.title}{rho}", size=10)
+        axes.set_xlabel(f"paper: {row.kind.header}")
+        axes.set_ylabel(f"{row.preset}, {100 * row.sparsity:g} %: {row.kind.header}")
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(panels.flat)[len(shown) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    plots.save(path, figure)

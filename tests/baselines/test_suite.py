@@ -1,0 +1,163 @@
+"""The suite: its plan, a run of it in processes, what fails or is missing, and the paper's numbers beside ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from jaxpruner_baselines import registry, suite, suite_report
+from jaxpruner_baselines.baseline import Outcome, Run
+from jaxpruner_baselines.cli import app
+from jaxpruner_baselines.results import Results, Row
+from jaxpruner_baselines.suite import METHODS, TASKS
+
+# Hosts warn of one another's old ways.
+pytestmark = pytest.mark.filterwarnings("ignore")
+FED = registry.get("fed_emnist")
+
+
+def invoke(*arguments: str, exit_code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def test_the_tasks_are_the_rows_of_the_paper():
+    titles = [task.title for task in TASKS.values()]
+    assert titles == [
+        "ResNet-50", "ViT-B/16, 90 epochs", "ViT-B/16, 300 epochs", "Fed. EMNIST", "T5-Base", "DQN-CNN", "DQN-ResNet",
+    ]  # fmt: skip
+    assert len(METHODS) == 9
+    for task in TASKS.values():
+        try:
+            baseline = registry.get(task.baseline)
+        except ImportError:  # its host is missing
+            continue
+        for scale, setting in task.scales.items():
+            assert setting.preset in baseline.presets, (task, scale)
+            assert setting.preset.startswith("paper") == (scale == "paper")
+        assert set(METHODS) <= set(baseline.methods)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_suite_from_the_command_line(jobs, tmp_path):
+    common = ["--scale", "smoke", "--tasks", "fed_emnist", "--jobs", str(jobs), "--results", str(tmp_path)]
+    output = invoke("suite", *common, "--seeds", "2")
+    rows = Results(tmp_path / "fed_emnist.csv").read()
+    assert sorted(zip(rows["method"], rows["seed"], strict=True)) == sorted((m, s) for m in METHODS for s in (0, 1))
+    assert "18 runs to do" in output
+    assert "[18/18] fed_emnist: " in output
+    assert "Spearman" in output
+    height, width, _ = matplotlib.image.imread(tmp_path / "suite-smoke.png").shape
+    assert min(width, height) > 300
+    # What is finished is not done again; a third seed is 9 runs more.
+    before = (tmp_path / "fed_emnist.csv").read_bytes()
+    assert "[" not in invoke("suite", *common, "--seeds", "2").partition("The paper's table")[0]
+    assert (tmp_path / "fed_emnist.csv").read_bytes() == before
+    if jobs == 1:
+        assert "9 runs to do" in invoke("suite", *common, "--seeds", "3")
+
+
+class Bomb:
+    """Ends the process that unpickles it, as a crash in a host would."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_what_fails_or_crashes_loses_nothing_else(tmp_path):
+    good = FED.run("smoke", "magnitude", 0.8, seed=0)
+    wrong = FED.run("smoke", "no_such_method", 0.8, seed=0)
+    crash = Run("fed_emnist", "smoke", Bomb(), "rigl", 0.8, 0)
+    parts = [suite.Part("fed_emnist", (crash,), 1.0), suite.Part("fed_emnist", (wrong, good), 1.0)]
+    failures = suite.carry_out(parts, tmp_path, 1, Console(quiet=True))
+    assert len(failures) == 2
+    assert failures[0] == "fed_emnist: rigl 0.8 seed 0: its process ended"
+    assert "no_such_method 0.8 seed 0: ValueError" in failures[1]
+    assert list(Results(tmp_path / "fed_emnist.csv").read()["method"]) == ["magnitude"]
+
+
+def test_missing_hosts_are_named_and_the_rest_goes_on(tmp_path):
+    block = """
+        import sys
+        sys.modules['scenic'] = sys.modules['t5x'] = None
+        import jaxpruner_baselines.cli as c
+        from jaxpruner_baselines import suite
+        if __name__ == '__main__':
+            suite.carry_out = lambda *_: []
+            c.main()
+    """.replace("\n        ", "\n")
+    command = [sys.executable, "-c", block, "suite", "--seeds", "1", "--results", str(tmp_path)]
+    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    for task, repository in {"resnet": "scenic", "vit_90": "scenic", "vit_300": "scenic", "t5": "t5x"}.items():
+        assert f"{task} ({TASKS[task].title}) cannot run here: No module named" in told.stdout
+        assert f"github.com/google-research/{repository}@" in told.stdout
+    assert "27 runs to do, about " in told.stdout  # fed_emnist and twice dqn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["suite", "--scale", "tiny"], "Unknown scale 'tiny'. Valid: embedded, paper, smoke."),
+        (["suite", "--tasks", "fed,t5"], "Unknown task 'fed'. Valid: resnet, vit_90, "),
+        (["suite", "--jobs", "0"], "Invalid value for '--jobs'"),
+        (["table", "suite"], "has no results of the suite at embedded scale. First: jaxpruner-baselines suite --scale"),
+        (["plot", "suite", "--preset", "big"], "Unknown scale 'big'"),
+    ],
+)
+def test_bad_input_is_told_before_anything_starts(arguments, message, tmp_path):
+    folder = tmp_path / "results"
+    assert message in invoke(*arguments, "--results", str(folder), exit_code=2)
+    assert not folder.exists()
+
+
+def record(folder, values, seeds=(0, 1)):
+    results = Results(folder / "fed_emnist.csv")
+    for method, value in values.items():
+        for seed in seeds:
+            run = FED.run("digits", method, 0.8, seed)
+            details = {"megabytes": 1.0, "inference_flops_share": 0.3, "training_flops_share": 0.5}
+            results.append(Row.of(run, "accuracy", Outcome(value + 0.01 * seed, run.sparsity, 36, details), 1.0))
+
+
+def test_ours_beside_the_papers(tmp_path):
+    paper = {"random": 83.53, "magnitude": 85.74, "saliency": 85.60, "global_magnitude": 86.01, "rigl": 84.64}
+    record(tmp_path, {"dense": 0.9} | {method: (value - 10) / 100 for method, value in paper.items()})
+    (row,) = suite_report.summarize("embedded", tmp_path)
+    assert row.paper["dense"] == pytest.approx(0.8621)
+    assert {method: row.paper[method] for method in paper} == pytest.approx({m: v / 100 for m, v in paper.items()})
+    assert row.correlation == pytest.approx(1)
+    assert row.verdict.startswith("+1.00 (p 0.0")
+    assert row.verdict.endswith("the order holds")
+    mine, published = suite_report.cells(row)
+    places = {method: i for i, method in enumerate(METHODS, start=1)}
+    assert mine[0] == "Fed. EMNIST: fed_emnist digits, 80 %, accuracy (%)"
+    assert mine[places["dense"]] == "90.5 ± 0.7"
+    assert mine[places["random"]] == "74.0 ± 0.7 (-16.5)"
+    assert published[places["random"]] == "83.5 (-2.7)"
+    assert (mine[places["set"]], published[places["set"]]) == ("-", "84.2 (-2.0)")
+    inference, training = suite_report.cost_cells(row)
+    assert (inference[places["rigl"]], training[places["rigl"]]) == ("30.0", "50.0")
+
+    page = tmp_path / "README.md"
+    page.write_text("<!-- results:suite-embedded -->\n<!-- /results:suite-embedded -->\n")
+    invoke("table", "suite", "--results", str(tmp_path), "--markdown", str(page))
+    assert "| paper, accuracy (%) | 86.2 | 83.5 (-2.7) |" in page.read_text()
+    assert "| FLOPs, % of dense |" in page.read_text()
+    invoke("plot", "suite", "--results", str(tmp_path))
+    assert (tmp_path / "suite-embedded.png").exists()
+
+
+def test_an_order_that_does_not_hold_is_said(tmp_path):
+    # The other way round than in the paper.
+    values = {"random": 0.9, "magnitude": 0.7, "saliency": 0.72, "global_magnitude": 0.6, "rigl": 0.8}
+    record(tmp_path, {"dense": 0.9} | values)
+    (row,) = suite_report.summarize("embedded", tmp_path)
+    assert row.correlation == pytest.approx(-1)
+    assert row.verdict.endswith("the order does not hold")
