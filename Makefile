@@ -3,37 +3,34 @@
 .PHONY: help setup baselines test test-lanes benchmarks lint format constraints clean
 
 RUN := .venv/bin
-PRESET ?= quick
-SEEDS ?= 3
+SEEDS ?= 1
+JOBS ?= 2
+TASKS ?= all
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup:  ## make or mend .venv and install core and baselines at the pinned versions
+setup:  ## make or mend .venv and install the whole workspace at the pinned versions
 	@sh tools/setup.sh
 
-baselines: setup  ## train a small ViT dense and with every method; table and plot
-	@$(RUN)/jaxpruner-baselines run digits_vit --preset $(PRESET) --seeds $(SEEDS)
+baselines: setup  ## the paper's table at embedded scale, dense and with every method; table and plot
+	@$(RUN)/jaxpruner-baselines suite --seeds $(SEEDS) --jobs $(JOBS) --tasks $(TASKS)
 
-test:  ## all tests
-	@sh tools/setup.sh tests
+test: setup  ## all tests
 	@$(RUN)/ruff check .
 	@$(RUN)/python -m pytest -n 2 --dist worksteal
 
-test-lanes:  ## the core's tests on the oldest and the newest JAX, for each interpreter at hand
-	@sh tools/setup.sh tests
+test-lanes: setup  ## the core's tests on the oldest and the newest JAX, for each interpreter at hand
 	@$(RUN)/python tools/lanes.py
 
 benchmarks: setup  ## speed and memory of the core against sorts and a bare optimizer
 	@$(RUN)/jaxpruner-baselines bench
 
-lint format:  ## format and lint the code
-	@sh tools/setup.sh tests
+lint format: setup  ## format and lint the code
 	@$(RUN)/ruff format .
 	@$(RUN)/ruff check --fix .
 
-constraints:  ## resolve constraints.txt anew
-	@sh tools/setup.sh tests
+constraints: setup  ## resolve constraints.txt anew
 	@printf '%s\n' '-e core' '-e baselines' '-e integrations/fedjax' '-e integrations/dopamine' \
 		'-e integrations/scenic' '-e integrations/t5x' '-r tests/requirements.txt' | \
 		$(RUN)/uv pip compile --quiet --upgrade --no-annotate --no-header --python-version 3.11 \

@@ -1,12 +1,9 @@
 #!/bin/sh
 # Makes .venv, or mends it, and installs the workspace at the versions of constraints.txt.
-#   sh tools/setup.sh          core and baselines
-#   sh tools/setup.sh tests    all: the integrations with their hosts, and what the tests need
 set -eu
 cd "$(dirname "$0")/.."
-what=${1:-baselines}
 python=${PYTHON:-python3}
-stamp=.venv/.installed-$what
+stamp=.venv/.installed
 
 fail() {
     printf '\nsetup: %s\n' "$1" >&2
@@ -26,21 +23,17 @@ fi
 inputs=$(cat constraints.txt core/pyproject.toml baselines/pyproject.toml integrations/*/pyproject.toml tests/requirements.txt | cksum)
 [ "$(cat "$stamp" 2>/dev/null || true)" = "$inputs" ] && exit 0
 
-echo "setup: installing into .venv (once, some minutes)"
+echo "setup: installing into .venv (once, some minutes and 4 GB)"
 pip() {
     .venv/bin/python -m pip install --disable-pip-version-check "$@" ||
         fail "installation failed, see above. Is the package registry reachable? The same command continues."
 }
 set -- -e core -e baselines
-if [ "$what" = tests ]; then
-    for member in integrations/*/pyproject.toml; do
-        set -- "$@" -e "${member%/pyproject.toml}"
-    done
-    # Without dependencies: the pins are all that is needed, and some hosts ask for what they must not get
-    # (tools/overrides.txt).
-    pip --no-deps -r constraints.txt
-    pip --no-deps "$@"
-else
-    pip -c constraints.txt "$@"
-fi
+for member in integrations/*/pyproject.toml; do
+    set -- "$@" -e "${member%/pyproject.toml}"
+done
+# Without dependencies: the pins are all that is needed, and some hosts ask for what they must not get
+# (tools/overrides.txt).
+pip --no-deps -r constraints.txt
+pip --no-deps "$@"
 echo "$inputs" >"$stamp"

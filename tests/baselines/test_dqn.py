@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip("dopamine", reason="Dopamine is not installed; `make test` installs it")
+pytest.importorskip("dopamine", reason="Dopamine is not installed; `make setup` installs it")
 
 from jaxpruner_baselines import registry
 from jaxpruner_baselines.checkpoint import Checkpoint

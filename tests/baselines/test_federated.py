@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip("fedjax", reason="FedJAX is not installed; `make test` installs it")
+pytest.importorskip("fedjax", reason="FedJAX is not installed; `make setup` installs it")
 
 from jaxpruner_baselines import data, federated_data, plots, registry, report
 from jaxpruner_baselines.baseline import Outcome

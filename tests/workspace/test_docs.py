@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
+import shlex
 import warnings
 from pathlib import Path
 
 import pytest
+import typer
 
 import jaxpruner
+from jaxpruner_baselines import cli, registry, suite
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["jaxpruner", *(found.name for found in pkgutil.walk_packages(jaxpruner.__path__, "jaxpruner."))]
@@ -20,6 +24,8 @@ PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "integrations").glob("*/README.md")),
+    ROOT / "baselines" / "README.md",
+    *sorted((ROOT / "baselines" / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -114,8 +120,31 @@ def test_code_of_a_page(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if p.parts[-2] in ("docs", "core") or "integrations" in p.parts], ids=page_name
+    "page",
+    [p for p in PAGES if p.parts[-2] in ("docs", "core", "baselines") or "integrations" in p.parts],
+    ids=page_name,
 )
 def test_links_of_a_page_lead_somewhere(page):
     targets = [target.partition("#")[0] for target in LINK.findall(page.read_text()) if "://" not in target]
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+COMMAND = re.compile(r"^(?:\.venv/bin/)?jaxpruner-baselines ([^#\n`]*)|`jaxpruner-baselines ([^`]*)`", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_commands_of_a_page_are_what_the_command_line_takes(page):
+    """Commands, options, baselines, presets and tasks exist; nothing is run."""
+    group = typer.main.get_command(cli.app)
+    for match in COMMAND.finditer(page.read_text()):
+        name, *arguments = shlex.split(match[1] or match[2])
+        if "NAME" in arguments or "--help" in arguments:
+            continue
+        given = group.commands[name].make_context(name, list(arguments)).params
+        if given.get("name", "suite") != "suite":
+            assert given["name"] in registry.MODULES
+            with contextlib.suppress(ImportError):  # its host is missing
+                presets = registry.get(given["name"]).presets
+                assert given.get("preset") in (None, "PRESET", *presets), arguments
+        if given.get("tasks", "all") != "all":
+            assert set(given["tasks"].split(",")) <= set(suite.TASKS)

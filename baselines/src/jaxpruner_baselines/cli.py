@@ -204,7 +204,7 @@ def _baseline(name: str, preset: str | None) -> tuple[Baseline, str]:
     try:
         baseline = registry.get(name)
     except ImportError as error:
-        _fail(f"{name} needs a package that is not installed ({error}); baselines/README.md says which.")
+        _fail(f"{name} needs a package that is not installed ({error}); baselines/docs says which.")
     return baseline, _check(f"preset of {name}", preset or baseline.default_preset, baseline.presets)
 
 

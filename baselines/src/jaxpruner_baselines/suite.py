@@ -64,12 +64,16 @@ TASKS = {
     "resnet": Task(
         "ResNet-50",
         "resnet",
-        {"embedded": Setting("digits", 0.9, 50), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8)},
+        {"embedded": Setting("digits", 0.9, 50), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8, 10)},
     ),
     "vit_90": Task(
         "ViT-B/16, 90 epochs",
         "vit",
-        {"embedded": Setting("digits_short", 0.95, 10), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8)},
+        {
+            "embedded": Setting("digits_short", 0.95, 10),
+            "paper": Setting("paper", 0.8),
+            "smoke": Setting("smoke", 0.8, 10),
+        },
     ),
     "vit_300": Task(
         "ViT-B/16, 300 epochs", "vit", {"embedded": Setting("digits", 0.95, 20), "paper": Setting("paper_300ep", 0.8)}
@@ -77,17 +81,21 @@ TASKS = {
     "fed_emnist": Task(
         "Fed. EMNIST",
         "fed_emnist",
-        {"embedded": Setting("digits", 0.8, 30), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8)},
+        {"embedded": Setting("digits", 0.8, 30), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8, 10)},
     ),
     "t5": Task(
         "T5-Base",
         "t5",
-        {"embedded": Setting("tiny", 0.8, 150), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8)},
+        {"embedded": Setting("tiny", 0.8, 150), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8, 10)},
     ),
     "dqn_cnn": Task(
         "DQN-CNN",
         "dqn",
-        {"embedded": Setting("cartpole", 0.98, 40), "paper": Setting("paper", 0.98), "smoke": Setting("smoke", 0.75)},
+        {
+            "embedded": Setting("cartpole", 0.98, 40),
+            "paper": Setting("paper", 0.98),
+            "smoke": Setting("smoke", 0.75, 10),
+        },
     ),
     "dqn_resnet": Task(
         "DQN-ResNet", "dqn", {"embedded": Setting("acrobot", 0.98, 45), "paper": Setting("paper_resnet", 0.98)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("dopamine", reason="Dopamine is not installed; `make test` installs it")
+pytest.importorskip("dopamine", reason="Dopamine is not installed; `make setup` installs it")
 jaxpruner_dopamine = pytest.importorskip("jaxpruner_dopamine")  # Dopamine can be imported after it
 
 import gin  # noqa: E402

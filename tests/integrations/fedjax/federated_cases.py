@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-fedjax = pytest.importorskip("fedjax", reason="FedJAX is not installed; `make test` installs it")
+fedjax = pytest.importorskip("fedjax", reason="FedJAX is not installed; `make setup` installs it")
 
 import haiku as hk  # noqa: E402
 import jax  # noqa: E402
