@@ -70,13 +70,13 @@ TASKS = {
         "ViT-B/16, 90 epochs",
         "vit",
         {
-            "embedded": Setting("digits_short", 0.95, 10),
+            "embedded": Setting("digits_short", 0.98, 10),
             "paper": Setting("paper", 0.8),
             "smoke": Setting("smoke", 0.8, 10),
         },
     ),
     "vit_300": Task(
-        "ViT-B/16, 300 epochs", "vit", {"embedded": Setting("digits", 0.95, 20), "paper": Setting("paper_300ep", 0.8)}
+        "ViT-B/16, 300 epochs", "vit", {"embedded": Setting("digits", 0.98, 20), "paper": Setting("paper_300ep", 0.8)}
     ),
     "fed_emnist": Task(
         "Fed. EMNIST",
