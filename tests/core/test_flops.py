@@ -38,6 +38,7 @@ def test_a_perceptron_by_hand():
         nn.Conv(4, (3, 3), padding="VALID", use_bias=False),
         nn.Conv(6, (3, 3), strides=2, feature_group_count=3, padding="VALID", use_bias=False),
         nn.Conv(4, (3, 2), kernel_dilation=2, padding="VALID", use_bias=False),
+        nn.ConvTranspose(4, (2, 2), strides=(2, 2), padding="VALID", use_bias=False),
         nn.Dense(7, use_bias=False),
         nn.DenseGeneral((2, 5), axis=(-2, -1), use_bias=False),
     ],
@@ -69,6 +70,8 @@ def wrapped(name):
         "custom_vjp": jax.custom_vjp(mlp),
         "cast": lambda params, x: mlp(jax.tree.map(lambda p: p.astype(jnp.bfloat16).T.T.reshape(p.shape), params), x),
         "scaled": lambda params, x: mlp(jax.tree.map(lambda p: p * jnp.ones(p.shape), params), x),
+        "masked": lambda params, x: mlp(jax.tree.map(lambda p: jnp.where(p > 0, p, 0), params), x),
+        "cast in jit": lambda params, x: mlp(jax.jit(lambda p: jax.lax.stop_gradient(p))(params), x),
         "branches": lambda params, x: jax.lax.cond(x.sum() > 0, mlp, lambda p, x: x @ jnp.ones((6, 10)), params, x),
     }[name]
     if name == "custom_jvp":
@@ -78,7 +81,9 @@ def wrapped(name):
     return inner
 
 
-@pytest.mark.parametrize("name", ["jit", "checkpoint", "custom_jvp", "custom_vjp", "cast", "scaled", "branches"])
+@pytest.mark.parametrize(
+    "name", ["jit", "checkpoint", "custom_jvp", "custom_vjp", "cast", "cast in jit", "scaled", "masked", "branches"]
+)
 def test_what_is_wrapped_counts_the_same(name):
     x = jnp.ones((3, 6))
     assert jaxpruner.summarize_flops(wrapped(name), KERNELS, x) == jaxpruner.summarize_flops(mlp, KERNELS, x)
@@ -98,12 +103,29 @@ def test_loops():
     assert jaxpruner.summarize_flops(repeated, stacked, jnp.ones((2, 6)))["kernel"] == 2 * 2 * 36
 
 
-def test_a_scale_is_no_weight():
-    params = {"scale": jnp.zeros(6), "kernel": jnp.ones((6, 8))}
+def test_kernels_that_are_multiplied_with_as_one():
+    params = {"a": jnp.ones((6, 8)), "b": jnp.zeros((6, 4))}
+    summary = jaxpruner.summarize_flops(
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1), params, jnp.ones((1, 6))
+    )
+    assert (summary["a"], summary["b"]) == (2 * 48, 2 * 24)
+    assert summary["_inference_flops_nnz"] == pytest.approx(2 * 48)
+
+
+@pytest.mark.parametrize("outputs", [1, 8])
+def test_a_scale_is_no_weight(outputs):
+    params = {"scale": jnp.zeros(6), "kernel": jnp.ones((6, outputs))}
     for batch in (1, 3):
         x = jnp.ones((batch, 6))
         summary = jaxpruner.summarize_flops(lambda p, x: (x * p["scale"]) @ p["kernel"], params, x)
         assert summary["_inference_flops_nnz"] == summary["_inference_flops"] == summary["kernel"]
+
+
+def test_what_is_looked_up_is_no_weight():
+    params = {"embedding": jnp.zeros((100, 6)), "kernel": jnp.ones((6, 8))}
+    tokens = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    summary = jaxpruner.summarize_flops(lambda p, tokens: p["embedding"][tokens] @ p["kernel"], params, tokens)
+    assert summary["_inference_flops_nnz"] == summary["kernel"] == 5 * 2 * 48
 
 
 SCHEDULE = {"update_start_step": 4, "update_end_step": 12, "update_freq": 4}
@@ -117,16 +139,19 @@ def test_training_is_the_sum_over_its_steps(algorithm, steps):
     updater = jaxpruner.create_updater_from_config(
         {"algorithm": algorithm, "sparsity": 0.75, "dist_type": "uniform", **SCHEDULE}
     )
-    params = jax.tree.map(lambda p: p * (jnp.arange(p.size).reshape(p.shape) % 4 == 0) if p.ndim > 1 else p, KERNELS)
+    keep = jnp.arange(80) % 4 == 0  # what the training has reached, or would have
+    params = jax.tree.map(lambda p: p * keep[: p.size].reshape(p.shape) if p.ndim > 1 else p, KERNELS)
     summary = jaxpruner.summarize_flops(mlp, params, jnp.ones((1, 6)), updater=updater, steps=steps)
     forward = 2 * (48 + 80)
-    total, sparsity = 0.0, 0.75 if algorithm in ("static_sparse", "rigl") else 0.0
+    starts_sparse = algorithm in ("static_sparse", "rigl")
+    updates = [step for step in range(steps) if 4 <= step <= 12 and step % 4 == 0]
+    made = {step: float(updater.scheduler.get_sparsity_at_step(1.0, step)) for step in updates}
+    total, sparsity = 0.0, 0.75 if starts_sparse else 0.0
     for step in range(steps):
-        is_update = 4 <= step <= 12 and step % 4 == 0
-        weights = 1.0 if is_update or algorithm.endswith("_ste") else 1 - sparsity
-        total += forward * (2 * (1 - sparsity) + weights)
-        if is_update and sparsity < 0.75:
-            sparsity = float(updater.scheduler.get_sparsity_at_step(0.75, step))
+        is_dense = algorithm.endswith("_ste") or (step in updates and algorithm != "static_sparse")
+        total += forward * (2 * (1 - sparsity) + (1.0 if is_dense else 1 - sparsity))
+        if step in updates and not starts_sparse:
+            sparsity = 0.75 * made[step] / made[updates[-1]]
     assert summary["_training_flops"] == 3 * steps * forward
     assert summary["_training_flops_nnz"] == pytest.approx(total, rel=1e-5)
 

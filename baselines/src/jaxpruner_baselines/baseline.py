@@ -116,6 +116,8 @@ class Baseline:
     """Further measures: numbers in `Outcome.details`, a column each."""
     cost: Cost | None = None
     curve: Curve | None = None
+    compiles_anew: bool = False
+    """Whether its host compiles for each run, so that programs are of no use to the next one."""
     sparsities: tuple[float, ...] = (0.8, 0.95)
     """Those that are run unless others are asked for."""
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
+from jaxpruner_baselines.background import release_programs
 from jaxpruner_baselines.baseline import Baseline, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.results import Results, Row
@@ -56,6 +57,8 @@ def events(baseline: Baseline, runs: Sequence[Run], folder: Path) -> Iterator[tu
             continue
         results_of(baseline, folder).append(row)
         checkpoint.delete()
+        if baseline.compiles_anew:
+            release_programs()
         yield run, row
 
 

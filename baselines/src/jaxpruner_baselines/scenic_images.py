@@ -25,7 +25,7 @@ import ml_collections
 from absl import logging
 
 import jaxpruner_scenic
-from jaxpruner_baselines.background import Report, follow, release_programs
+from jaxpruner_baselines.background import Report, follow
 from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import SHARES, costs
@@ -154,7 +154,6 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
             **_costs(config, state),
         },
     )
-    release_programs()
 
 
 def _costs(config: ml_collections.ConfigDict, state: Any) -> dict[str, Any]:
@@ -200,6 +199,7 @@ VIT = Baseline(
     presets=VIT_PRESETS,
     train=train,
     prepare=prepare,
+    compiles_anew=True,
 )
 RESNET = Baseline(
     name="resnet",
@@ -209,5 +209,6 @@ RESNET = Baseline(
     presets=RESNET_PRESETS,
     train=train,
     prepare=prepare,
+    compiles_anew=True,
     sparsities=(0.8, 0.9),  # at 95 % of every layer the small one learns nothing
 )

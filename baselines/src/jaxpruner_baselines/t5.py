@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from jaxpruner_baselines.background import Report, follow, release_programs
+from jaxpruner_baselines.background import Report, follow
 from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run, hash_of
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import SHARES, costs
@@ -184,7 +184,6 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
             **_costs(run, files, bindings, state.params),
         },
     )
-    release_programs()
 
 
 def _pretrained(run: Run, folder: Path) -> Generator[Progress, None, Path]:
@@ -284,5 +283,6 @@ BASELINE = Baseline(
     presets=PRESETS,
     train=train,
     prepare=prepare,
+    compiles_anew=True,
     sparsities=(0.8,),  # the paper's
 )
