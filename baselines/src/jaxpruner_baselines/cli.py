@@ -91,6 +91,8 @@ def suite(
     results: Folder = Path("runs"),
 ) -> None:
     """Make the paper's table: all its rows and methods. Run it again to continue where it stopped."""
+    from jaxpruner_baselines import suite_report
+
     _check("scale", scale, suites.SCALES)
     names = (
         list(suites.TASKS) if tasks == "all" else [_check("task", t, suites.TASKS) for t in _split(tasks, "--tasks")]
@@ -103,8 +105,11 @@ def suite(
     except KeyboardInterrupt:
         console.print("Interrupted. What is finished is kept; the same command continues from here.")
         raise typer.Exit(130) from None
-    table(SUITE, scale, results)
-    plot(SUITE, scale, results)
+    if suite_report.summarize(scale, results):
+        table(SUITE, scale, results)
+        plot(SUITE, scale, results)
+    elif not failures:
+        _fail("Nothing can run here, see above.")
     if failures:
         _fail("\n".join([*failures, f"{len(failures)} runs failed; the same command tries them again."]), exit_code=1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
@@ -95,7 +96,7 @@ def carry_out(baseline: Baseline, runs: Sequence[Run], folder: Path, console: Co
 def told(run: Run, event: Row | Failure) -> str:
     """How a run ended, for the console."""
     if isinstance(event, Failure):
-        return f"{run.title}: [red]failed[/], {event.message}"
+        return f"{run.title}: [red]failed[/], {escape(event.message)}"
     return (
         f"{run.title}: {event.metric} [bold]{event.value:.4f}[/], sparsity {event.sparsity_reached:.4f}, "
         f"{event.seconds:.1f} s"

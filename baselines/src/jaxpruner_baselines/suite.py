@@ -14,18 +14,24 @@ import collections
 import dataclasses
 import datetime
 import multiprocessing
+import multiprocessing.connection
 import os
-import queue
+import pickle
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress as Bars
 
 from jaxpruner_baselines import registry, runner
-from jaxpruner_baselines.baseline import Baseline, NotReady, Progress, Run
+from jaxpruner_baselines.baseline import NotReady, Progress, Run
+from jaxpruner_baselines.hush import hushed
+from jaxpruner_baselines.results import Row
 from jaxpruner_baselines.runner import Failure
 
 # The columns of the paper's table.
@@ -130,8 +136,9 @@ def plan(
         try:
             baseline = registry.get(task.baseline)
             baseline.prepare(baseline.presets[task.scales[scale].preset])
-        except (ImportError, NotReady) as error:
-            console.print(f"[bold]{name}[/] ({task.title}) cannot run here: {error}\n", soft_wrap=True)
+        except Exception as error:  # of one host; the others go on
+            why = str(error) if isinstance(error, ImportError | NotReady) else f"{type(error).__name__}: {error}"
+            console.print(f"[bold]{name}[/] ({task.title}) cannot run here: {escape(why)}\n", soft_wrap=True)
             continue
         todo = runner.unfinished(baseline, runs_of(task, scale, seeds), folder)
         each = task.scales[scale].seconds or 0.0
@@ -143,61 +150,108 @@ def plan(
 
 def carry_out(parts: Sequence[Part], folder: Path, jobs: int, console: Console) -> list[str]:
     """Carries out all parts, `jobs` at a time. Returns what failed, a line each."""
-    waiting = collections.deque(enumerate(parts))
-    context = multiprocessing.get_context("spawn")  # a fork of a process that has used JAX may hang
-    heard = context.Queue()
-    cores = sorted(os.sched_getaffinity(0))
-    places = collections.deque(range(jobs))
-    active: dict[int, tuple[Any, int, set[str]]] = {}  # part -> its process, place, and runs that have not ended
+    waiting, places = collections.deque(parts), collections.deque(range(jobs))
+    workers: dict[Any, _Worker] = {}  # by the pipe that each talks through
     failures: list[str] = []
     total, ended, started = sum(len(part.runs) for part in parts), 0, time.monotonic()
     with Bars(*runner.COLUMNS, console=console, transient=True) as bars:
         whole = bars.add_task("all runs", total=total, note="")
-        lines: dict[int, Any] = {}
+
+        def end(task: str, run: Run, event: Row | Failure) -> None:
+            nonlocal ended
+            ended += 1
+            if isinstance(event, Failure):
+                failures.append(f"{task}: {run.title}: {event.message}")
+            left = runner.remaining(time.monotonic() - started, ended, total)
+            bars.update(whole, completed=ended, note=f"about {left} left")
+            text = f"[{ended}/{total}] {task}: {runner.told(run, event)}; about {left} left"
+            bars.console.print(text, highlight=False, soft_wrap=True)
+
         try:
-            while waiting or active:
+            while waiting or workers:
                 while waiting and places:
-                    number, part = waiting.popleft()
-                    place = places.popleft()
-                    process = context.Process(
-                        target=_work, args=(number, part, folder, cores[place::jobs] or cores, heard), daemon=True
-                    )
-                    process.start()
-                    active[number] = process, place, {run.title for run in part.runs}
-                    lines[number] = bars.add_task(f"{part.task}: starts", total=None, note="")
-                try:
-                    number, run, event = heard.get(timeout=0.5)
-                except queue.Empty:
-                    for number, (process, place, left) in list(active.items()):
-                        if not process.is_alive():
-                            part = parts[number]
-                            failures += [f"{part.task}: {title}: its process ended" for title in sorted(left)]
-                            ended += len(left)
-                            bars.remove_task(lines[number])
-                            places.append(place)
-                            del active[number]
-                    continue
-                task = parts[number].task
-                if isinstance(event, Progress):
-                    text = f"{task}: {run.title}"
-                    bars.update(
-                        lines[number], description=text, completed=event.done, total=event.total, note=event.note
-                    )
-                    continue
-                ended += 1
-                active[number][2].discard(run.title)
-                if isinstance(event, Failure):
-                    failures.append(f"{task}: {run.title}: {event.message}")
-                left = runner.remaining(time.monotonic() - started, ended, total)
-                bars.update(whole, completed=ended, note=f"about {left} left")
-                text = f"[{ended}/{total}] {task}: {runner.told(run, event)}; about {left} left"
-                bars.console.print(text, highlight=False, soft_wrap=True)
+                    part, place = waiting.popleft(), places.popleft()
+                    pipe, worker = _Worker.start(part, place, folder, jobs)
+                    workers[pipe] = worker
+                    worker.line = bars.add_task(f"{part.task}: starts", total=None, note="")
+                for pipe in multiprocessing.connection.wait(list(workers)):
+                    worker = workers[pipe]
+                    task = worker.part.task
+                    try:
+                        event = pipe.recv()
+                    except EOFError:  # the process has ended
+                        worker.process.join()
+                        bars.remove_task(worker.line)
+                        places.append(worker.place)
+                        del workers[pipe]
+                        if worker.left:
+                            crashed = Failure(f"its process ended with {worker.process.exitcode}")
+                            end(task, worker.left.popleft(), crashed)
+                        if worker.left:
+                            waiting.appendleft(dataclasses.replace(worker.part, runs=tuple(worker.left)))
+                        continue
+                    run = worker.left[0]
+                    if isinstance(event, Progress):
+                        text = f"{task}: {run.title}"
+                        bars.update(
+                            worker.line, description=text, completed=event.done, total=event.total, note=event.note
+                        )
+                    else:
+                        end(task, worker.left.popleft(), event)
         finally:
-            for process, *_ in active.values():
-                process.terminate()
-            for process, *_ in active.values():
-                process.join()
+            for worker in workers.values():
+                worker.process.terminate()
+            for worker in workers.values():
+                worker.process.join(10)
+                worker.process.kill()
     return failures
+
+
+@dataclasses.dataclass
+class _Worker:
+    """A process that carries out a part, and the runs that it has not ended, in order."""
+
+    part: Part
+    process: Any
+    place: int
+    left: collections.deque[Run]
+    line: Any = None
+
+    @classmethod
+    def start(cls, part: Part, place: int, folder: Path, jobs: int) -> tuple[Any, _Worker]:
+        context = multiprocessing.get_context("spawn")  # a fork of a process that has used JAX may hang
+        here, there = context.Pipe(duplex=False)
+        cores = sorted(os.sched_getaffinity(0))
+        process = context.Process(
+            target=_work,
+            # The runs are packed, so that their host is not imported before the process is ready for it.
+            args=(there, part.task, pickle.dumps(part.runs), folder, cores[place::jobs] or cores),
+            daemon=True,
+        )
+        process.start()
+        there.close()  # the process has the only other end, so that the pipe ends with it
+        return here, cls(part, process, place, collections.deque(part.runs))
+
+
+def _work(pipe: Any, task: str, packed: bytes, folder: Path, cores: Sequence[int]) -> None:
+    """In a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it stops it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.sched_setaffinity(0, cores)
+    try:
+        with hushed():
+            runs = pickle.loads(packed)
+        baseline = registry.get(TASKS[task].baseline)
+    except Exception as error:
+        pipe.send(Failure(f"{type(error).__name__}: {error}"))
+        raise
+    for _, event in runner.events(baseline, runs, folder):
+        pipe.send(event)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def expected(parts: Sequence[Part], jobs: int) -> str:
@@ -209,11 +263,3 @@ def expected(parts: Sequence[Part], jobs: int) -> str:
     return (
         f"{count} runs to do, about {datetime.timedelta(seconds=60 * round(seconds / 60 + 0.5))} with {jobs} at a time."
     )
-
-
-def _work(number: int, part: Part, folder: Path, cores: Sequence[int], tell: Any) -> None:
-    """In a process of its own."""
-    os.sched_setaffinity(0, cores)
-    baseline: Baseline = registry.get(TASKS[part.task].baseline)
-    for run, event in runner.events(baseline, part.runs, folder):
-        tell.put((number, run, event))

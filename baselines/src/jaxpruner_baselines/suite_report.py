@@ -44,7 +44,7 @@ class RowOfSuite:
         if not self.paper:
             return "no numbers of the paper"
         if math.isnan(self.correlation):
-            return "too few methods"
+            return "no order: too few methods, or all are equal"
         holds = "holds" if self.p_value < SIGNIFICANT else "does not hold"
         return f"{self.correlation:+.2f} (p {self.p_value:.2f}): the order {holds}"
 
@@ -83,12 +83,24 @@ def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
 
 
 def _spearman(ours: dict[str, float], paper: dict[str, float]) -> tuple[float, float]:
-    """Rank correlation over the methods that both have, and the probability of one so high by chance."""
-    both = [method for method in ours if method in paper and method != DENSE]
-    if len(both) < 4:
+    """Rank correlation over the pruned methods that both have, and the exact probability of one so high by chance.
+
+    NaN where fewer than four have numbers, or all have the same.
+    """
+    both = [m for m in ours if m in paper and m != DENSE and math.isfinite(ours[m])]
+    mine, published = (stats.rankdata([means[m] for m in both]) for means in (ours, paper))
+    if len(both) < 4 or np.ptp(mine) == 0:
         return math.nan, math.nan
-    found = stats.spearmanr([ours[m] for m in both], [paper[m] for m in both], alternative="greater")
-    return float(found.statistic), float(found.pvalue)
+    # With the ranks given, the correlation grows with the sum of their products.
+    found = stats.permutation_test(
+        (mine,),
+        lambda ranks, axis: (ranks * published).sum(axis=axis),
+        permutation_type="pairings",
+        alternative="greater",
+        vectorized=True,
+        n_resamples=math.inf,
+    )
+    return float(np.corrcoef(mine, published)[0, 1]), float(found.pvalue)
 
 
 def header() -> list[str]:

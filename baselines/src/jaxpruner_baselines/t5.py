@@ -141,6 +141,8 @@ def gin_config(run: Run, folder: Path, initial_checkpoint: Path | None = None) -
     )
     if initial_checkpoint:
         bindings.append(f"INITIAL_CHECKPOINT_PATH = {str(initial_checkpoint)!r}")
+    if preset.pretraining:  # a long run that is resumed sees its data in a new order rather than again
+        bindings.append(f"train/utils.DatasetConfig.seed = {run.seed}")
     bindings += [f"{use}/utils.DatasetConfig.split = {preset.split!r}" for use in ("train_eval", "infer_eval")]
     if not is_dense(run.method):
         files.append(f"{CONFIGS}/sparse.gin")
@@ -161,7 +163,6 @@ def _of(stage: Stage, folder: Path, seed: int, after: int = 0) -> tuple[list[str
         f"MODEL_DIR = {str(folder)!r}",
         f"TRAIN_STEPS = {after + stage.steps}",
         f"RANDOM_SEED = {seed}",
-        f"train/utils.DatasetConfig.seed = {seed}",
     ]
 
 
@@ -174,7 +175,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 
     dense = (yield from _pretrained(run, checkpoint.folder.parent)) if preset.pretraining else None
     files, bindings = gin_config(run, checkpoint.folder, dense)
-    state, measured = yield from _follow(run, files, bindings, evaluate=True)
+    state, measured = yield from _follow(run, files, bindings, checkpoint.folder)
     yield Outcome(
         value=measured[LOSS],
         sparsity_reached=float(metrics.sparsities(state).get("total", 0.0)),
@@ -196,18 +197,21 @@ def _pretrained(run: Run, folder: Path) -> Generator[Progress, None, Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # for who runs several commands at once
         if not checkpoint.exists():
             files, bindings = _of(stage, folder, run.seed)
-            yield from _follow(run, files, [*bindings, "EVAL_PERIOD = 0"], evaluate=False)
+            # Without checkpoints on its way, so that a pretraining that was interrupted is the one that went through.
+            bindings += [f"train/utils.DatasetConfig.seed = {run.seed}", f"CHECKPOINT_PERIOD = {stage.steps}"]
+            yield from _follow(run, files, [*bindings, "EVAL_PERIOD = 0"])
     return checkpoint
 
 
 def _follow(
-    run: Run, files: list[str], bindings: list[str], evaluate: bool
+    run: Run, files: list[str], bindings: list[str], folder: Path | None = None
 ) -> Generator[Progress, None, tuple[Any, Mapping[str, float]]]:
-    """Follows T5X's trainer; returns its state and what it measured at the end."""
+    """Follows T5X's trainer; returns its state and, with its folder, what it measured at the end."""
     from jaxpruner_t5x import launch
 
     preset = run.preset
     before = preset.pretraining.steps if preset.pretraining else 0
+    last = before + preset.training.steps
     measured: dict[str, float] = {}
 
     def work(report: Report) -> Any:
@@ -220,7 +224,7 @@ def _follow(
         def evaluation(_: Any, summary: Mapping[str, Any]) -> None:
             measured.update({name: _value(summary[name]) for name in (LOSS, "accuracy", "bleu") if name in summary})
 
-        heard = {"TRAIN": training} | ({"TRAIN_EVAL": evaluation, "INFER_EVAL": evaluation} if evaluate else {})
+        heard = {"TRAIN": training} | ({"TRAIN_EVAL": evaluation, "INFER_EVAL": evaluation} if folder else {})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of donated buffers, and of one another's old ways
             return launch.train(
@@ -229,7 +233,9 @@ def _follow(
                 actions={mode: [_Action(hear)] for mode, hear in heard.items()},
                 concurrent_metrics=False,
                 stats_period=preset.report_every,
-                eval_period=preset.training.steps if evaluate else 0,
+                eval_period=preset.training.steps if folder else 0,
+                # One that was stopped between its last checkpoint and its evaluation.
+                run_eval_before_training=folder is not None and (folder / f"checkpoint_{last}").exists(),
                 eval_steps=preset.eval_batches,
             )
 
