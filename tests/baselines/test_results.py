@@ -16,7 +16,8 @@ BASELINE = registry.get("digits_vit")
 
 def row(method="magnitude", sparsity=0.8, seed=0, value=0.9) -> Row:
     run = BASELINE.run("smoke", method, sparsity, seed)
-    return Row.of(run, "accuracy", Outcome(value, run.sparsity, steps=7, details={"note": 'a, "b"'}), seconds=1.5)
+    details = {"note": 'a, "b"', "inference_flops_share": 0.3}
+    return Row.of(run, "accuracy", Outcome(value, run.sparsity, steps=7, details=details), seconds=1.5)
 
 
 def test_schema(tmp_path):
@@ -31,7 +32,7 @@ def test_schema(tmp_path):
     only = table.iloc[0]
     assert only["source"] == "ours"
     assert only["value"] == 0.9
-    assert json.loads(only["details"]) == {"note": 'a, "b"'}
+    assert json.loads(only["details"])["note"] == 'a, "b"'
     assert json.loads(only["config"])["preset"]["dataset"] == "digits"
     assert set(json.loads(only["versions"])) >= {
         "python",
@@ -86,9 +87,12 @@ def test_summary_means_over_seeds_dense_first(tmp_path):
     assert lines[0].std == pytest.approx(math.sqrt((0.06**2 + 0.02**2 + 0.04**2) / 2))
     assert math.isnan(lines[2].std)
     shown = report.markdown(BASELINE, lines).splitlines()
-    assert shown[0] == "| method | sparsity asked | sparsity reached | steps | accuracy (%), mean ± std | seeds |"
-    assert shown[2] == "| dense | - | 0.00 % | 7 | 96.0 ± 5.3 | 3 |"
-    assert shown[4] == "| rigl | 95 % | 95.00 % | 7 | 50.0 | 1 |"
+    assert shown[0] == (
+        "| method | sparsity asked | sparsity reached | steps | accuracy (%), mean ± std | seeds | "
+        "inference FLOPs (% of dense) | training FLOPs (% of dense) |"
+    )
+    assert shown[2] == "| dense | - | 0.00 % | 7 | 96.0 ± 5.3 | 3 | 30.0 | - |"
+    assert shown[4] == "| rigl | 95 % | 95.00 % | 7 | 50.0 | 1 | 30.0 | - |"
 
 
 def test_rows_of_a_changed_preset_and_repeated_rows_are_left_out(tmp_path):
