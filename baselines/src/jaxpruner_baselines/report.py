@@ -79,9 +79,10 @@ def _details(rows: pd.DataFrame, key: str) -> list[Any]:
 
 
 def _mean_and_std(rows: pd.DataFrame, key: str) -> tuple[float, float]:
-    """NaN where not all rows have it, as those of older code."""
-    values = [json.loads(text).get(key, math.nan) for text in rows["details"]]
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    """Over the rows that have it, since those of older code may lack a measure; NaN where none has."""
+    values = [details[key] for details in map(json.loads, rows["details"]) if key in details]
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return float(np.mean(values)) if values else math.nan, std
 
 
 def cells(baseline: Baseline, line: Line) -> list[str]:
