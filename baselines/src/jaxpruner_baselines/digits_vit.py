@@ -1,6 +1,6 @@
 """digits_vit: a small vision transformer on real digits, in a training loop of the reader's own.
 
-    jaxpruner-baselines run digits_vit --preset quick     # minutes on 2 cores
+    jaxpruner-baselines run digits_vit --preset quick     # 63 runs, 3 to 6 minutes on 2 cores; dense: 92.5
     jaxpruner-baselines run digits_vit --preset full      # about two hours on 2 cores
 
 Flax Linen and optax; JaxPruner is the one line marked below. The model, the loss, the loop and the

@@ -1,8 +1,8 @@
 """vit and resnet: image classification with Scenic, the vision rows of the paper.
 
-    jaxpruner-baselines run vit --preset digits       # 63 runs, about 20 minutes on one core
-    jaxpruner-baselines run resnet --preset digits    # 63 runs, about 50 minutes on one busy core
-    jaxpruner-baselines run vit --preset natural --sparsities 0.95
+    jaxpruner-baselines run vit --preset digits       # 63 runs, about 20 minutes on one core; dense: 91.6
+    jaxpruner-baselines run resnet --preset digits    # 63 runs, about 50 minutes on one busy core; dense: 91.5
+    jaxpruner-baselines run vit --preset natural --sparsities 0.95    # 33 runs of 3 to 7 minutes; dense: 93.8
     jaxpruner-baselines run vit --preset paper --sparsities 0.8    # a day on a slice of TPUs; needs ImageNet
 
 Scenic's own models and its classification trainer, unedited, with the configurations of jaxpruner_scenic; a run chooses
