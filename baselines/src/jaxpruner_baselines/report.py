@@ -85,42 +85,46 @@ def _mean_and_std(rows: pd.DataFrame, key: str) -> tuple[float, float]:
     return float(np.mean(values)) if values else math.nan, std
 
 
-def cells(baseline: Baseline, line: Line) -> list[str]:
-    return [
-        line.method,
-        "-" if is_dense(line.method) else f"{100 * line.sparsity:g} %",
-        f"{100 * line.sparsity_reached:.2f} %",
-        str(line.steps),
-        measure(baseline.metric).shown(line.mean, line.std),
-        str(line.seeds),
-        *(measure(name).shown(*spread) for name, spread in zip(baseline.also, line.also, strict=True)),
-        *([] if line.cost is None else [f"{line.cost:,.1f}"]),
-    ]
-
-
-def header(baseline: Baseline) -> list[str]:
-    return [
+def table_of(baseline: Baseline, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows. A further measure that no run has, as of older code, gets no column."""
+    measured = [i for i in range(len(baseline.also)) if any(not math.isnan(line.also[i][0]) for line in lines)]
+    header = [
         *(name or f"{measure(baseline.metric).header}, mean ± std" for name in HEADER),
-        *(measure(name).header for name in baseline.also),
+        *(measure(baseline.also[i]).header for i in measured),
         *([baseline.cost.header] if baseline.cost else []),
     ]
+    rows = [
+        [
+            line.method,
+            "-" if is_dense(line.method) else f"{100 * line.sparsity:g} %",
+            f"{100 * line.sparsity_reached:.2f} %",
+            str(line.steps),
+            measure(baseline.metric).shown(line.mean, line.std),
+            str(line.seeds),
+            *(measure(baseline.also[i]).shown(*line.also[i]) for i in measured),
+            *([] if line.cost is None else [f"{line.cost:,.1f}"]),
+        ]
+        for line in lines
+    ]
+    return header, rows
 
 
 def terminal(title: str, baseline: Baseline, lines: list[Line]) -> Table:
+    header, rows = table_of(baseline, lines)
     table = Table(title=title)
-    for i, name in enumerate(header(baseline)):
+    for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     previous = None
-    for line in lines:
+    for line, row in zip(lines, rows, strict=True):
         if previous is not None and line.sparsity != previous:
             table.add_section()
-        table.add_row(*cells(baseline, line))
+        table.add_row(*row)
         previous = line.sparsity
     return table
 
 
 def markdown(baseline: Baseline, lines: list[Line]) -> str:
-    return markdown_table(header(baseline), [cells(baseline, line) for line in lines])
+    return markdown_table(*table_of(baseline, lines))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
