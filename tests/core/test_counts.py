@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpruner import counts
+from jaxpruner.selection import counts
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 SIZES = st.one_of(st.integers(0, 1000), st.integers(0, 2**40))

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxpruner import counts, selection
+from jaxpruner import selection
+from jaxpruner.selection import counts
 
 METHODS = ["sample", "split"]
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -279,7 +280,8 @@ SHARDED = """
     import functools, re
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-    from jaxpruner import counts, selection
+    from jaxpruner import selection
+    from jaxpruner.selection import counts
 
     try:
         from jax import shard_map

@@ -32,8 +32,15 @@ from jaxpruner.api import (
     sparsify,
 )
 from jaxpruner.base_updater import BaseUpdater
-from jaxpruner.flops import summarize_flops
-from jaxpruner.projection import (
+from jaxpruner.inspection.flops import summarize_flops
+from jaxpruner.sparsity_schedules import (
+    NoUpdateSchedule,
+    OneShotSchedule,
+    PeriodicSchedule,
+    PolynomialSchedule,
+)
+from jaxpruner.sparsity_types import SparsityType
+from jaxpruner.training.projection import (
     SparseState,
     StraightThroughState,
     apply_mask,
@@ -42,14 +49,7 @@ from jaxpruner.projection import (
     init_projection,
     project,
 )
-from jaxpruner.sharding import state_shardings
-from jaxpruner.sparsity_schedules import (
-    NoUpdateSchedule,
-    OneShotSchedule,
-    PeriodicSchedule,
-    PolynomialSchedule,
-)
-from jaxpruner.sparsity_types import SparsityType
+from jaxpruner.training.sharding import state_shardings
 from jaxpruner.utils import summarize_intersection, summarize_sparsity
 
 __version__ = "0.1.0"

@@ -13,18 +13,17 @@ import numpy as np
 import optax
 
 from jaxpruner import (
-    counts,
     mask_storage,
-    projection,
     selection,
     sparsity_distributions,
     sparsity_types,
-    transformation,
     trees,
 )
-from jaxpruner.projection import SparseState, apply_mask
-from jaxpruner.score_reading import Scores, as_array
+from jaxpruner.selection import counts
+from jaxpruner.selection.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import NoUpdateSchedule, Schedule
+from jaxpruner.training import projection, transformation
+from jaxpruner.training.projection import SparseState, apply_mask
 
 __all__ = ["BaseUpdater", "SparseState", "apply_mask"]
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpruner import counts, selection, trees
-from jaxpruner.score_reading import Scores, as_array
-from jaxpruner.selection import Competition
+from jaxpruner import selection, trees
+from jaxpruner.selection import Competition, counts
+from jaxpruner.selection.score_reading import Scores, as_array
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float

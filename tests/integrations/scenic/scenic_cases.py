@@ -30,7 +30,7 @@ from flax.training import checkpoints
 from scenic.dataset_lib import dataset_utils, datasets
 
 import jaxpruner
-from jaxpruner.projection import SparseState
+from jaxpruner.training.projection import SparseState
 
 ALGORITHMS = [name for name in jaxpruner.all_algorithm_names() if name not in ("no_prune", "preserve")]
 # Hosts warn of one another's old ways. What a test is about is never a warning here.

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 import jaxpruner
-from jaxpruner import counts, mask_calculator, selection, sparsity_types
+from jaxpruner import mask_calculator, selection, sparsity_types
+from jaxpruner.selection import counts
 from jaxpruner_baselines.benchmarks import peers
 from jaxpruner_baselines.benchmarks.figures import Figure, Reach, alternate, timed
 from jaxpruner_baselines.benchmarks.peers import JAX_PEERS, SPARSITY, argsort_mask, kept

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import counts, selection, sparsity_distributions, sparsity_types, trees
+from jaxpruner import selection, sparsity_distributions, sparsity_types, trees
 from jaxpruner.algorithms.pruners import MagnitudePruning, SaliencyPruning
 from jaxpruner.base_updater import BaseUpdater
-from jaxpruner.score_reading import as_array
+from jaxpruner.selection import counts
+from jaxpruner.selection.score_reading import as_array
 
 
 @dataclasses.dataclass(eq=False)

@@ -14,7 +14,7 @@ import optax
 from jaxpruner import mask_storage, scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores, map_choosing, require_grads
-from jaxpruner.score_reading import Scores
+from jaxpruner.selection.score_reading import Scores
 
 
 @dataclasses.dataclass(eq=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxpruner import projection, scores, transformation
+from jaxpruner import scores
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores
+from jaxpruner.training import projection, transformation
 
 
 @dataclasses.dataclass(eq=False)

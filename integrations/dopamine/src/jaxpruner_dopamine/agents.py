@@ -24,7 +24,7 @@ from dopamine.jax.agents.sac import sac_agent
 from dopamine.metrics import collector_dispatcher, statistics_instance
 
 import jaxpruner
-from jaxpruner.projection import pruned_only
+from jaxpruner.training.projection import pruned_only
 from jaxpruner_dopamine.sparsity import Clock, sparsify
 
 # Agents of Dopamine's labs whose own code does not go together with a transformation around their optimizer.

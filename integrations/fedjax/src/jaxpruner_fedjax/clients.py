@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from fedjax.algorithms import fed_avg
 
 import jaxpruner
-from jaxpruner import counts, selection, trees
+from jaxpruner import selection, trees
+from jaxpruner.selection import counts
 from jaxpruner_fedjax.communication import ClientUpdates, leaf_traffic
 from jaxpruner_fedjax.server import SparseOptimizer, refuse_sparse_client
 

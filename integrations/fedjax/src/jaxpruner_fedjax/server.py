@@ -13,7 +13,7 @@ import fedjax
 import optax
 
 import jaxpruner
-from jaxpruner.projection import SparseState, find_state
+from jaxpruner.training.projection import SparseState, find_state
 
 
 @dataclasses.dataclass(frozen=True)

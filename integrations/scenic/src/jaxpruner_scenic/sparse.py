@@ -24,7 +24,7 @@ from scenic.train_lib import optimizers
 
 import jaxpruner
 from jaxpruner import sparsity_distributions, trees
-from jaxpruner.projection import SparseState, pruned_only
+from jaxpruner.training.projection import SparseState, pruned_only
 
 _PROBE = "scenic.train_lib.transfer.linear_probe_utils"
 _active = False

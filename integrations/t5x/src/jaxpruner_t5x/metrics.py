@@ -11,7 +11,7 @@ from t5x import trainer
 
 import jaxpruner
 from jaxpruner import trees
-from jaxpruner.projection import pruned_only
+from jaxpruner.training.projection import pruned_only
 
 
 class SparsityMetrics(trainer.WeightMetricsComputer):

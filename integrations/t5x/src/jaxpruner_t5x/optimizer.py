@@ -12,8 +12,9 @@ from flax import serialization, struct, traverse_util
 from t5x import optimizers
 
 import jaxpruner
-from jaxpruner import optimizer_state, sparsity_distributions, trees
-from jaxpruner.projection import when
+from jaxpruner import sparsity_distributions, trees
+from jaxpruner.training import optimizer_state
+from jaxpruner.training.projection import when
 from jaxpruner_t5x.partition_rules import sparse_state_axes
 
 

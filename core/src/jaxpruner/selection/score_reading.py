@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jaxpruner.counts import Count
+from jaxpruner.selection.counts import Count
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Num, UInt32

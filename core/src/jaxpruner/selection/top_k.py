@@ -26,15 +26,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpruner import counts, score_reading, threshold_search
-from jaxpruner.counts import Count
-from jaxpruner.score_reading import Leaf, Scores, order_preserving_keys
-from jaxpruner.threshold_search import Field, Searches
+from jaxpruner.selection import counts, score_reading, threshold_search
+from jaxpruner.selection.counts import Count
+from jaxpruner.selection.score_reading import Leaf, Scores, order_preserving_keys
+from jaxpruner.selection.threshold_search import Field, Searches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Num
 
-    from jaxpruner.score_reading import Method
+    from jaxpruner.selection.score_reading import Method
 
 __all__ = [
     "Competition",

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpruner import counts
-from jaxpruner.counts import Count
+from jaxpruner.selection import counts
+from jaxpruner.selection.counts import Count
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Num, UInt, UInt32

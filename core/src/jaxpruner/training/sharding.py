@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpruner import mask_storage, trees
-from jaxpruner.optimizer_state import owner_of
+from jaxpruner.training.optimizer_state import owner_of
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:

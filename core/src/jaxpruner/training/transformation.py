@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpruner import mask_storage, projection, trees
-from jaxpruner.optimizer_state import reset_moments
-from jaxpruner.projection import StraightThroughState, apply_mask, begin_step
+from jaxpruner import mask_storage, trees
+from jaxpruner.training import projection
+from jaxpruner.training.optimizer_state import reset_moments
+from jaxpruner.training.projection import StraightThroughState, apply_mask, begin_step
 
 if TYPE_CHECKING:
     from jaxpruner.base_updater import BaseUpdater

@@ -1,0 +1,27 @@
+"""Exact top-k masks without a sort: which entries of one leaf or of many are the highest, by counting."""
+
+from jaxpruner.selection import counts, score_reading
+from jaxpruner.selection.score_reading import Scores, order_preserving_keys
+from jaxpruner.selection.top_k import (
+    Choosing,
+    Competition,
+    count_true,
+    select,
+    together,
+    top_k_mask,
+    top_k_masks,
+)
+
+__all__ = [
+    "Choosing",
+    "Competition",
+    "Scores",
+    "count_true",
+    "counts",
+    "order_preserving_keys",
+    "score_reading",
+    "select",
+    "together",
+    "top_k_mask",
+    "top_k_masks",
+]
