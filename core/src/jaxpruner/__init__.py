@@ -28,11 +28,14 @@ from jaxpruner.api import (
     ALGORITHM_REGISTRY,
     all_algorithm_names,
     create_updater_from_config,
+    init_projection,
     register_algorithm,
     sparsify,
 )
 from jaxpruner.base_updater import BaseUpdater
-from jaxpruner.inspection.flops import summarize_flops
+from jaxpruner.inspection.checks import check_schedule, check_sparse
+from jaxpruner.inspection.description import check_resumed, describe
+from jaxpruner.inspection.flops import shifted_parameters, summarize_flops
 from jaxpruner.sparsity_schedules import (
     NoUpdateSchedule,
     OneShotSchedule,
@@ -44,9 +47,9 @@ from jaxpruner.training.projection import (
     SparseState,
     StraightThroughState,
     apply_mask,
+    apply_state_masks,
     begin_step,
     end_step,
-    init_projection,
     project,
 )
 from jaxpruner.training.sharding import state_shardings
@@ -80,14 +83,20 @@ __all__ = [
     "all_algorithm_names",
     "api",
     "apply_mask",
+    "apply_state_masks",
     "base_updater",
     "begin_step",
+    "check_resumed",
+    "check_schedule",
+    "check_sparse",
     "create_updater_from_config",
+    "describe",
     "end_step",
     "init_projection",
     "mask_calculator",
     "project",
     "register_algorithm",
+    "shifted_parameters",
     "sparsify",
     "sparsity_distributions",
     "sparsity_schedules",

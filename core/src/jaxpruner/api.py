@@ -11,8 +11,12 @@ from typing import Any
 
 import optax
 
-from jaxpruner import algorithms, sparsity_distributions, sparsity_schedules, sparsity_types
+from jaxpruner import algorithms, sparsity_distributions, sparsity_schedules
 from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.inspection import checks
+from jaxpruner.structure_strings import parse_sparsity_type
+from jaxpruner.training import projection
+from jaxpruner.training.fit import FROM_PARAMS
 
 ALGORITHM_REGISTRY: dict[str, Callable[..., BaseUpdater]] = {
     "no_prune": algorithms.NoPruning,
@@ -40,6 +44,7 @@ _COMMON_KEYS = (
     "update_freq",
     "update_start_step",
     "update_end_step",
+    "initial_sparsity",
     "drop_fraction",
     "filter_fn",
     "custom_sparsity_map",
@@ -69,7 +74,8 @@ def sparsify(
       An optax transformation whose state is a `SparseState`.
 
     Raises:
-      ValueError: if the configuration is not valid.
+      ValueError: if the configuration is not valid, or would not make the training sparse: without a schedule, with
+        one that never arrives, with a structure that disagrees with the sparsity.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxpruner
@@ -92,7 +98,32 @@ def sparsify(
         )
     if not isinstance(updater, BaseUpdater):
         updater = create_updater_from_config(config if updater is None else updater)
-    return updater.sparsify_optax(inner)
+    checks.check_schedule(updater)
+    tx = updater.sparsify_optax(inner)
+    return tx._replace(init=_CheckedInit(tx.init, updater))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckedInit:
+    """`init`, once the sparsities of the parameters are known to be what was asked for."""
+
+    init: Callable[[Any], projection.SparseState]
+    updater: BaseUpdater
+
+    def __call__(self, params: Any) -> projection.SparseState:
+        checks.check_targets(self.updater, params)
+        return self.init(params)
+
+
+def init_projection(updater: BaseUpdater, params: Any) -> projection.SparseState:
+    """The state for `project`, or for `begin_step` and `end_step`, at count 0.
+
+    Raises:
+      ValueError: as `sparsify` does, for what would not make the training sparse.
+    """
+    checks.check_schedule(updater)
+    checks.check_targets(updater, params)
+    return projection.init_state(updater, params)
 
 
 def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
@@ -102,16 +133,19 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
       algorithm: a name of `all_algorithm_names()`.
       sparsity: final fraction of zeros, in [0, 1).
       dist_type: `uniform` (default) or `erk`; global algorithms have their own.
-      sparsity_type: `unstructured` (default), `nm_2,4`, `block_4,4`, `channel_-1`, or what
+      sparsity_type: `unstructured` (default), `nm_2,4` or `nm_2:4`, `block_4,4`, `channel_-1`, with an axis
+        `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`, `block_4,4,axes=1:2`, `channel_input`; or what
         `BaseUpdater.sparsity_type` takes.
       update_start_step, update_end_step, update_freq: masks are made on multiples of `update_freq`
-        (default 1) from start to end, sparser with each along a cubic polynomial; at once if start
-        equals end; never without a start.
+        (default 1) from start to end, sparser with each along a cubic polynomial, the last with the final sparsity
+        exactly; at once if start equals end; never without a start.
+      initial_sparsity: where the polynomial starts (default 0), or `from_params`: zeros of the parameters at the first
+        step stay, and pruning goes on from them.
       drop_fraction: share of active weights that SET and RigL replace, cosine-decayed to 0 at
         `update_end_step` (default 0.1).
       filter_fn: `filter_fn(path, param)` takes the parameters to prune (default: two or more axes).
-      custom_sparsity_map: path or pattern -> sparsity.
-      Anything else is given to the algorithm, such as `use_packed_masks` and `rng_seed`.
+      custom_sparsity_map: path or pattern -> sparsity; the most specific pattern holds.
+      Anything else is given to the algorithm, such as `use_packed_masks`, `stack_axes` and `rng_seed`.
 
     Raises:
       ValueError: for unknown keys and values, with the list of valid ones.
@@ -135,11 +169,13 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
         raise ValueError(
             f"sparsity_distribution_fn: algorithm {name!r} distributes by its own threshold; give sparsity= instead."
         )
+    _parse_distribution(config.get("dist_type", "uniform"))
     if name not in _WITHOUT_SPARSITY and not {"sparsity", "sparsity_distribution_fn"} & set(config):
         raise ValueError("sparsity: missing; give the final fraction of zeros, such as sparsity=0.8.")
     offered = _common_fields(config)
     if name in _WITHOUT_SPARSITY:
-        offered.pop("scheduler", None)
+        for key in ("scheduler", "masks"):
+            offered.pop(key, None)
     return algorithm(**{key: value for key, value in offered.items() if key in accepted} | fields)
 
 
@@ -177,11 +213,19 @@ def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         sparsity_distributions.check_sparsity("Default sparsity", config["sparsity"])
         offered["sparsity"] = config["sparsity"]
         offered["sparsity_distribution_fn"] = functools.partial(distribution, sparsity=config["sparsity"], **placement)
-    # Without a start the algorithm's own schedule stands, which makes no updates for all but `preserve`.
+    initial = config.get("initial_sparsity", 0.0)
+    if initial == FROM_PARAMS:
+        offered["masks"] = FROM_PARAMS
+    # Without a start the algorithm's own schedule stands, which makes no updates.
     if "update_start_step" in config:
-        offered["scheduler"] = _parse_schedule(config)
+        offered["scheduler"] = _parse_schedule(config, 0.0 if initial == FROM_PARAMS else initial)
+    elif ignored := [key for key in ("update_end_step", "update_freq") if key in config]:
+        raise ValueError(
+            f"update_start_step: missing, so {ignored[0]}={config[ignored[0]]} would have no effect and masks would "
+            f"never be made; give the step of the first masks, or leave {' and '.join(ignored)} out."
+        )
     offered["drop_fraction_fn"] = _parse_drop_fraction(config)
-    offered["sparsity_type"] = _parse_sparsity_type(config.get("sparsity_type", "unstructured"))
+    offered["sparsity_type"] = parse_sparsity_type(config.get("sparsity_type", "unstructured"))
     return offered
 
 
@@ -191,12 +235,15 @@ def _parse_distribution(dist_type: Any) -> Callable[..., Any]:
     return _DISTRIBUTIONS[dist_type]
 
 
-def _parse_schedule(config: Mapping[str, Any]) -> sparsity_schedules.Schedule:
+def _parse_schedule(config: Mapping[str, Any], initial_sparsity: float) -> sparsity_schedules.Schedule:
     start, end = config["update_start_step"], config.get("update_end_step")
     if start == end:
         return sparsity_schedules.OneShotSchedule(start)
     return sparsity_schedules.PolynomialSchedule(
-        update_freq=config.get("update_freq", 1), update_start_step=start, update_end_step=end
+        update_freq=config.get("update_freq", 1),
+        update_start_step=start,
+        update_end_step=end,
+        initial_sparsity=initial_sparsity,
     )
 
 
@@ -206,45 +253,7 @@ def _parse_drop_fraction(config: Mapping[str, Any]) -> Callable[[Any], Any]:
         raise ValueError(f"drop_fraction: {fraction!r} is outside [0, 1]; it is a share of the active weights.")
     if not isinstance(end, numbers.Integral) or end < 0:
         raise ValueError(f"update_end_step: {end!r} is not a step; give an integer of 0 or more.")
-    return optax.cosine_decay_schedule(fraction, end) if end else optax.constant_schedule(fraction)
-
-
-def _parse_sparsity_type(value: Any) -> Any:
-    """Strings become structures, also inside a mapping or pairs of patterns; all else stays."""
-    if isinstance(value, str):
-        return _parse_structure(value)
-    if hasattr(value, "items"):
-        return {pattern: _parse_sparsity_type(structure) for pattern, structure in value.items()}
-    if isinstance(value, list | tuple):
-        return [(pattern, _parse_sparsity_type(structure)) for pattern, structure in value]
-    if isinstance(value, sparsity_types.SparsityType) or callable(value):
-        return value
-    raise ValueError(_unknown_structure(value))
-
-
-def _parse_structure(text: str) -> sparsity_types.SparsityType:
-    kind, _, numbers = text.partition("_")
-    try:
-        sizes = [int(number) for number in numbers.split(",")] if numbers else []
-        match kind, sizes:
-            case "unstructured", []:
-                return sparsity_types.Unstructured()
-            case "nm", [n, m]:
-                return sparsity_types.NByM(n, m)
-            case "block", [h, w]:
-                return sparsity_types.Block((h, w))
-            case "channel", [axis]:
-                return sparsity_types.Channel(axis)
-    except ValueError as error:
-        raise ValueError(f"Sparsity type {text!r}: {error}") from error
-    raise ValueError(_unknown_structure(text))
-
-
-def _unknown_structure(value: Any) -> str:
-    return (
-        f"Sparsity type {value!r} is not known; use 'unstructured', 'nm_2,4', 'block_4,4', 'channel_-1', or an "
-        "object of jaxpruner.sparsity_types."
-    )
+    return sparsity_schedules.CosineDecay(float(fraction), int(end))
 
 
 def _accepted_fields(algorithm: Callable[..., BaseUpdater], asked: Mapping[str, Any]) -> set[str]:

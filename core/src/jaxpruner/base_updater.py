@@ -1,4 +1,4 @@
-"""BaseUpdater: the few hooks that an algorithm overrides."""
+"""BaseUpdater: the few hooks that an algorithm overrides; and NoPruning, which prunes nothing."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ import numpy as np
 import optax
 
 from jaxpruner import (
+    equality,
     mask_storage,
     selection,
     sparsity_distributions,
     sparsity_types,
     trees,
 )
+from jaxpruner.inspection import checks
 from jaxpruner.selection import counts
 from jaxpruner.selection.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import NoUpdateSchedule, Schedule
-from jaxpruner.training import projection, transformation
+from jaxpruner.training import fit, projection, transformation
 from jaxpruner.training.projection import SparseState, apply_mask
 
-__all__ = ["BaseUpdater", "SparseState", "apply_mask"]
+__all__ = ["BaseUpdater", "NoPruning", "SparseState", "apply_mask"]
 
 
 def elementwise_scores(score: Callable[..., Any], needs_grads: bool = False) -> Callable[..., Any]:
@@ -81,13 +83,30 @@ def require_grads(updater: BaseUpdater, grads: Any) -> None:
         )
 
 
+class _TopK:
+    """The field `topk_fn`: what was given, or else the function of the structure as it is now."""
+
+    def __get__(self, updater: BaseUpdater | None, owner: type) -> Any:
+        if updater is None:
+            return None  # the default of the field
+        return vars(updater)["topk_fn"] or functools.partial(_structured_topk, updater)
+
+    def __set__(self, updater: BaseUpdater, value: Any) -> None:
+        vars(updater)["topk_fn"] = value
+
+
+def _structured_topk(updater: BaseUpdater, scores: Any, sparsity: Any) -> Any:
+    return sparsity_types.for_leaf(updater.sparsity_type, (), jnp.asarray(scores)).mask(jnp.asarray(scores), sparsity)
+
+
 @dataclasses.dataclass(eq=False)
 class BaseUpdater:
     """An algorithm that decides which weights to keep, as an optax transformation.
 
     A new algorithm overrides `calculate_scores` alone: the weights of the highest scores are kept.
     Every hook is looked up when it is called, so instances may be changed after they were made.
-    Subclasses that are dataclasses say `eq=False`, which keeps them hashable.
+    Two are equal if they are of one class and their fields are; subclasses that are dataclasses say `eq=False`, which
+    keeps that and the hash.
 
     Attributes:
       scheduler: when masks are made and how sparse they are then.
@@ -99,26 +118,35 @@ class BaseUpdater:
       rng_seed: an integer or a `jax.random` key.
       use_packed_masks: whether the state keeps one bit a weight rather than one byte.
       topk_fn: `fn(scores, sparsity) -> mask` in place of `sparsity_type`.
+      stack_axes: which axis of a leaf is a stack of layers, as path patterns -> axis (a mapping or pairs) or a function
+        of (path, parameter) to an axis or None. Each layer keeps its own exact share and its own structure; filters
+        and distributions see one layer's shape.
+      masks: what training starts from: a tree of boolean masks, None where a leaf starts dense; or `"from_params"`,
+        which keeps what is zero in the parameters at count 0. What they prune stays pruned.
     """
 
     scheduler: Schedule = NoUpdateSchedule()
     skip_gradients: bool = False
     is_sparse_gradients: bool = False
     sparsity_type: Any = sparsity_types.Unstructured()
-    sparsity_distribution_fn: Callable[[Any], Any] = functools.partial(sparsity_distributions.uniform, sparsity=0.8)
+    sparsity_distribution_fn: Callable[[Any], Any] = functools.partial(sparsity_distributions.uniform, sparsity=0.0)
     rng_seed: Any = 8
     use_packed_masks: bool = False
-    topk_fn: Callable[..., Any] | None = None
+    topk_fn: Callable[..., Any] | None = _TopK()
+    stack_axes: Any = None
+    masks: Any = None
 
     # Whether a mask update can revive weights, whose optimizer statistics must then start anew.
     regrows: ClassVar[bool] = False
     # Whether dense weights are trained behind the masked ones.
     straight_through: ClassVar[bool] = False
+    # Whether masks are made when the schedule says so; else they are what training starts with.
+    follows_schedule: ClassVar[bool] = True
 
     def wrap_optax(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """The inner optimizer, made sparse. It must come last in a chain.
 
-        Extra keyword arguments of its `update` reach `calculate_scores`, not the inner optimizer.
+        Extra keyword arguments of its `update` reach `calculate_scores` and the inner optimizer.
         """
         return transformation.mask_params(inner, self)
 
@@ -146,7 +174,10 @@ class BaseUpdater:
           ValueError: if nothing would be pruned, or a leaf cannot be pruned as asked.
         """
         targets = self.get_target_sparsities(params)
+        self._tell_of_structures(params, targets)
         masks = self.get_initial_masks(params, targets)
+        if self.masks is not None and not self._reads_params:
+            masks = fit.given_masks(self.masks, params, targets)
         return SparseState(
             masks=mask_storage.encode_tree(self.storage, masks),
             target_sparsities=trees.to_state(self._as_float32(params, targets)),
@@ -155,8 +186,9 @@ class BaseUpdater:
 
     def get_target_sparsities(self, params: Any) -> Any:
         """The checked final sparsity of each leaf, None where it is not pruned."""
-        targets = self.sparsity_distribution_fn(params)
-        self._check_targets(params, targets)
+        layers = self.layers(params)
+        targets = self.sparsity_distribution_fn(layers)
+        self._check_targets(params, layers, targets)
         return targets
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
@@ -164,15 +196,41 @@ class BaseUpdater:
         return trees.map_pruned(lambda p, _: jnp.ones_like(p, dtype=bool), params, target_sparsities)
 
     def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs) -> SparseState:
-        """The state with masks made anew, as of `sparse_state.count`."""
+        """The state with masks made anew, as of `sparse_state.count`.
+
+        Towards the sparsities of this configuration, whatever the state was made with.
+        """
+        targets = self._targets_at_hand(params, sparse_state)
         sparsities = trees.map_pruned(
-            lambda target, _: self.scheduler.get_sparsity_at_step(target, sparse_state.count),
-            sparse_state.target_sparsities,
-            sparse_state.target_sparsities,
+            lambda target, _: self.sparsity_at(target, sparse_state.count), trees.from_state(targets), targets
         )
         scores = self._scores(params, sparse_state, grads, **kwargs)
-        masks = self.create_masks(scores, sparsities)
-        return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks))
+        if self.masks is not None:
+            before = self.current_masks(sparse_state, params)
+            scores = trees.map_named(self._pruned_last, scores, before)
+            masks = trees.map_pruned(lambda mask, was: mask & was, self.create_masks(scores, sparsities), before)
+        else:
+            masks = self.create_masks(scores, sparsities)
+        return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=targets)
+
+    def sparsity_at(self, target: Any, count: Any) -> Any:
+        """The sparsity of a leaf, of the masks in force at a count."""
+        return self.scheduler.get_sparsity_at_step(target, count)
+
+    def starting_masks(self, params: Any, sparse_state: SparseState) -> Any:
+        """The masks of the state, as they are stored; at count 0 those read from the parameters, where asked for."""
+        if not self._reads_params:
+            return sparse_state.masks
+
+        def read():
+            nonzero = trees.map_pruned(lambda p, _: fit.nonzero(p), params, sparse_state.masks)
+            return mask_storage.encode_tree(self.storage, nonzero)
+
+        return projection.when(sparse_state.count == 0, read, lambda: sparse_state.masks)
+
+    def check_state(self, sparse_state: SparseState, params: Any) -> None:
+        """Raises a ValueError if a state is of another configuration, by the shapes of what it holds."""
+        fit.check_state(self, sparse_state, params)
 
     def create_masks(self, scores: Any, sparsities: Any) -> Any:
         """Boolean masks that keep the highest scores of each leaf, None where sparsity is None."""
@@ -181,7 +239,7 @@ class BaseUpdater:
             if trees.is_unpruned(sparsity):
                 return None
             with trees.errors_at(path):
-                if self.topk_fn is not None:
+                if self.custom_topk:
                     return self.topk_fn(as_array(score), sparsity)
                 return (yield from sparsity_types.masking(self.structure(path, score), score, sparsity))
 
@@ -199,8 +257,9 @@ class BaseUpdater:
         Returns:
           The pruned parameters and their boolean masks, None where a leaf is not pruned.
         """
-        targets = self.get_target_sparsities(params)
-        scores = self._scores(params, None, grads, **kwargs)
+        targets = self.get_target_sparsities(trees.numbers_only(params))
+        self._tell_of_structures(params, targets)
+        scores = self._scores(trees.numbers_only(params), None, grads, **kwargs)
         masks = self.create_masks(scores, targets)
         return self.apply_masks(params, masks), masks
 
@@ -211,8 +270,7 @@ class BaseUpdater:
 
     def post_gradient_update(self, params: Any, sparse_state: SparseState) -> Any:
         """The parameters to go on with; on their masks already after a wrapped optimizer's step."""
-        masks = projection.find_state(sparse_state).masks
-        return self.apply_masks(params, masks, is_packed=self.use_packed_masks)
+        return self.apply_masks(params, self.current_masks(sparse_state, params))
 
     @property
     def storage(self) -> mask_storage.MaskStorage:
@@ -221,11 +279,46 @@ class BaseUpdater:
 
     def current_masks(self, sparse_state: SparseState, params: Any) -> Any:
         """The boolean masks of a state, None where a leaf is not pruned."""
-        return mask_storage.decode_tree(self.storage, sparse_state.masks, params)
+        state = projection.find_state(sparse_state)
+        if jax.tree.structure(params) == jax.tree.structure(state.masks):
+            return mask_storage.decode_tree(self.storage, state.masks, params)
+        # Of an optimizer that boxes what it keeps, such as that of flax.nnx, or only a part is pruned.
+        masks = dict(trees.named_leaves(state.masks))
+        placed = trees.map_named(lambda path, _: masks.get(path), params)
+        return mask_storage.decode_tree(self.storage, placed, params)
 
     def structure(self, path: trees.KeyPath, leaf: Any) -> sparsity_types.SparsityType:
         """The structure of the leaf at this path; functions of (path, parameter) see its shape and dtype."""
-        return sparsity_types.for_leaf(self.sparsity_type, path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return sparsity_types.for_leaf(self.sparsity_type, path, shape, self.stack_axis(path, leaf))
+
+    def stack_axis(self, path: trees.KeyPath, leaf: Any) -> int | None:
+        """The axis along which the leaf at this path is a stack of layers; None if it is one layer."""
+        if self.stack_axes is None:
+            return None
+        if callable(self.stack_axes):
+            return self.stack_axes(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        return trees.most_specific(trees.pattern_pairs(self.stack_axes), path, "stack_axes")
+
+    def layers(self, params: Any) -> Any:
+        """The parameters as filters and distributions see them: a stack as one layer, so many times."""
+        if self.stack_axes is None:
+            return params
+
+        def layer(path, leaf):
+            if trees.is_unpruned(leaf) or not trees.is_floating(leaf):
+                return leaf
+            axis = self.stack_axis(path, leaf)
+            if axis is None:
+                return leaf
+            with trees.errors_at(path):
+                sparsity_types.check_axis(axis, leaf.shape)
+            shape = sparsity_types.without_axis(leaf.shape, axis)
+            return sparsity_distributions.Layers(shape, leaf.dtype, leaf.shape[axis])
+
+        if not callable(self.stack_axes):
+            trees.resolve(self.stack_axes, [path for path, _ in trees.named_leaves(params)], "stack_axes")
+        return trees.map_named(layer, params)
 
     def random_keys(self, tree: Any, step: Any = -1) -> Any:
         """A tree of keys: one a leaf and mask update; -1 stands for the initial masks."""
@@ -248,12 +341,43 @@ class BaseUpdater:
         def convert(path, param, target):
             if trees.is_unpruned(target):
                 return None
+            if isinstance(target, jax.core.Tracer):
+                return target.astype(jnp.float32)
             units = self.structure(path, param).num_units(jnp.shape(param))
             return jnp.asarray(counts.float32_sparsity(units, target), jnp.float32)
 
         return trees.map_named(convert, params, targets)
 
-    def _check_targets(self, params: Any, targets: Any) -> None:
+    @property
+    def _reads_params(self) -> bool:
+        return isinstance(self.masks, str)
+
+    def _targets_at_hand(self, params: Any, sparse_state: SparseState) -> Any:
+        """The final sparsities of this configuration, as the state keeps them."""
+        try:
+            targets = self.get_target_sparsities(params)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+            return sparse_state.target_sparsities  # of a distribution that reads weights, which only `init` can do
+        fit.check_pruned(targets, sparse_state)
+        return trees.to_state(self._as_float32(params, targets))
+
+    def _pruned_last(self, path: trees.KeyPath, score: Any, mask: Any) -> Any:
+        """Scores that rank what is pruned below all; where units are of several weights, their zeros do."""
+        if trees.is_unpruned(mask) or isinstance(
+            self.structure(path, score), sparsity_types.Block | sparsity_types.Channel
+        ):
+            return score
+        filled = Scores.of(score).filled(~mask, jnp.nan)
+        return filled if _own_mark(self.create_masks, "reads_unevaluated") else as_array(filled)
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and equality.comparable(vars(self)) == equality.comparable(vars(other))
+
+    def __hash__(self) -> int:
+        return hash((type(self), equality.comparable(vars(self))))
+
+    def _check_targets(self, params: Any, layers: Any, targets: Any) -> None:
+        fit.check_masks_field(self)
         marked = trees.map_pruned(lambda p, _: p, params, targets)
         pruned = dict(trees.named_leaves(marked))
         paths = [path for path, _ in trees.named_leaves(params)]
@@ -267,11 +391,41 @@ class BaseUpdater:
         for path, target in trees.named_leaves(targets):
             with trees.errors_at(path):
                 sparsity_distributions.check_sparsity("sparsity", target)
-                _check_dtype(pruned[path])
-                if self.topk_fn is None:
+                if not trees.is_floating(pruned[path]):
+                    raise ValueError(
+                        f"dtype {jnp.result_type(pruned[path])} cannot be pruned; exclude it with filter_fn."
+                    )
+                if not self.custom_topk:
                     self.structure(path, pruned[path]).check_shape(jnp.shape(pruned[path]))
 
+    def _tell_of_structures(self, params: Any, targets: Any) -> None:
+        """Scripts of the paper's library give a sparsity beside n:m, which decides; `sparsify` refuses that."""
+        if disagreement := checks.structure_disagreement(self, params, targets):
+            checks.warn_once(disagreement)
 
-def _check_dtype(param: Any) -> None:
-    if not jnp.issubdtype(jnp.result_type(param), jnp.floating):
-        raise ValueError(f"dtype {jnp.result_type(param)} cannot be pruned; exclude it with filter_fn.")
+    @property
+    def custom_topk(self) -> bool:
+        """Whether `topk_fn` was given, in place of a structure."""
+        return vars(self)["topk_fn"] is not None
+
+
+@dataclasses.dataclass(eq=False)
+class NoPruning(BaseUpdater):
+    """The dense baseline: no masks, parameters and updates untouched."""
+
+    follows_schedule = False
+
+    def get_target_sparsities(self, params):
+        return jax.tree.map(lambda _: None, params)
+
+    def create_masks(self, scores, sparsities):
+        del sparsities
+        return jax.tree.map(lambda _: None, scores)
+
+    def update_state(self, sparse_state, params, grads, **kwargs):
+        del params, grads, kwargs
+        return sparse_state
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        del sparse_state, grads, kwargs
+        return params

@@ -5,6 +5,7 @@ Everything else in the library sees boolean masks; only this module knows about 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _BITS = 8
 
 
+@dataclasses.dataclass(frozen=True)
 class DenseStorage:
     """One boolean a weight, in the parameter's own shape."""
 
@@ -28,7 +30,12 @@ class DenseStorage:
         del shape
         return jnp.asarray(stored, bool)
 
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which the mask of a parameter of this shape is kept."""
+        return shape
 
+
+@dataclasses.dataclass(frozen=True)
 class PackedStorage:
     """One bit a weight, packed along one axis, so that the packed mask shards like its parameter.
 
@@ -58,8 +65,17 @@ class PackedStorage:
             mask = mask[(slice(None),) * axis + (slice(length),)]
         return mask.reshape(shape)
 
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which the mask of a parameter of this shape is kept."""
+        return packed_shape(shape)
+
 
 MaskStorage = DenseStorage | PackedStorage
+
+
+def storage_of(stored: Any) -> MaskStorage:
+    """How a mask was stored, by its dtype."""
+    return PackedStorage() if stored.dtype == jnp.uint8 else DenseStorage()
 
 
 def packed_axis(shape: tuple[int, ...]) -> int:

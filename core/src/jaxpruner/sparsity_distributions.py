@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,23 @@ from jaxpruner import trees
 
 FilterFn = Callable[[trees.KeyPath, Any], bool]
 SparsityMap = Mapping[Any, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """A stack of layers as filters and distributions see it: one layer's shape, so many times."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    number: int
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def NOT_DIM_ONE_FILTER_FN(path: trees.KeyPath, param: Any) -> bool:  # noqa: N802 (a name scripts know)
@@ -66,11 +84,14 @@ def erk(
     check_sparsity("Default sparsity", sparsity)
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(param_tree)):
         raise ValueError(
-            "Single parameter is provided: ERK spreads a budget over several layers. Give a tree "
-            "of parameters, or use the uniform distribution."
+            "Single parameter is provided. Please provide a paramater tree. ERK spreads a budget over several "
+            "layers; for one use the uniform distribution."
         )
-    shapes = {path: np.shape(param) for path, param in _selected_leaves(param_tree, filter_fn)}
-    sparsities = get_sparsities_erdos_renyi(shapes, sparsity, custom_sparsity_map)
+    selected = _selected_leaves(param_tree, filter_fn)
+    shapes = {path: tuple(np.shape(param)) for path, param in selected}
+    custom = _custom_sparsities(custom_sparsity_map, list(shapes))
+    layers = {path: param.number for path, param in selected if isinstance(param, Layers)}
+    sparsities = _spread(shapes, sparsity, custom, layers, lambda shape: _erk_ratio(shape, True)) if shapes else {}
     return trees.map_named(lambda path, _: sparsities.get(path), param_tree)
 
 
@@ -94,21 +115,46 @@ def get_sparsities_erdos_renyi(
     Args:
       var_shape_dict: path -> shape.
       default_sparsity: s, the fraction of zeros over all leaves outside the custom map.
-      custom_sparsity_map: path or slash pattern -> sparsity that is kept outside the budget.
+      custom_sparsity_map: path or slash pattern -> sparsity that is kept outside the budget; one that names no shape
+        is passed over.
       include_kernel: whether the spatial axes of convolutions count.
       erk_power_scale: the exponent `scale`; 0 is uniform.
 
     Returns:
       path -> sparsity in [0, 1).
+
+    Raises:
+      ValueError: if there are no shapes, or a sparsity is outside [0, 1).
     """
     check_sparsity("Default sparsity", default_sparsity)
+    if not var_shape_dict:
+        raise ValueError("var_shape_dict: is empty, there is nothing to spread a budget over; give path -> shape.")
     shapes = {key: tuple(int(d) for d in shape) for key, shape in var_shape_dict.items()}
-    custom = _custom_sparsities(custom_sparsity_map, list(shapes))
+    named = {
+        pattern: value
+        for pattern, value in trees.pattern_pairs(custom_sparsity_map)
+        if any(trees.matches(pattern, path) for path in shapes)
+    }
+    custom = _custom_sparsities(named, list(shapes))
+    return _spread(
+        shapes, default_sparsity, custom, {}, lambda shape: _erk_ratio(shape, include_kernel) ** erk_power_scale
+    )
+
+
+def _spread(
+    shapes: Mapping[trees.KeyPath, tuple[int, ...]],
+    default_sparsity: float,
+    custom: Mapping[trees.KeyPath, float],
+    layers: Mapping[trees.KeyPath, int],
+    ratio_of: Callable[[tuple[int, ...]], float],
+) -> dict[trees.KeyPath, float]:
+    """The sparsity of each shape; `layers` tells how many layers of that shape a stack has."""
     budgeted = [key for key in shapes if key not in custom and math.prod(shapes[key]) > 0]
-    sizes = {key: math.prod(shapes[key]) for key in budgeted}
-    # Floored leaf by leaf, so that the budget is one of whole entries.
-    zeros = {key: math.floor(default_sparsity * sizes[key]) for key in budgeted}
-    ratio = {key: _erk_ratio(shapes[key], include_kernel) ** erk_power_scale for key in budgeted}
+    times = {key: layers.get(key, 1) for key in budgeted}
+    sizes = {key: math.prod(shapes[key]) * times[key] for key in budgeted}
+    # Floored layer by layer, so that the budget is one of whole entries.
+    zeros = {key: math.floor(default_sparsity * math.prod(shapes[key])) * times[key] for key in budgeted}
+    ratio = {key: ratio_of(shapes[key]) for key in budgeted}
 
     dense: set[trees.KeyPath] = set()
     epsilon = 0.0
@@ -121,7 +167,7 @@ def get_sparsities_erdos_renyi(
             break
         dense |= {key for key in sparse if ratio[key] == widest}
 
-    sparsities = dict.fromkeys(shapes, 0.0) | custom
+    sparsities = dict.fromkeys(shapes, 0.0) | dict(custom)
     sparsities |= {key: 1.0 - epsilon * ratio[key] for key in budgeted if key not in dense}
     return sparsities
 
@@ -147,4 +193,9 @@ def _custom_sparsities(custom_sparsity_map, paths) -> dict[trees.KeyPath, float]
 
 
 def _selected_leaves(params: Any, filter_fn: FilterFn) -> list[tuple[trees.KeyPath, Any]]:
-    return [(path, param) for path, param in trees.named_leaves(params) if filter_fn(path, param)]
+    """What a filter takes of the leaves that can be pruned: those of floating numbers."""
+    return [
+        (path, param)
+        for path, param in trees.named_leaves(params)
+        if (trees.is_floating(param) or not hasattr(param, "dtype")) and filter_fn(path, param)
+    ]

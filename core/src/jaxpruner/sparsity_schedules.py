@@ -6,11 +6,11 @@ integer or a traced one.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import numbers
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
@@ -21,17 +21,45 @@ if TYPE_CHECKING:
     Sparsity = float | Float[Array, ""]
 
 
-class Schedule(abc.ABC):
-    """When masks are made and how sparse they are then; the final sparsity unless overridden."""
+class Schedule:
+    """When masks are made and how sparse they are then; the final sparsity unless overridden.
 
-    @abc.abstractmethod
+    A schedule of your own overrides `should_update_mask`, or `is_mask_update_iter`, its name in scripts of the
+    paper's library.
+    """
+
     def should_update_mask(self, step: Step) -> Decision:
         """Whether masks are made at `step`."""
+        if type(self).is_mask_update_iter is Schedule.is_mask_update_iter:
+            raise NotImplementedError(f"{type(self).__name__} does not override should_update_mask.")
+        return self.is_mask_update_iter(step)
 
-    def get_sparsity_at_step(self, target_sp: Sparsity, step: Step) -> Sparsity:
-        """The sparsity of masks made at `step`, given the final one."""
+    def is_mask_update_iter(self, step: Step) -> Decision:
+        """The same, by another name."""
+        return self.should_update_mask(step)
+
+    def get_sparsity_at_step(self, target_sparsities: Any, step: Step) -> Any:
+        """The sparsities of masks made at `step`, given the final ones: a number, or a tree of them and None."""
+        return jax.tree.map(lambda target: self._sparsity(target, step), target_sparsities)
+
+    def _sparsity(self, target: Sparsity, step: Step) -> Sparsity:
         del step
-        return target_sp
+        return target
+
+    @property
+    def num_updates(self) -> int | None:
+        """How often masks are made; None if that is not known or has no end."""
+        return None
+
+    @property
+    def first_update_step(self) -> int | None:
+        """The step of the first masks; None if it is not known or there is none."""
+        return None
+
+    @property
+    def last_update_step(self) -> int | None:
+        """The step of the last masks; None if it is not known or there is none."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +69,10 @@ class NoUpdateSchedule(Schedule):
     def should_update_mask(self, step: Step) -> Decision:
         del step
         return False
+
+    @property
+    def num_updates(self) -> int | None:
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +86,18 @@ class OneShotSchedule(Schedule):
 
     def should_update_mask(self, step: Step) -> Decision:
         return step == self.target_step
+
+    @property
+    def num_updates(self) -> int | None:
+        return 1
+
+    @property
+    def first_update_step(self) -> int | None:
+        return self.target_step
+
+    @property
+    def last_update_step(self) -> int | None:
+        return self.target_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,33 +132,80 @@ class PeriodicSchedule(Schedule):
             due &= step <= self.update_end_step
         return due
 
+    @property
+    def num_updates(self) -> int | None:
+        if self.update_end_step is None:
+            return None
+        return max(0, self.update_end_step // self.update_freq - self._first // self.update_freq + 1)
+
+    @property
+    def first_update_step(self) -> int | None:
+        return None if self.num_updates == 0 else self._first
+
+    @property
+    def last_update_step(self) -> int | None:
+        return self.update_end_step // self.update_freq * self.update_freq if self.num_updates else None
+
+    @property
+    def _first(self) -> int:
+        return -(-(self.update_start_step or 0) // self.update_freq) * self.update_freq
+
 
 @dataclasses.dataclass(frozen=True)
 class PolynomialSchedule(PeriodicSchedule):
-    r"""Sparsity rises from 0 to the final one along a polynomial (Zhu & Gupta, 2017).
+    r"""Sparsity rises to the final one along a polynomial (Zhu & Gupta, 2017).
 
-    .. math:: s(t) = s_f \, (1 - (1 - p)^{power}), \quad
+    .. math:: s(t) = s_i + (s_f - s_i) \, (1 - (1 - p)^{power}), \quad
               p = \mathrm{clip}(t + 1 - start,\, 0,\, end - start) / (end - start)
 
-    The final sparsity is reached by an update at or after step `end - 1`: let `update_freq` divide
-    `update_end_step`. Start and end may be the same step, which makes it one shot.
+    with the initial sparsity :math:`s_i`, at most :math:`s_f`. The last update, at the largest multiple of
+    `update_freq` that is not after the end, has the final sparsity exactly. Start and end may be the same step, which
+    makes it one shot.
     """
 
     update_start_step: int = 0
     update_end_step: int | None = None
     power: float = 3
+    initial_sparsity: float = 0.0
 
     def __post_init__(self):
         if self.update_end_step is None:
             raise ValueError("update_end_step: missing; give the step at which the final sparsity is reached.")
+        if not isinstance(self.initial_sparsity, numbers.Real) or not 0 <= self.initial_sparsity < 1:
+            raise ValueError(
+                f"initial_sparsity: {self.initial_sparsity!r} is outside [0, 1); it is the share of zeros at the start."
+            )
         super().__post_init__()
 
-    def get_sparsity_at_step(self, target_sp: Sparsity, step: Step) -> Sparsity:
+    def _sparsity(self, target: Sparsity, step: Step) -> Sparsity:
         length = self.update_end_step - self.update_start_step
         if length == 0:
-            return target_sp
+            return target
         progress = jnp.clip(step + 1 - self.update_start_step, 0, length) / length
-        return target_sp * (1.0 - (1.0 - progress) ** self.power)
+        risen = 1.0 - (1.0 - progress) ** self.power
+        initial = jnp.minimum(self.initial_sparsity, target) if self.initial_sparsity else 0.0
+        sparsity = initial + (target - initial) * risen
+        last = self.update_end_step if self.last_update_step is None else self.last_update_step
+        return jnp.where(step >= last, target, sparsity)
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineDecay:
+    r"""The share of active weights that SET and RigL replace (Evci et al., 2020).
+
+    .. math:: f(t) = \frac{f_0}{2} (1 + \cos(\pi \min(t, end) / end))
+
+    and :math:`f_0` throughout without an end.
+    """
+
+    drop_fraction: float = 0.1
+    end_step: int = 0
+
+    def __call__(self, step: Step) -> Float[Array, ""]:
+        if not self.end_step:
+            return jnp.asarray(self.drop_fraction, jnp.float32)
+        progress = jnp.minimum(step, self.end_step) / self.end_step
+        return self.drop_fraction * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
 
 def _check_step(name: str, step: int) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -62,6 +63,11 @@ class SparsityType(abc.ABC):
     def num_units(self, shape: tuple[int, ...]) -> int:
         """How many units of a leaf of this shape are kept or pruned."""
         return math.prod(shape)
+
+    def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
+        """The structure of one leaf: this one, unless it depends on what the leaf is called."""
+        del path, shape
+        return self
 
 
 class _Units(SparsityType):
@@ -125,6 +131,9 @@ class Unstructured(_Units):
     def active_units(self, mask):
         return mask
 
+    def num_units(self, shape):
+        return math.prod(shape)
+
     def expand(self, units, shape):
         del shape
         return units
@@ -134,23 +143,40 @@ class Unstructured(_Units):
 class Block(_Units):
     """Blocks of weights that are kept or pruned together.
 
-    The first two axes are tiled by `block_shape = (h, w)` and all other axes belong whole to each
-    block; a leaf of one axis is tiled by w. Blocks at ragged edges are smaller. The score of a
+    Two axes, by default the first, are tiled by `block_shape = (h, w)` and all other axes belong whole to
+    each block; a leaf of one axis is tiled by w. Blocks at ragged edges are smaller. The score of a
     block is the average over its weights, or their maximum with `use_avg_pooling=False`.
     """
 
     block_shape: tuple[int, int] = (1, 1)
     use_avg_pooling: bool = True
+    axes: tuple[int, int] = (0, 1)
 
     def __post_init__(self):
         object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        object.__setattr__(self, "axes", tuple(self.axes))
+        if len(self.axes) != 2:
+            raise ValueError(f"axes: {self.axes} is not two axes; give those that are tiled, such as (0, 1).")
         if len(self.block_shape) != 2 or min(self.block_shape) < 1:
             raise ValueError(f"block_shape: {self.block_shape} is not two positive sizes; give (h, w), such as (4, 4).")
 
+    def check_shape(self, shape):
+        if len(shape) > 1:
+            for axis in self.axes:
+                check_axis(axis, shape)
+            if self.axes[0] % len(shape) == self.axes[1] % len(shape):
+                raise ValueError(f"axes {self.axes} of {shape} are one axis; choose two.")
+
+    def num_units(self, shape):
+        rows, columns = self._plane(self._tiled_first(shape))
+        return -(-rows // self.block_shape[0]) * -(-columns // self.block_shape[1])
+
     def pool(self, scores):
         wide = _at_least_float32(scores)
-        rows, columns = self._plane(scores.shape)
-        planes = wide.reshape(rows, columns, math.prod(scores.shape[2:]))
+        if wide.ndim > 1:
+            wide = jnp.moveaxis(wide, self.axes, (0, 1))
+        rows, columns = self._plane(wide.shape)
+        planes = wide.reshape(rows, columns, math.prod(wide.shape[2:]))
         if not self.use_avg_pooling:
             return self._tiles(planes.max(-1, initial=-jnp.inf), -jnp.inf).max((1, 3), initial=-jnp.inf)
         entries = self._tiles(jnp.ones(planes.shape[:2]), 0).sum((1, 3)) * planes.shape[2]
@@ -158,9 +184,18 @@ class Block(_Units):
 
     def expand(self, units, shape):
         h, w = self.block_shape
-        rows, columns = self._plane(shape)
+        first = self._tiled_first(shape)
+        rows, columns = self._plane(first)
         plane = jnp.repeat(jnp.repeat(units, h, 0), w, 1)[:rows, :columns]
-        return jnp.broadcast_to(plane.reshape(*shape[:2], *[1] * (len(shape) - 2)), shape)
+        mask = jnp.broadcast_to(plane.reshape(*first[:2], *[1] * (len(first) - 2)), first)
+        return jnp.moveaxis(mask, (0, 1), self.axes) if len(shape) > 1 else mask
+
+    def _tiled_first(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape with the two tiled axes in front."""
+        if len(shape) < 2:
+            return shape
+        tiled = [axis % len(shape) for axis in self.axes]
+        return tuple(shape[axis] for axis in tiled + [a for a in range(len(shape)) if a not in tiled])
 
     def _plane(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return shape[:2] if len(shape) > 1 else (1, math.prod(shape))
@@ -174,12 +209,30 @@ class Block(_Units):
 
 @dataclasses.dataclass(frozen=True)
 class Channel(_Units):
-    """Whole slices along `axis`, scored by the sum over all other axes."""
+    """Whole slices along `axis`, scored by the sum over all other axes.
 
-    axis: int = -1
+    The axis may be `"output"` or `"input"`: the last axis that a layer does not contract, or the last that it does
+    (:func:`contracted_axes`).
+    """
+
+    axis: int | str = -1
+
+    def __post_init__(self):
+        if isinstance(self.axis, str) and self.axis not in ("input", "output"):
+            raise ValueError(f"axis: {self.axis!r} is not known; give a number, 'input' or 'output'.")
+
+    def for_leaf(self, path, shape):
+        if not isinstance(self.axis, str):
+            return self
+        contracted = contracted_axes(path, shape)
+        others = [axis for axis in range(len(shape)) if axis not in contracted]
+        return Channel(contracted[0 if path[-1:] == ("weight",) else -1] if self.axis == "input" else others[-1])
 
     def check_shape(self, shape):
-        _check_axis(self.axis, shape)
+        check_axis(self.axis, shape)
+
+    def num_units(self, shape):
+        return shape[self.axis]
 
     def pool(self, scores):
         return _at_least_float32(scores).sum([a for a in range(scores.ndim) if a != self.axis % scores.ndim])
@@ -193,38 +246,44 @@ class Channel(_Units):
 class NByM(SparsityType):
     """Exactly n of every m successive weights along `axis` (Mishra et al., 2021).
 
-    Sparsity 0 leaves the leaf dense, any other value applies n:m. Ties keep the later position.
+    Several axes are folded into one, in C order. `"input"` stands for the axes that a layer contracts
+    (:func:`contracted_axes`), along which hardware wants the groups. Sparsity 0 leaves the leaf dense, any other value
+    applies n:m. Ties keep the later position.
     """
 
     n: int
     m: int
-    axis: int = -1
+    axis: int | tuple[int, ...] | str = -1
+
+    def __post_init__(self):
+        if isinstance(self.axis, list):
+            object.__setattr__(self, "axis", tuple(self.axis))
+        if isinstance(self.axis, str) and self.axis != "input":
+            raise ValueError(f"axis: {self.axis!r} is not known; give a number, several, or 'input'.")
+
+    def for_leaf(self, path, shape):
+        return dataclasses.replace(self, axis=contracted_axes(path, shape)) if self.axis == "input" else self
 
     def check_shape(self, shape):
         if not 0 < self.n <= self.m:
             raise ValueError(f"n={self.n} of every m={self.m} weights cannot be kept; choose 1 <= n <= m.")
-        _check_axis(self.axis, shape)
-        if shape[self.axis] % self.m:
+        axes = self._axes(shape)
+        for axis in axes:
+            check_axis(axis, shape)
+        if math.prod(shape[axis] for axis in axes) % self.m:
+            what = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}, folded,"
             raise ValueError(
-                f"axis {self.axis} of {shape} is not a multiple of m={self.m}; exclude it with "
-                "filter_fn or choose another axis."
+                f"{what} of {shape} is not a multiple of m={self.m}; exclude it with filter_fn or choose another axis."
             )
 
     def mask(self, scores, sparsity):
         self.check_shape(scores.shape)
-        # Elementwise comparisons within groups of m: no sort, no gather, m * (m - 1) / 2 of them.
-        axis = self.axis % scores.ndim
-        keys = selection.order_preserving_keys(scores)
-        groups = keys.reshape(*keys.shape[:axis], -1, self.m, *keys.shape[axis + 1 :])
-        members = [jnp.take(groups, i, axis + 1) for i in range(self.m)]
-        better = [jnp.zeros(members[0].shape, np.min_scalar_type(self.m)) for _ in range(self.m)]
-        for early in range(self.m):
-            for late in range(early + 1, self.m):
-                late_wins = members[late] >= members[early]
-                better[early] += late_wins
-                better[late] += ~late_wins
-        kept = jnp.stack([rank < self.n for rank in better], axis + 1).reshape(scores.shape)
-        return kept | (jnp.asarray(sparsity) == 0)
+        axes = tuple(axis % scores.ndim for axis in self._axes(scores.shape))
+        return _n_of_m(scores, self.n, self.m, axes) | (jnp.asarray(sparsity) == 0)
+
+    def _axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        axis = contracted_axes((), shape) if self.axis == "input" else self.axis
+        return axis if isinstance(axis, tuple) else (axis,)
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
         drop = Scores.of(drop_scores).filled(~mask, jnp.nan)
@@ -232,6 +291,83 @@ class NByM(SparsityType):
         # Each group refills the places it lost. A leaf that is dense stays dense.
         refilled = self.mask(jnp.where(survivors, jnp.inf, grow_scores), 0.5)
         return jnp.where(jnp.all(mask), mask, refilled)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -> Bool[Array, "*s"]:
+    """Elementwise comparisons within groups of m: no sort, no gather, m * (m - 1) / 2 of them."""
+    axis = min(axes)
+    together = tuple(range(axis, axis + len(axes)))
+    keys = jnp.moveaxis(selection.order_preserving_keys(scores), axes, together)
+    groups = keys.reshape(*keys.shape[:axis], -1, m, *keys.shape[axis + len(axes) :])
+    members = [jnp.take(groups, i, axis + 1) for i in range(m)]
+    better = [jnp.zeros(members[0].shape, np.min_scalar_type(m)) for _ in range(m)]
+    for early in range(m):
+        for late in range(early + 1, m):
+            late_wins = members[late] >= members[early]
+            better[early] += late_wins
+            better[late] += ~late_wins
+    kept = jnp.stack([rank < n for rank in better], axis + 1).reshape(keys.shape)
+    return jnp.moveaxis(kept, together, axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked(SparsityType):
+    """A stack of layers along `axis`: each has a mask of its own, of the same structure and sparsity."""
+
+    structure: SparsityType
+    axis: int
+
+    def check_shape(self, shape):
+        check_axis(self.axis, shape)
+        self.structure.check_shape(without_axis(shape, self.axis))
+
+    def num_units(self, shape):
+        """Those of one layer."""
+        return self.structure.num_units(without_axis(shape, self.axis))
+
+    def mask(self, scores, sparsity):
+        each = jax.vmap(self.structure.mask, in_axes=(self.axis, None), out_axes=self.axis)
+        return each(scores, sparsity)
+
+    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+        along = self.axis
+        each = jax.vmap(self.structure.regrow, in_axes=(along, along, along, None), out_axes=along)
+        return each(mask, drop_scores, grow_scores, drop_fraction)
+
+
+def without_axis(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape of one layer of a stack."""
+    return tuple(size for i, size in enumerate(shape) if i != axis % len(shape))
+
+
+# DenseGeneral of Flax makes several output axes of one input there.
+_SEVERAL_OUTPUTS = frozenset(["query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj", "qkv"])
+
+
+def contracted_axes(path: trees.KeyPath, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that a layer contracts with its input, by the conventions of JAX's libraries.
+
+    ============================================  =================================
+    `kernel`, `w` and others, (..., in, out)      all but the last (Flax, Haiku; convolutions: height, width, in)
+    three axes in `query`, `key`, `value`         the first (Flax's attention: in, heads, head_dim)
+    `weight`, (out, in, ...)                      all but the first (Equinox)
+    `embedding`                                   the last (tied to the output)
+    ============================================  =================================
+
+    Raises:
+      ValueError: for a leaf of one axis.
+    """
+    if len(shape) < 2:
+        raise ValueError(f"axis 'input': a leaf of shape {shape} contracts nothing; exclude it with filter_fn.")
+    name, layer = (*[""] * (2 - len(path)), *path)[-1], (*[""] * (2 - len(path)), *path)[-2]
+    if name == "weight":
+        return tuple(range(1, len(shape)))
+    if name in ("embedding", "embeddings"):
+        return (len(shape) - 1,)
+    if len(shape) == 3 and layer in _SEVERAL_OUTPUTS:
+        return (0,)
+    return tuple(range(len(shape) - 1))
 
 
 def masking(structure: SparsityType, scores: Any, sparsity: Sparsity) -> selection.Choosing:
@@ -261,23 +397,28 @@ def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 
-def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any) -> SparsityType:
+def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any, stack_axis: int | None = None) -> SparsityType:
     """The structure of one leaf.
 
     Args:
       sparsity_type: a structure, a class of one, a function of (path, param), or path patterns ->
-        structure as a mapping or pairs, where the first match wins and Unstructured is the rest.
+        structure as a mapping or pairs, where the most specific one holds and Unstructured is the rest.
       path: the leaf's path.
-      param: the leaf.
+      param: the leaf, or its shape.
+      stack_axis: the axis along which it is a stack of layers; functions see one layer.
 
     Raises:
       ValueError: if that gives no structure.
     """
+    if stack_axis is not None:
+        check_axis(stack_axis, param.shape)
+        layer = jax.ShapeDtypeStruct(without_axis(param.shape, stack_axis), param.dtype)
+        return Stacked(for_leaf(sparsity_type, path, layer), stack_axis)
     structure = sparsity_type
     if isinstance(structure, type):
         structure = _without_arguments(structure)
-    elif (patterns := _patterns(structure)) is not None:
-        structure = next((s for p, s in patterns.items() if trees.matches(p, path)), Unstructured())
+    elif _is_patterns(structure):
+        structure = trees.most_specific(trees.pattern_pairs(structure), path, "sparsity_type", Unstructured())
     elif callable(structure):
         structure = structure(path, param)
     if not isinstance(structure, SparsityType):
@@ -285,7 +426,7 @@ def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any) -> SparsityTyp
             f"Sparsity type {structure!r} is not known; give Unstructured(), NByM(n, m), "
             "Block((h, w)) or Channel(axis)."
         )
-    return structure
+    return structure if param is None else structure.for_leaf(path, param.shape)
 
 
 def _without_arguments(structure: type) -> Any:
@@ -299,16 +440,14 @@ def _without_arguments(structure: type) -> Any:
 
 def check_patterns(sparsity_type: Any, paths: Sequence[trees.KeyPath]) -> None:
     """Raises a ValueError if a pattern of per-leaf structures names none of the pruned leaves."""
-    if (patterns := _patterns(sparsity_type)) is not None:
-        trees.resolve(patterns, paths, "sparsity_type")
+    if _is_patterns(sparsity_type):
+        trees.resolve(sparsity_type, paths, "sparsity_type")
 
 
-def _patterns(sparsity_type: Any) -> dict[Any, SparsityType] | None:
-    if isinstance(sparsity_type, Mapping):
-        return dict(sparsity_type)
-    return dict(sparsity_type) if isinstance(sparsity_type, list | tuple) else None
+def _is_patterns(sparsity_type: Any) -> bool:
+    return hasattr(sparsity_type, "items") or isinstance(sparsity_type, list | tuple)
 
 
-def _check_axis(axis: int, shape: tuple[int, ...]) -> None:
+def check_axis(axis: int, shape: tuple[int, ...]) -> None:
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"axis {axis} does not exist in {shape}; exclude it with filter_fn or choose another axis.")

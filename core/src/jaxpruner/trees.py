@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import numbers
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 KeyPath = tuple[str, ...]
@@ -25,9 +28,15 @@ _VARIABLE_FIELDS = ("value", "raw_value")
 def key_names(key_path: Sequence[Any]) -> KeyPath:
     """The names along a `jax.tree_util` key path: `(DictKey("a"), SequenceKey(0))` -> `("a", "0")`."""
     names = [_entry_name(entry) for entry in key_path]
-    # flax.nnx boxes each array in a variable, which shows as a last attribute that no one named.
-    is_boxed = len(names) > 1 and isinstance(key_path[-1], jax.tree_util.GetAttrKey)
-    return tuple(names[:-1] if is_boxed and names[-1] in _VARIABLE_FIELDS else names)
+    # flax.nnx boxes each array in a variable, which shows as a last attribute that no one named; its optimizer boxes
+    # what it keeps once more.
+    while len(names) > 1 and names[-1] in _VARIABLE_FIELDS and _is_attribute(key_path[len(names) - 1]):
+        names.pop()
+    return tuple(names)
+
+
+def _is_attribute(entry: Any) -> bool:
+    return isinstance(entry, jax.tree_util.GetAttrKey)
 
 
 def _entry_name(entry: Any) -> str:
@@ -52,6 +61,24 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: fn(key_names(path), *leaves), tree, *rest, is_leaf=is_unpruned
     )
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is an array, its shape, or a number, and no function, string or random key."""
+    dtype = getattr(leaf, "dtype", None)
+    return isinstance(leaf, numbers.Number) if dtype is None else not jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is an array of floating numbers, or the shape of one: what can be pruned."""
+    return hasattr(leaf, "shape") and is_number(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def numbers_only(tree: Any) -> Any:
+    """The tree with None in place of what is no number, such as the functions in a module of Equinox."""
+    if all(map(is_number, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(lambda leaf: leaf if is_number(leaf) else None, tree)
 
 
 def is_unpruned(leaf: Any) -> bool:
@@ -113,20 +140,55 @@ def matches(pattern: str | KeyPath, path: KeyPath) -> bool:
     return tuple(str(name) for name in pattern) == path
 
 
-def resolve(custom: Mapping[Any, Any] | None, paths: Sequence[KeyPath], what: str) -> dict[KeyPath, Any]:
-    """The value that a custom map gives to each path it names; an earlier key wins.
+def specificity(pattern: str | KeyPath) -> tuple[bool, int, int]:
+    """How narrow a pattern is: a whole path first, then names without wildcards, then characters beside wildcards."""
+    names = pattern.split("/") if isinstance(pattern, str) else list(pattern)
+    if not isinstance(pattern, str) or not re.search(r"[*?[]", pattern):
+        return True, len(names), 0
+    wild = [name for name in names if re.search(r"[*?[]", name)]
+    return False, len(names) - len(wild), sum(len(re.sub(r"\[[^]]*\]|[*?]", "", name)) for name in wild)
+
+
+def most_specific(patterns: Iterable[tuple[Any, Any]], path: KeyPath, what: str, default: Any = None) -> Any:
+    """The value of the most specific pattern that names this leaf, whatever their order; `default` if none does.
 
     Raises:
-      ValueError: if a key of the map names none of the paths.
+      ValueError: if two of them are equally specific and differ.
     """
-    resolved: dict[KeyPath, Any] = {}
-    for pattern, value in (custom or {}).items():
-        named = [path for path in paths if matches(pattern, path)]
-        if not named:
+    matching = [(pattern, value) for pattern, value in patterns if matches(pattern, path)]
+    if not matching:
+        return default
+    narrowest = max(specificity(pattern) for pattern, _ in matching)
+    (pattern, value), *others = [item for item in matching if specificity(item[0]) == narrowest]
+    for other, differing in others:
+        if differing != value:
+            raise ValueError(
+                f"{what}: {pattern!r} ({value}) and {other!r} ({differing}) are equally specific and both match "
+                f"{leaf_name(path)}; write the full path of the leaf, or make one of them more specific."
+            )
+    return value
+
+
+def resolve(custom: Any, paths: Sequence[KeyPath], what: str) -> dict[KeyPath, Any]:
+    """The value that a custom map, or pairs, give to each path they name: that of the most specific key.
+
+    Raises:
+      ValueError: if a key names none of the paths, or if two equally specific ones differ.
+    """
+    pairs = pattern_pairs(custom)
+    for pattern, _ in pairs:
+        if not any(matches(pattern, path) for path in paths):
             raise ValueError(_no_match(pattern, paths, what))
-        for path in named:
-            resolved.setdefault(path, value)
-    return resolved
+    missing = object()
+    found = {path: most_specific(pairs, path, what, missing) for path in paths}
+    return {path: value for path, value in found.items() if value is not missing}
+
+
+def pattern_pairs(custom: Any) -> list[tuple[Any, Any]]:
+    """The (pattern, value) pairs of a mapping, of pairs, or of None."""
+    if custom is None:
+        return []
+    return list(custom.items()) if hasattr(custom, "items") else [tuple(pair) for pair in custom]
 
 
 def _no_match(pattern: str | KeyPath, paths: Sequence[KeyPath], what: str) -> str:

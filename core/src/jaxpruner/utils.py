@@ -15,7 +15,8 @@ def summarize_sparsity(param_tree: Any, only_total_sparsity: bool = False) -> di
     """The fraction of zeros, in total and of each leaf.
 
     Args:
-      param_tree: any pytree of parameters or of boolean masks; None leaves are left out.
+      param_tree: any pytree of parameters or of masks; what is neither is left out (None, random keys, strings,
+        functions, and integers beside floating numbers).
       only_total_sparsity: leave out the entries of the leaves.
 
     Returns:
@@ -23,7 +24,9 @@ def summarize_sparsity(param_tree: Any, only_total_sparsity: bool = False) -> di
       zero), and the sparsity of each leaf under its slash path. Floats and exact integers, or
       float32 arrays under `jit`.
     """
-    leaves = trees.named_leaves(param_tree)
+    leaves = [(path, leaf) for path, leaf in trees.named_leaves(param_tree) if trees.is_number(leaf)]
+    if any(trees.is_floating(leaf) for _, leaf in leaves):
+        leaves = [(path, leaf) for path, leaf in leaves if trees.is_floating(leaf) or _is_mask(leaf)]
     nonzero = [_count_nonzero(leaf) for _, leaf in leaves]
     sizes = [math.prod(jnp.shape(leaf)) for _, leaf in leaves]
     summary = {
@@ -37,12 +40,13 @@ def summarize_sparsity(param_tree: Any, only_total_sparsity: bool = False) -> di
     return summary
 
 
-def summarize_intersection(mask_tree: Any, mask_tree2: Any) -> dict[str, Any]:
+def summarize_intersection(mask_tree: Any, mask_tree2: Any, only_total_intersection: bool = False) -> dict[str, Any]:
     """The share of the first tree's kept entries that the second keeps too: `|m1 & m2| / |m1|`.
 
     Args:
       mask_tree: a tree of masks; None leaves are left out.
       mask_tree2: a tree of the same structure.
+      only_total_intersection: leave out the entries of the leaves.
 
     Returns:
       `_total_intersection` and one entry for each leaf under its slash path, in [0, 1].
@@ -54,8 +58,13 @@ def summarize_intersection(mask_tree: Any, mask_tree2: Any) -> dict[str, Any]:
     kept = [_count_nonzero(leaf) for _, leaf in first]
     summary = {"_total_intersection": _ratio(sum(shared), sum(kept))}
     for (path, _), s, k in zip(first, shared, kept, strict=True):
-        summary[trees.leaf_name(path)] = _ratio(s, k)
+        if not only_total_intersection:
+            summary[trees.leaf_name(path)] = _ratio(s, k)
     return summary
+
+
+def _is_mask(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) == jnp.bool_
 
 
 def _count_nonzero(leaf: Any) -> Any:

@@ -32,15 +32,16 @@ class _GlobalPruning(BaseUpdater):
       normalization_eps: the epsilon above.
     """
 
-    sparsity: float = 0.8
+    sparsity: float = 0.0
     filter_fn: sparsity_distributions.FilterFn = sparsity_distributions.NOT_DIM_ONE_FILTER_FN
     custom_sparsity_map: sparsity_distributions.SparsityMap | None = None
     use_normalization: bool = True
     normalization_eps: float = 1e-8
 
     def get_target_sparsities(self, params):
-        targets = sparsity_distributions.uniform(params, self.sparsity, self.filter_fn, self.custom_sparsity_map)
-        self._check_targets(params, targets)
+        layers = self.layers(params)
+        targets = sparsity_distributions.uniform(layers, self.sparsity, self.filter_fn, self.custom_sparsity_map)
+        self._check_targets(params, layers, targets)
         shared = trees.map_named(
             lambda path, p, t: None if t is None or self._competes_alone(path) else p, params, targets
         )
@@ -82,11 +83,11 @@ class _GlobalPruning(BaseUpdater):
         """The sparsity of each selected leaf: its own, or the common one (which may be traced)."""
         own = trees.resolve(
             self.custom_sparsity_map,
-            [path for path, score in trees.named_leaves(scores) if self.filter_fn(path, score)],
+            [path for path, score in trees.named_leaves(self.layers(scores)) if self.filter_fn(path, score)],
             "custom_sparsity_map",
         )
         return trees.map_named(
-            lambda path, score: own.get(path, sparsity) if self.filter_fn(path, score) else None, scores
+            lambda path, score: own.get(path, sparsity) if self.filter_fn(path, score) else None, self.layers(scores)
         )
 
     def _select(self, leaves: list[Any], sparsity: Any) -> list[Any]:
@@ -114,7 +115,7 @@ class _GlobalPruning(BaseUpdater):
         return any(trees.matches(pattern, path) for pattern in self.custom_sparsity_map or {})
 
     def _check_unstructured(self, path: trees.KeyPath, param: Any) -> None:
-        structure = self.structure(path, param)
+        structure = sparsity_types.for_leaf(self.sparsity_type, path, param)
         if not isinstance(structure, sparsity_types.Unstructured):
             raise ValueError(
                 f"{trees.leaf_name(path)}: cannot use {type(self).__name__} with {structure}. This is "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpruner import sparsity_distributions, trees
 from jaxpruner.base_updater import BaseUpdater
-from jaxpruner.sparsity_schedules import OneShotSchedule, Schedule
+from jaxpruner.training.fit import FROM_PARAMS
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,21 +18,30 @@ class PreserveSparsity(BaseUpdater):
     """Keeps what is zero in the parameters at count 0 (frameworks restore them after `init`).
 
     A leaf that is zero throughout is taken for one that starts at zero (a zero-initialised output
-    layer), and stays dense.
+    layer), and stays dense. Where parameters do not show their masks, such as a lottery ticket that was rewound to
+    them, give `masks`.
 
     Attributes:
       filter_fn: `filter_fn(path, param)` takes the leaves whose zeros are kept.
+      masks: a tree of boolean masks to keep, in place of those that the parameters show.
     """
 
-    scheduler: Schedule = OneShotSchedule(0)
     is_sparse_gradients: bool = True
+    masks: Any = FROM_PARAMS
     filter_fn: sparsity_distributions.FilterFn = sparsity_distributions.NOT_DIM_ONE_FILTER_FN
 
+    follows_schedule = False
+
     def get_target_sparsities(self, params):
-        # The sparsity is that of the parameters, known at count 0 only.
-        targets = sparsity_distributions.uniform(params, 0.0, self.filter_fn)
-        self._check_targets(params, targets)
+        # The sparsity is that of the masks, known at count 0 only.
+        layers = self.layers(params)
+        targets = sparsity_distributions.uniform(layers, 0.0, self.filter_fn)
+        self._check_targets(params, layers, targets)
         return targets
+
+    def update_state(self, sparse_state, params, grads, **kwargs):
+        del params, grads, kwargs
+        return sparse_state
 
     def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
         """1 where a weight is not zero, else 0."""

@@ -9,27 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpruner import scores, trees
-from jaxpruner.base_updater import BaseUpdater, elementwise_scores
-
-
-@dataclasses.dataclass(eq=False)
-class NoPruning(BaseUpdater):
-    """The dense baseline: no masks, parameters and updates untouched."""
-
-    def get_target_sparsities(self, params):
-        return jax.tree.map(lambda _: None, params)
-
-    def create_masks(self, scores, sparsities):
-        del sparsities
-        return jax.tree.map(lambda _: None, scores)
-
-    def update_state(self, sparse_state, params, grads, **kwargs):
-        del params, grads, kwargs
-        return sparse_state
-
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
-        del sparse_state, grads, kwargs
-        return params
+from jaxpruner.base_updater import BaseUpdater, NoPruning, elementwise_scores
 
 
 @dataclasses.dataclass(eq=False)

@@ -9,12 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxpruner import mask_storage, scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores, map_choosing, require_grads
-from jaxpruner.selection.score_reading import Scores
+from jaxpruner.selection.score_reading import Scores, as_array
+from jaxpruner.sparsity_schedules import CosineDecay
 
 
 @dataclasses.dataclass(eq=False)
@@ -22,6 +22,8 @@ class StaticRandomSparse(BaseUpdater):
     """A random mask at the final sparsity from the start, which never changes."""
 
     is_sparse_gradients: bool = True
+
+    follows_schedule = False
 
     def get_initial_masks(self, params, target_sparsities):
         return self.create_masks(random_scores(self, params), target_sparsities)
@@ -52,12 +54,13 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     """
 
     skip_gradients: bool = True
-    drop_fraction_fn: Callable[[Any], Any] = optax.constant_schedule(0.1)
+    drop_fraction_fn: Callable[[Any], Any] = CosineDecay(0.1)
 
     regrows = True
+    follows_schedule = True
 
     def get_target_sparsities(self, params):
-        if self.topk_fn is not None:
+        if self.custom_topk:
             raise ValueError(
                 f"topk_fn: cannot be used with {type(self).__name__}. This is because masks regrow within a "
                 "structure; give sparsity_type."
@@ -72,6 +75,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     calculate_scores = elementwise_scores(scores.magnitude)
 
     def update_state(self, sparse_state, params, grads, **kwargs):
+        targets = self._targets_at_hand(params, sparse_state)
         fraction = self.drop_fraction_fn(sparse_state.count)
         masks = self.current_masks(sparse_state, params)
         drop_scores = self._scores(params, sparse_state, grads, **kwargs)
@@ -81,10 +85,12 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
             if trees.is_unpruned(mask):
                 return None
             with trees.errors_at(path):
-                return (yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction))
+                new = yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction)
+            # Gradients that overflowed say nothing of where to grow.
+            return jnp.where(jnp.all(jnp.isfinite(as_array(grow))), new, mask)
 
         masks = map_choosing(regrow, masks, drop_scores, grow_scores)
-        return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks))
+        return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=targets)
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,7 +104,13 @@ class SET(_DropAndGrow):
 
 @dataclasses.dataclass(eq=False)
 class RigL(_DropAndGrow):
-    """Grows where the dense gradient is largest (Evci et al., 2020)."""
+    """Grows where the dense gradient is largest (Evci et al., 2020).
+
+    Attributes:
+      is_debug: accepted for scripts of the paper's library; nothing depends on it.
+    """
+
+    is_debug: bool = False
 
     def grow_scores(self, params, grads, step):
         del params, step

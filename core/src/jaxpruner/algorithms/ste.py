@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxpruner import scores
+import jax.numpy as jnp
+
+from jaxpruner import scores, trees
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores
 from jaxpruner.training import projection, transformation
@@ -15,12 +17,20 @@ from jaxpruner.training import projection, transformation
 class _StraightThrough(BaseUpdater):
     """Gradients at the masked weights move the dense weights (Bengio et al., 2013).
 
+    A mask is made in every step, from the weights as they are then, at the sparsity that the schedule has for that
+    step: 0 before its first update; its period does not matter.
+
     With `wrap_optax` the parameters are the dense weights and the training loop runs the model with
     `pre_forward_update(params, opt_state)`. With `jaxpruner.sparsify` the dense weights live in the
     optimizer state and the parameters are their masked projection.
     """
 
     straight_through = True
+
+    def sparsity_at(self, target, count):
+        first = self.scheduler.first_update_step
+        sparsity = super().sparsity_at(target, count)
+        return jnp.where(count >= first, sparsity, 0.0) if first else sparsity
 
     def wrap_optax(self, inner):
         return transformation.track_masks(inner, self)
@@ -31,7 +41,13 @@ class _StraightThrough(BaseUpdater):
     def pre_forward_update(self, params: Any, opt_state: Any) -> Any:
         """The masked parameters, for the forward pass."""
         state = projection.find_state(opt_state)
-        return self.apply_masks(params, state.masks, is_packed=self.use_packed_masks)
+        first = self.scheduler.first_update_step
+        masks = projection.when(
+            True if not first else state.count >= first,
+            lambda: trees.to_state(self.update_state(state, params, None).masks),
+            lambda: state.masks,
+        )
+        return self.apply_masks(params, self.current_masks(state._replace(masks=masks), params))
 
     def post_gradient_update(self, params: Any, sparse_state: Any) -> Any:
         """The parameters as they are: dense weights stay dense."""
@@ -48,7 +64,7 @@ class SteMagnitudePruning(_StraightThrough):
 
 @dataclasses.dataclass(eq=False)
 class SteRandomPruning(_StraightThrough):
-    """Masks random weights, drawn anew at each mask update."""
+    """Masks random weights, drawn anew in each step."""
 
     def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
         del grads, kwargs

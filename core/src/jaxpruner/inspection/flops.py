@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpruner import trees
+from jaxpruner.inspection import jaxprs
 
 if TYPE_CHECKING:
     from jaxpruner.base_updater import BaseUpdater
-
-# What only moves entries, or casts them; and what keeps zeros at zero.
-_MOVES = {
-    "all_gather", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims",
-    "gather", "name", "optimization_barrier", "pad", "pvary", "reduce_precision", "reshape", "rev",
-    "sharding_constraint", "slice", "squeeze", "stop_gradient", "transpose",
-}  # fmt: skip
-_SCALES = {"div", "mul", "neg", "select_n"}
 
 
 def summarize_flops(
@@ -54,7 +48,9 @@ def summarize_flops(
     Returns:
       `_nparams` and `_nparams_nnz` (entries, and those that are not zero), `_inference_flops` and
       `_inference_flops_nnz`, with `steps` also `_training_flops` and `_training_flops_nnz` of all of them, and under
-      its slash path the dense FLOPs of each parameter that is multiplied with.
+      its slash path the dense FLOPs of each parameter that is multiplied with. Where zeros are lost on the way to a
+      product, as by weight standardisation, the product counts as dense and `_shifted_parameters` names the pruned
+      parameters (see :func:`shifted_parameters`).
 
     Raises:
       ValueError: if the forward pass multiplies with none of the parameters.
@@ -62,12 +58,18 @@ def summarize_flops(
     named = trees.named_leaves(params)
     sizes = [math.prod(jnp.shape(leaf)) for _, leaf in named]
     nonzero = [int(np.count_nonzero(np.asarray(leaf))) for _, leaf in named]
-    jaxpr = jax.make_jaxpr(fn)(params, *args).jaxpr
     counts: _Counts = collections.Counter()
-    parameters = [_Value((i,), False) for i in range(len(named))]
-    _count(jaxpr, parameters + [_DATA] * (len(jaxpr.invars) - len(named)), 1.0, sizes, counts)
+    shifted: set[int] = set()
+
+    def tell(product: jaxprs.Product) -> None:
+        flops = _dot_flops if product.equation.primitive.name == "dot_general" else _convolution_flops
+        is_saved = not product.weight.is_shifted
+        counts[product.weight.parameters if is_saved else ()] += product.times * flops(product.equation)
+        shifted.update(() if is_saved else product.weight.parameters)
+
+    _walk(fn, params, args, sizes, tell, choose=functools.partial(_dearest, counts))
     other = counts.pop((), 0.0)
-    if not counts:
+    if not counts and not shifted:
         raise ValueError(
             "summarize_flops: fn multiplies with none of the parameters. Let it take them as its first argument, "
             "such as lambda params, x: model.apply({'params': params}, x)."
@@ -87,11 +89,16 @@ def summarize_flops(
         cost = sum((3 - (1 - density[key]) * saved) * flops for key, flops in counts.items())
         summary["_training_flops"] = steps * 3 * summary["_inference_flops"]
         summary["_training_flops_nnz"] = steps * (3 * other + cost)
+    if lost := [trees.leaf_name(named[i][0]) for i in sorted(shifted) if nonzero[i] < sizes[i]]:
+        summary["_shifted_parameters"] = lost
     each: collections.Counter[str] = collections.Counter()
     for key, flops in counts.items():
         for i in key:
             each[trees.leaf_name(named[i][0])] += flops * sizes[i] / sum(sizes[j] for j in key)
     return summary | dict(each)
+
+
+_Counts = collections.Counter[tuple[int, ...]]
 
 
 def _course(updater: BaseUpdater | None, params: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,81 +111,69 @@ def _course(updater: BaseUpdater | None, params: Any, steps: int) -> tuple[np.nd
 
     updates = at_each(updater.scheduler.should_update_mask, bool)
     masks = updater.get_initial_masks(params, updater.get_target_sparsities(params))
-    if not all(mask.all() for mask in jax.tree.leaves(masks)):  # sparse from the start, and as sparse to the end
+    if updater.masks is not None or not all(
+        mask.all() for mask in jax.tree.leaves(masks)
+    ):  # sparse from the start, and as sparse to the end
         return np.ones(steps), updates & updater.regrows
+    if updater.straight_through:  # a mask in every step, in force in the same
+        level, last = (
+            np.asarray(jax.vmap(lambda step: jnp.asarray(updater.sparsity_at(1.0, step), jnp.float32))(at))
+            for at in (jnp.arange(steps), jnp.asarray([steps]))
+        )
+        return level / last if last else np.zeros(steps), np.ones(steps, bool)
     made = at_each(lambda step: updater.scheduler.get_sparsity_at_step(1.0, step), np.float32)
     # A mask is in force from the step after the one that makes it.
     latest = np.maximum.accumulate(np.where(updates, np.arange(steps), -1))
     before = np.concatenate([[-1], latest[:-1]])
     reached = made[latest[-1]] if latest[-1] >= 0 else 0.0
     level = np.where(before < 0, 0.0, made[before] / reached if reached else 0.0)
-    return level, updates | updater.straight_through
+    return level, updates
 
 
-class _Value(NamedTuple):
-    """Where a value of a jaxpr comes from.
+def _dearest(counts: _Counts, branches: Sequence[jaxprs.Branch]) -> list[jaxprs.Value]:
+    """Of branches the dearest counts."""
+    before, walked = counts.copy(), []
+    for branch in branches:
+        counts.clear()
+        walked.append((branch(), counts.copy()))
+    outputs, dearest = max(walked, key=lambda branch: sum(branch[1].values()))
+    counts.clear()
+    counts.update(before)
+    counts.update(dearest)
+    return outputs
 
-    Attributes:
-      parameters: those whose entries it has, by number; none if it is something else.
-      is_data: whether it depends on arguments that are no parameters.
+
+def shifted_parameters(fn: Callable[..., Any], params: Any, *args: Any) -> tuple[str, ...]:
+    """The parameters whose zeros are zeros no more where `fn` multiplies with them.
+
+    Weight standardisation, :math:`(w - \\bar w) / \\sigma`, is the usual case: of 80 % zeros in the parameter none is
+    left in what is multiplied. Read from the jaxpr of `fn(params, *args)`; nothing is run.
+
+    Args:
+      fn: the forward pass, or a whole train step.
+      params: its first argument, any pytree.
+      *args: what else it takes; arrays, or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      Their slash paths, in the order of the parameters.
     """
+    named = trees.named_leaves(params)
+    found: set[int] = set()
 
-    parameters: tuple[int, ...]
-    is_data: bool
+    def tell(product: jaxprs.Product) -> None:
+        if product.weight.is_shifted:
+            found.update(product.weight.parameters)
 
-
-_Counts = collections.Counter[tuple[int, ...]]
-_CONSTANT, _DATA = _Value((), False), _Value((), True)
-
-
-def _count(jaxpr: Any, inputs: Sequence[_Value], times: float, sizes: Sequence[int], counts: _Counts) -> list[_Value]:
-    """Adds the FLOPs of each product to those of the parameters in it; returns where the outputs come from."""
-    values = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(atom: Any) -> _Value:
-        return _CONSTANT if hasattr(atom, "val") else values.get(atom, _CONSTANT)
-
-    def larger(candidates: Sequence[_Value]) -> tuple[int, ...]:
-        return max((v.parameters for v in candidates), key=lambda key: sum(sizes[i] for i in key))
-
-    for eqn in jaxpr.eqns:
-        given = [read(atom) for atom in eqn.invars]
-        name = eqn.primitive.name
-        is_data = any(value.is_data for value in given)
-        weights = [value for value in given if value.parameters]
-        outputs = [_Value((), is_data)] * len(eqn.outvars)
-        if name in ("dot_general", "conv_general_dilated"):
-            flops = _dot_flops(eqn) if name == "dot_general" else _convolution_flops(eqn)
-            counts[larger(given)] += times * flops
-        elif name == "cond":
-            branches = []
-            for branch in eqn.params["branches"]:
-                own: _Counts = collections.Counter()
-                branches.append((_count(branch.jaxpr, given[1:], times, sizes, own), own))
-            outputs, dearest = max(branches, key=lambda branch: sum(branch[1].values()))
-            counts.update(dearest)
-        elif name == "while":
-            body = eqn.params["body_jaxpr"].jaxpr
-            outputs = _count(body, given[eqn.params["cond_nconsts"] :], times, sizes, counts)
-        elif (inner := _inner(eqn)) is not None:
-            outputs = _count(inner, given, times * eqn.params.get("length", 1), sizes, counts)
-        elif name == "concatenate":
-            # Kernels that are multiplied with as one.
-            if len(weights) == len(given):
-                outputs = [_Value(tuple(sorted({i for value in given for i in value.parameters})), is_data)]
-        elif weights and not is_data and name in _MOVES | _SCALES:  # what data choose or scale are activations
-            outputs = [_Value(larger(weights), is_data)]
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    _walk(fn, params, args, [math.prod(jnp.shape(leaf)) for _, leaf in named], tell)
+    return tuple(trees.leaf_name(named[i][0]) for i in sorted(found))
 
 
-def _inner(eqn: Any) -> Any:
-    """The jaxpr that an equation calls with its own operands: jit, scan, checkpoint, custom derivatives."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = getattr(eqn.params.get(key), "jaxpr", eqn.params.get(key))
-        if inner is not None and len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars):
-            return inner
-    return None
+def _walk(
+    fn: Callable[..., Any], params: Any, args: Sequence[Any], sizes: Sequence[int], tell: Any, **more: Any
+) -> None:
+    jaxpr = jax.make_jaxpr(fn)(params, *args).jaxpr
+    parameters = [jaxprs.Value((i,)) for i in range(len(sizes))]
+    jaxprs.walk(jaxpr, parameters + [jaxprs.DATA] * (len(jaxpr.invars) - len(sizes)), sizes, tell, **more)
 
 
 def _dot_flops(eqn: Any) -> float:

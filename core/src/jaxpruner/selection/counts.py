@@ -8,9 +8,11 @@ rounding it through a float32.
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -120,8 +122,11 @@ def keep_count(size: int | Count, sparsity: float | Float[Array, ""]) -> Count:
     )
     if is_host_float and not isinstance(size, Count):
         return from_int(_host_keep_count(size, float(sparsity)))
-    size = size if isinstance(size, Count) else from_int(size)
-    sparsity = jnp.asarray(sparsity)
+    return _traced_keep_count(size if isinstance(size, Count) else from_int(size), jnp.asarray(sparsity))
+
+
+@functools.partial(jax.jit, inline=True)  # eager calls are one program instead of some fifty
+def _traced_keep_count(size: Count, sparsity: Float[Array, ""]) -> Count:
     if sparsity.dtype == jnp.float64:
         kept = _float64_product(size, sparsity)
     else:

@@ -64,12 +64,33 @@ class Scores:
 
     def filled(self, where: Bool[Array, "*shape"], value: float) -> Scores:
         """The same scores with `value` at some entries."""
-        return Scores(lambda where, *xs: jnp.where(where, value, self.fn(*xs)), (where, *self.operands))
+        return Scores(_Filled(self.fn, value), (where, *self.operands))
 
     @classmethod
     def of(cls, scores: Num[Array, "*shape"] | Scores) -> Scores:
         """Scores from an array; scores as they are."""
         return scores if isinstance(scores, cls) else cls(_identity, (jnp.asarray(scores),))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filled:
+    """Equal for equal functions and values, unlike a closure, so that eager calls compile once."""
+
+    fn: Callable[..., Any]
+    value: float
+
+    def __call__(self, where: Bool[Array, "*shape"], *operands: Any) -> Any:
+        return jnp.where(where, self.value, self.fn(*operands))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """The product of a score and a number, which is the first operand."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, factor: Any, *operands: Any) -> Any:
+        return self.fn(*operands) * factor
 
 
 def as_array(scores: Num[Array, "*shape"] | Scores) -> Num[Array, "*shape"]:

@@ -174,7 +174,12 @@ def count_true(mask: Bool[Array, "*shape"]) -> Count:
     scores = Scores.of(mask)
     if not scores.size:
         return counts.from_int(0)
-    method = _default_method()
+    return _count_true(scores.fn, scores.operands, _default_method())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _count_true(fn: Callable[..., Any], operands: tuple[Array, ...], method: Method) -> Count:
+    scores = Scores(fn, operands)
     leaf = score_reading.prepare(scores, score_reading.common_rank_dtype([scores.dtype]), method)
     # Counted twice, and both used: see `score_reading.count` on reductions of one operand.
     twice = score_reading.count(Leaf.keys, leaf, jnp.ones(2, jnp.int32), method)
@@ -206,7 +211,7 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
     fn, operands = leaf.fn, leaf.operands
     if scale is not None:
         # XLA may round a division one way in one read and another way in the next; a product rounds one way only.
-        fn, operands = (lambda inverse, *xs, fn=fn: fn(*xs) * inverse), (1 / scale, *operands)
+        fn, operands = score_reading.Scaled(fn), (1 / scale, *operands)
     return Scores(fn, tuple(lax.stop_gradient(jnp.asarray(x)) for x in operands))
 
 

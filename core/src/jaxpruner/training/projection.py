@@ -6,6 +6,7 @@ enforced -> count + 1. `begin_step` and `end_step` are what comes before and aft
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxpruner import mask_storage, trees
 
 if TYPE_CHECKING:
-    from jaxpruner.base_updater import BaseUpdater
+    from jaxpruner.training.protocol import Algorithm
 
 
 class SparseState(NamedTuple):
@@ -54,8 +55,9 @@ class Step(NamedTuple):
       grads: the gradients that it steps with.
       masks: boolean masks in force from now on, None where a leaf is not pruned.
       previous_masks: those in force before.
-      is_mask_update: whether masks were made in this step.
+      is_mask_update: whether masks were made before the optimizer's step.
       state: the sparse state with the new masks and count, its inner state as it was.
+      remask: for straight-through methods, makes the masks of stepped weights: (state, weights) to state.
     """
 
     params: Any
@@ -64,28 +66,42 @@ class Step(NamedTuple):
     previous_masks: Any
     is_mask_update: Any
     state: SparseState
+    remask: Callable[[SparseState, Any], SparseState] | None = None
 
 
-def init_projection(updater: BaseUpdater, params: Any) -> SparseState:
-    """The state for `project`, or for `begin_step` and `end_step`, at count 0."""
-    state = updater.init_state(params)
+def init_state(updater: Algorithm, params: Any) -> SparseState:
+    """The state for `begin_step` and `end_step` at count 0."""
+    state = updater.init_state(trees.numbers_only(params))
     return with_weights(state, params) if updater.straight_through else state
 
 
-def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState, **extra_args) -> Step:
-    """Makes masks if the schedule asks for them, and masks the gradients if the updater does."""
-    if isinstance(state.inner_state, StraightThroughState):
-        params = dense_weights(params, state, mask_storage.decode_tree(updater.storage, state.masks, params))
-    due = updater.scheduler.should_update_mask(state.count)
-    stored = when(
-        due,
-        lambda: _laid_out_as(
-            state.masks, trees.to_state(updater.update_state(state, params, grads, **extra_args).masks)
-        ),
-        lambda: state.masks,
-    )
-    masks = mask_storage.decode_tree(updater.storage, stored, params)
-    previous_masks = mask_storage.decode_tree(updater.storage, state.masks, params)
+def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, **extra_args) -> Step:
+    """Makes masks if the schedule asks for them, and masks the gradients if the updater does.
+
+    Straight-through methods make theirs from the weights after the step, when it ends.
+    """
+    params, grads = trees.numbers_only(params), trees.numbers_only(grads)
+    updater.check_state(state, params)
+    _check_gradients(grads, params, state.masks)
+    is_hidden = isinstance(state.inner_state, StraightThroughState)
+    before = updater.starting_masks(params, state)
+    if is_hidden:
+        params = dense_weights(params, state, mask_storage.decode_tree(updater.storage, before, params))
+    state = state._replace(masks=before)
+    remask = None
+    due = False
+    if updater.straight_through:
+        remask = functools.partial(_remasked, updater, grads, extra_args)
+    else:
+        due = updater.scheduler.should_update_mask(state.count)
+        made = when(
+            due,
+            lambda: _laid_out(updater.update_state(state, params, grads, **extra_args), state),
+            lambda: (state.masks, state.target_sparsities),
+        )
+        state = state._replace(masks=made[0], target_sparsities=made[1])
+    masks = mask_storage.decode_tree(updater.storage, state.masks, params)
+    previous_masks = mask_storage.decode_tree(updater.storage, before, params)
     if updater.regrows:
         # Regrown weights start at 0. They are 0 already, except before the first step, when parameters are dense.
         params = trees.map_pruned(
@@ -97,21 +113,23 @@ def begin_step(updater: BaseUpdater, params: Any, grads: Any, state: SparseState
         masks=masks,
         previous_masks=previous_masks,
         is_mask_update=due,
-        state=state._replace(masks=stored, count=state.count + 1),
+        state=state._replace(count=state.count + 1),
+        remask=remask,
     )
 
 
 def end_step(step: Step, proposed: Any) -> tuple[Any, SparseState]:
     """The masked projection of the parameters that an inner optimizer proposes, and the state."""
-    state = step.state
-    if isinstance(state.inner_state, StraightThroughState):
-        weights = pruned_only(proposed, step.masks)
-        state = state._replace(inner_state=state.inner_state._replace(weights=weights))
-    return apply_mask(proposed, step.masks), state
+    state, masks, proposed = step.state, step.masks, trees.numbers_only(proposed)
+    if step.remask is not None:
+        state = step.remask(state, proposed)
+        masks = mask_storage.decode_tree(_storage(state.masks), state.masks, proposed)
+        state = state._replace(inner_state=state.inner_state._replace(weights=pruned_only(proposed, masks)))
+    return apply_mask(proposed, masks), state
 
 
 def project(
-    updater: BaseUpdater, params: Any, proposed: Any, grads: Any, state: SparseState, **extra_args
+    updater: Algorithm, params: Any, proposed: Any, grads: Any, state: SparseState, **extra_args
 ) -> tuple[Any, SparseState]:
     """One sparse step for optimizers that are not optax transformations.
 
@@ -141,6 +159,42 @@ def project(
     return end_step(step, proposed)
 
 
+def _remasked(
+    updater: Algorithm, grads: Any, extra_args: dict[str, Any], state: SparseState, weights: Any
+) -> SparseState:
+    """The state with masks of these weights, at the sparsity that the schedule has for the count of the state."""
+    first = updater.scheduler.first_update_step
+    made = when(
+        True if not first else state.count >= first,
+        lambda: _laid_out(updater.update_state(state, weights, grads, **extra_args), state),
+        lambda: (state.masks, state.target_sparsities),
+    )
+    return state._replace(masks=made[0], target_sparsities=made[1])
+
+
+def _laid_out(new: SparseState, old: SparseState) -> tuple[Any, Any]:
+    masks = _laid_out_as(old.masks, trees.to_state(new.masks))
+    return masks, _laid_out_as(old.target_sparsities, new.target_sparsities)
+
+
+def _storage(masks: Any) -> mask_storage.MaskStorage:
+    leaves = jax.tree.leaves(masks)
+    return mask_storage.storage_of(leaves[0]) if leaves else mask_storage.DenseStorage()
+
+
+def _check_gradients(grads: Any, params: Any, masks: Any) -> None:
+    """Each pruned leaf needs its gradient; others may lack theirs, as partial gradients of Equinox do."""
+    if jax.tree.structure(grads) == jax.tree.structure(params):
+        return
+    given = {path for path, _ in trees.named_leaves(grads)}
+    missing = [path for path, _ in trees.named_leaves(masks) if path not in given]
+    if missing:
+        raise ValueError(
+            f"gradients: have no entry for {trees.leaf_name(missing[0])}, which is pruned; give a tree like the "
+            "parameters (zeros where there is no gradient), or exclude the leaf with filter_fn."
+        )
+
+
 def apply_mask(params: Any, masks: Any, is_packed: bool = False) -> Any:
     """`params` with zeros where `masks` prunes; a leaf whose mask is None is returned as it is.
 
@@ -150,8 +204,70 @@ def apply_mask(params: Any, masks: Any, is_packed: bool = False) -> Any:
       is_packed: whether the masks are packed, one bit a weight.
     """
     storage = mask_storage.PackedStorage() if is_packed else mask_storage.DenseStorage()
-    masks = mask_storage.decode_tree(storage, masks, params)
-    return trees.map_pruned(lambda p, mask: jnp.where(mask, p, 0), params, masks, otherwise=same)
+    return trees.map_pruned(lambda p, mask: _masked(storage, p, mask), params, masks, otherwise=same)
+
+
+# One program a leaf where it is called eagerly; inlined elsewhere.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _masked(storage: mask_storage.MaskStorage, param: Any, stored: Any) -> Any:
+    return jnp.where(storage.decode(stored, jnp.shape(param)), param, 0)
+
+
+def apply_state_masks(tree: Any, opt_state: Any) -> Any:
+    """A tree shaped like the parameters, put on the masks of an optimizer state.
+
+    For what is evaluated in place of the parameters and dense where one of its parts was: averages over steps (EMA,
+    Polyak), `optax.contrib.schedule_free_eval_params`, slow weights of lookahead, means of checkpoints.
+
+    Args:
+      tree: any tree whose leaves have the paths of the parameters.
+      opt_state: the state of a sparse optimizer, however it is wrapped; masks may be packed.
+
+    Returns:
+      The tree with zeros where a mask prunes.
+
+    Raises:
+      ValueError: if the state holds no masks, or those of other parameters.
+    """
+    masks = state_masks(opt_state)
+    paths = {path for path, _ in trees.named_leaves(tree)}
+    if strange := [path for path in masks if path not in paths]:
+        raise ValueError(
+            f"apply_state_masks: the state masks {trees.leaf_name(strange[0])}, which the tree does not have; give a "
+            "tree with the paths of the parameters that the optimizer trains."
+        )
+
+    def place(path: trees.KeyPath, leaf: Any) -> Any:
+        if path not in masks:
+            return leaf
+        with trees.errors_at(path):
+            return apply_mask(leaf, masks[path], is_packed=_is_packed(masks[path], leaf))
+
+    return trees.map_named(place, tree)
+
+
+def state_masks(opt_state: Any) -> dict[trees.KeyPath, Any]:
+    """The masks of all sparse states in an optimizer state, as they are stored, by the path of their parameter."""
+    states = find_states(opt_state)
+    if not states:
+        raise ValueError("opt_state: holds no sparse state; pass the state of an optimizer of jaxpruner.sparsify.")
+    return {path: mask for state in states for path, mask in trees.named_leaves(state.masks)}
+
+
+def _is_packed(mask: Any, param: Any) -> bool:
+    storage = mask_storage.storage_of(mask)
+    if jnp.shape(mask) != storage.shape(jnp.shape(param)):
+        raise ValueError(
+            f"the mask has shape {jnp.shape(mask)} and does not fit a parameter of shape {jnp.shape(param)}; stacked "
+            "states are taken apart by jax.vmap."
+        )
+    return isinstance(storage, mask_storage.PackedStorage)
+
+
+def find_states(opt_state: Any) -> list[SparseState]:
+    """All `SparseState`s inside an optimizer state, however it is wrapped."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparseState))
+    return [node for node in leaves if isinstance(node, SparseState)]
 
 
 def find_state(opt_state: Any) -> SparseState:
@@ -160,11 +276,7 @@ def find_state(opt_state: Any) -> SparseState:
     Raises:
       ValueError: if there is none, or more than one.
     """
-    found = [
-        node
-        for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparseState))
-        if isinstance(node, SparseState)
-    ]
+    found = find_states(opt_state)
     if len(found) != 1:
         raise ValueError(f"opt_state: holds {len(found)} sparse states; pass the state of one sparse transformation.")
     return found[0]
@@ -195,8 +307,8 @@ def pruned_only(params: Any, masks: Any) -> Any:
 
 
 def when(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
-    """`lax.cond`, decided at once where the schedule is static."""
-    if isinstance(predicate, bool):
+    """`lax.cond`, decided at once where the predicate is known: eager steps then compile nothing anew."""
+    if not isinstance(predicate, jax.core.Tracer):
         return then() if predicate else otherwise()
     return jax.lax.cond(predicate, then, otherwise)
 

@@ -1,0 +1,237 @@
+"""Is a training as sparse as it should be? Asked before its first step, and of what it has made."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpruner import mask_storage, sparsity_schedules, sparsity_types, trees
+from jaxpruner.training import projection
+
+if TYPE_CHECKING:
+    from jaxpruner.base_updater import BaseUpdater
+
+_INSIDE = (
+    "Something outside of it changes the updates: let jaxpruner.sparsify come last in a chain, and put wrappers that "
+    "average or scale (schedule_free, lookahead, scale) inside of it, sparsify(wrapper(...)). Or these are averages of "
+    "the parameters: put them on the masks with jaxpruner.apply_state_masks."
+)
+
+
+def check_schedule(updater: BaseUpdater, num_steps: int | None = None) -> None:
+    """Raises a ValueError for a schedule that would not make a training sparse.
+
+    That is one that makes no masks; a gradual one whose only update would prune all at once; and of RigL and SET one
+    where every step replaces weights and none trains them, or none replaces any. Schedules of your own are not judged.
+
+    Args:
+      updater: the algorithm.
+      num_steps: the steps of the training, which are counted from 0; the schedule must then start and end before.
+    """
+    if not updater.follows_schedule:
+        return
+    schedule = updater.scheduler
+    name = type(updater).__name__
+    if updater.regrows:
+        _check_regrowth(updater, schedule, name)
+    elif not updater.straight_through:
+        _check_pruning(schedule, name)
+    if num_steps is None:
+        return
+    for key, step in (("update_start_step", schedule.first_update_step), ("update_end_step", _end(updater))):
+        if step is not None and step >= num_steps:
+            when = "first" if key == "update_start_step" else "last"
+            raise ValueError(
+                f"{key}: the {when} mask update is at step {step}, and the training has {num_steps} steps (the last is "
+                f"{num_steps - 1}), so it would not reach its sparsity; let the schedule end earlier, or train longer."
+            )
+
+
+def _end(updater: BaseUpdater) -> int | None:
+    if updater.straight_through and isinstance(updater.scheduler, sparsity_schedules.PolynomialSchedule):
+        return max(updater.scheduler.update_end_step - 1, 0)  # it makes masks in every step
+    return updater.scheduler.last_update_step
+
+
+def _check_pruning(schedule: sparsity_schedules.Schedule, name: str) -> None:
+    if isinstance(schedule, sparsity_schedules.NoUpdateSchedule):
+        raise ValueError(
+            f"update_start_step: missing. {name} would never make masks and the training would stay dense; give "
+            "update_start_step and update_end_step (the same step prunes at once)."
+        )
+    gradual = isinstance(schedule, sparsity_schedules.PolynomialSchedule)
+    if schedule.num_updates == 0 or (gradual and schedule.num_updates == 1 and not _is_one_step(schedule)):
+        start, end, freq = schedule.update_start_step or 0, schedule.update_end_step, schedule.update_freq
+        number = "no multiple" if schedule.num_updates == 0 else "one multiple only"
+        raise ValueError(
+            f"update_freq: {number} of {freq} lies between update_start_step={start} and update_end_step={end}, so "
+            f"masks would {'never be made' if schedule.num_updates == 0 else 'not rise, but prune all at once'}; the "
+            f"nearest that does is update_freq={max(1, (end - start) // 2)}, or update_start_step={end} for one update."
+        )
+
+
+def _is_one_step(schedule: sparsity_schedules.PolynomialSchedule) -> bool:
+    return schedule.update_start_step == schedule.update_end_step
+
+
+def _check_regrowth(updater: BaseUpdater, schedule: sparsity_schedules.Schedule, name: str) -> None:
+    if schedule.num_updates == 0:
+        raise ValueError(
+            f"update_start_step: {name} would never change its mask; give update_start_step, update_end_step and an "
+            "update_freq that has multiples between them, or use algorithm='static_sparse'."
+        )
+    is_each_step = isinstance(schedule, sparsity_schedules.PeriodicSchedule) and schedule.update_freq == 1
+    if updater.skip_gradients and is_each_step and schedule.num_updates != 1:
+        raise ValueError(
+            f"update_freq: 1 lets {name} change its mask in every step from start to end, and a step that changes it "
+            "does not train; give a period, such as update_freq=100."
+        )
+    if schedule.first_update_step is not None and not float(updater.drop_fraction_fn(schedule.first_update_step)) > 0:
+        raise ValueError(
+            f"update_end_step: the drop fraction of {name} is 0 already at its first update, step "
+            f"{schedule.first_update_step}, so its mask would never change; let the end be later than the start, or "
+            "use algorithm='static_sparse'."
+        )
+
+
+def check_targets(updater: BaseUpdater, params: Any) -> None:
+    """Raises a ValueError if leaves would not get the sparsity that is asked for, and tells of zeros that rank alike.
+
+    Args:
+      updater: the algorithm.
+      params: the parameters, or their shapes.
+    """
+    params = trees.numbers_only(params)
+    targets = updater.get_target_sparsities(params)
+    asked = [target for _, target in trees.named_leaves(targets) if not isinstance(target, jax.core.Tracer)]
+    if asked and not any(asked) and updater.masks is None:
+        raise ValueError(
+            f"sparsity: is 0 for all parameters, so {type(updater).__name__} would prune nothing; give a sparsity (an "
+            "updater has it in sparsity_distribution_fn, or in sparsity), or use algorithm='no_prune' for a dense run."
+        )
+    if disagreement := structure_disagreement(updater, params, targets):
+        raise ValueError(disagreement)
+    _tell_of_zeros(updater, params, targets)
+
+
+def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> str | None:
+    """What is wrong where n:m keeps another share than the sparsity that was asked for; None if nothing is."""
+    if updater.custom_topk:
+        return None
+    pruned = dict(trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)))
+    for path, target in trees.named_leaves(targets):
+        structure = updater.structure(path, pruned[path])
+        structure = structure.structure if isinstance(structure, sparsity_types.Stacked) else structure
+        if not isinstance(structure, sparsity_types.NByM) or isinstance(target, jax.core.Tracer) or target == 0:
+            continue
+        given = 1 - structure.n / structure.m
+        if abs(given - float(target)) > 1e-6:
+            return (
+                f"{trees.leaf_name(path)}: a sparsity of {float(target):g} is asked for, and {structure.n}:"
+                f"{structure.m} gives {given:g}; ask for sparsity={given:g} with dist_type='uniform' (or for this leaf in "
+                "custom_sparsity_map), or choose another n:m."
+            )
+    return None
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """A warning that a process sees once."""
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def _tell_of_zeros(updater: BaseUpdater, params: Any, targets: Any) -> None:
+    """Weights that are all zero rank alike, so that masks made before they are trained keep the first of them."""
+    first = 0 if updater.straight_through else updater.scheduler.first_update_step
+    if first != 0 or not updater.follows_schedule or updater.regrows:
+        return
+    for path, param in trees.named_leaves(trees.map_pruned(lambda p, t: p if t else None, params, targets)):
+        if isinstance(param, jax.Array | np.ndarray) and not isinstance(param, jax.core.Tracer) and param.size:
+            if updater.straight_through and float(np.asarray(updater.sparsity_at(0.5, 0))) == 0:
+                return
+            if not bool(jnp.any(param != 0)):
+                warn_once(
+                    f"{trees.leaf_name(path)} is zero throughout, and masks are made at step 0: by the rule for ties "
+                    "they keep its first weights. Let update_start_step be later, or exclude it with filter_fn."
+                )
+
+
+def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None) -> None:
+    """Raises a ValueError if parameters do not lie on the masks of their optimizer, or these are not as asked.
+
+    For the time of a first summary: it reads the arrays, and costs the step nothing.
+
+    Args:
+      params: the parameters after an update, concrete arrays.
+      opt_state: the state of the optimizer, however it is wrapped. At count 0 nothing is asked of it.
+      updater: the algorithm. With it, masks must have the sparsity that was asked for once the schedule is over. The
+        parameters of a straight-through method with `wrap_optax` are dense, and are passed over.
+
+    Raises:
+      ValueError: naming the leaf, how many weights are not zero that should be, and the likely causes.
+    """
+    states = projection.find_states(opt_state)
+    if not states:
+        raise ValueError("opt_state: holds no sparse state; pass the state of an optimizer of jaxpruner.sparsify.")
+    leaves = dict(trees.named_leaves(params))
+    for state in states:
+        if not _count(state):
+            continue
+        is_dense = getattr(updater, "straight_through", False) and not isinstance(
+            state.inner_state, projection.StraightThroughState
+        )
+        if not is_dense:
+            _require_on_masks(leaves, state)
+        if updater is not None:
+            _require_as_asked(leaves, state, updater)
+
+
+def _count(state: projection.SparseState) -> int:
+    return int(jnp.max(jax.tree.leaves(state.count)[0]))
+
+
+def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.SparseState) -> None:
+    for path, stored in trees.named_leaves(state.masks):
+        if path not in leaves:
+            raise ValueError(
+                f"{trees.leaf_name(path)}: the state has a mask for it, and the parameters have no such leaf; give the "
+                "parameters that this optimizer trains."
+            )
+        param = leaves[path]
+        mask = mask_storage.storage_of(stored).decode(stored, jnp.shape(param))
+        if outside := int(jnp.sum((param != 0) & ~mask)):
+            raise ValueError(
+                f"{trees.leaf_name(path)}: {outside} of the {int(jnp.sum(~mask))} weights that its mask prunes are not "
+                f"zero. {_INSIDE}"
+            )
+
+
+def _require_as_asked(leaves: dict[trees.KeyPath, Any], state: projection.SparseState, updater: BaseUpdater) -> None:
+    last, count = _end(updater), _count(state)
+    if not updater.follows_schedule or updater.regrows or updater.masks is not None or last is None or count <= last:
+        return
+    masks = dict(trees.named_leaves(state.masks))
+    pruned = trees.map_named(lambda path, _: leaves[path] if path in masks else None, state.masks)
+    try:
+        targets = dict(trees.named_leaves(updater.get_target_sparsities(pruned)))
+    except ValueError:
+        return  # masks of a part of the parameters, whose budget is shared with others
+    asked = held = slack = total = 0.0
+    for path, target in targets.items():
+        shape = jnp.shape(leaves[path])
+        kept = float(jnp.sum(updater.storage.decode(masks[path], shape), dtype=jnp.float32))
+        size = float(np.prod(shape))
+        total, asked, held = total + size, asked + float(target) * size, held + size - kept
+        # Shares are rounded to a unit in each layer.
+        slack += size / max(1, updater.structure(path, leaves[path]).num_units(shape)) + 1e-3 * size
+    if asked - held > slack:
+        raise ValueError(
+            f"sparsity: asked {asked / total:.1%}, masks hold {held / total:.1%}, and the schedule is over (its last "
+            f"update is at step {last}, {count} are done). If the sparsity changed when the training was resumed, let "
+            "update_end_step be later."
+        )

@@ -1,0 +1,61 @@
+"""Structures from the strings of configurations."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jaxpruner import sparsity_types
+
+_NUMBER = r"-?[0-9]+"
+_NUMBERS = rf"{_NUMBER}(?::{_NUMBER})*"
+_NM = re.compile(rf"nm_([0-9]+)[,:]([0-9]+)(?:,axis=({_NUMBERS}|input))?")
+_BLOCK = re.compile(rf"block_([0-9]+),([0-9]+)(?:,axes=({_NUMBER}):({_NUMBER}))?")
+_CHANNEL = re.compile(rf"channel_(?:axis=)?({_NUMBER}|input|output)")
+
+
+def parse_sparsity_type(value: Any) -> Any:
+    """Strings become structures, also inside a mapping or pairs of patterns; all else stays.
+
+    Raises:
+      ValueError: for what is no structure.
+    """
+    if isinstance(value, str):
+        return _parse(value)
+    if hasattr(value, "items"):
+        return {pattern: parse_sparsity_type(structure) for pattern, structure in value.items()}
+    if isinstance(value, list | tuple):
+        return [(pattern, parse_sparsity_type(structure)) for pattern, structure in value]
+    if isinstance(value, sparsity_types.SparsityType) or callable(value):
+        return value
+    raise ValueError(_unknown(value))
+
+
+def _parse(text: str) -> sparsity_types.SparsityType:
+    if text == "unstructured":
+        return sparsity_types.Unstructured()
+    try:
+        if found := _NM.fullmatch(text):
+            n, m, axis = found.groups()
+            if axis is None:
+                return sparsity_types.NByM(int(n), int(m))
+            axes = axis if axis == "input" else tuple(map(int, axis.split(":")))
+            return sparsity_types.NByM(int(n), int(m), axes[0] if len(axes) == 1 else axes)
+        if found := _BLOCK.fullmatch(text):
+            h, w, *axes = found.groups()
+            tiled = {} if axes[0] is None else {"axes": tuple(map(int, axes))}
+            return sparsity_types.Block((int(h), int(w)), **tiled)
+        if found := _CHANNEL.fullmatch(text):
+            axis = found[1]
+            return sparsity_types.Channel(axis if axis in ("input", "output") else int(axis))
+    except ValueError as error:
+        raise ValueError(f"Sparsity type {text!r}: {error}") from error
+    raise ValueError(_unknown(text))
+
+
+def _unknown(value: Any) -> str:
+    return (
+        f"Sparsity type {value!r} is not known; use 'unstructured', 'nm_2,4' or 'nm_2:4', 'nm_2,4,axis=0', "
+        "'nm_2,4,axis=input', 'block_4,4', 'block_4,4,axes=1:2', 'channel_-1', 'channel_input', or an object of "
+        "jaxpruner.sparsity_types."
+    )

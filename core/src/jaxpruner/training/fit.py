@@ -1,0 +1,104 @@
+"""Does a state fit the configuration at hand, and the masks that training starts from?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from jaxpruner import mask_storage, trees
+from jaxpruner.training.projection import SparseState, StraightThroughState
+
+if TYPE_CHECKING:
+    from jaxpruner.training.protocol import Algorithm
+
+FROM_PARAMS = "from_params"
+
+
+def check_state(updater: Algorithm, state: SparseState, params: Any) -> None:
+    """Raises a ValueError if a state is of another configuration, by the shapes of what it holds."""
+    name = type(updater).__name__
+    if isinstance(state.inner_state, StraightThroughState) and not updater.straight_through:
+        raise ValueError(
+            f"opt_state: holds the dense weights of a straight-through algorithm, and algorithm is {name} now; go on "
+            "with the algorithm that it was made by, or start from the parameters: tx.init(params), with "
+            "initial_sparsity='from_params' to keep their zeros."
+        )
+
+    def check(path: trees.KeyPath, mask: Any, param: Any) -> None:
+        if trees.is_unpruned(mask) or not hasattr(mask, "dtype"):
+            return
+        stored = mask_storage.storage_of(mask)
+        if stored != updater.storage:
+            packed = isinstance(updater.storage, mask_storage.PackedStorage)
+            raise ValueError(
+                f"{trees.leaf_name(path)}: use_packed_masks={packed} now, and the state was made with "
+                f"use_packed_masks={not packed} ({mask.dtype} masks); set it as it was then."
+            )
+        if jnp.shape(mask) != stored.shape(jnp.shape(param)):
+            raise ValueError(
+                f"{trees.leaf_name(path)}: the mask of the state, {mask.dtype}{list(jnp.shape(mask))}, is not one of a "
+                f"parameter of shape {jnp.shape(param)}; make the state anew with tx.init(params)."
+            )
+
+    trees.map_named(check, state.masks, params)
+
+
+def check_pruned(targets: Any, state: SparseState) -> None:
+    """Raises a ValueError if a state has masks for other leaves than a configuration prunes."""
+    asked = {path for path, _ in trees.named_leaves(targets)}
+    held = {path for path, _ in trees.named_leaves(state.masks)}
+    if asked != held:
+        path = min(asked ^ held)
+        takes, has = ("takes", "no mask for") if path in asked else ("does not take", "a mask for")
+        raise ValueError(
+            f"{trees.leaf_name(path)}: filter_fn {takes} it, and the state has {has} it; set filter_fn and "
+            "custom_sparsity_map as they were when the state was made, or make the state anew with tx.init(params)."
+        )
+
+
+def check_masks_field(updater: Any) -> None:
+    """Raises a ValueError if `masks` is nothing that the algorithm can start from."""
+    masks, name = updater.masks, type(updater).__name__
+    if isinstance(masks, str) and masks != FROM_PARAMS:
+        raise ValueError(f"masks: {masks!r} is not known; give a tree of masks, or {FROM_PARAMS!r}.")
+    if masks is not None and updater.straight_through:
+        raise ValueError(
+            f"masks: cannot be used with {name}. This is because it makes a mask in every step from dense weights, and "
+            "would bring back what these prune; use a pruner such as magnitude."
+        )
+
+
+def given_masks(masks: Any, params: Any, targets: Any) -> Any:
+    """Masks that a user gives, for the leaves that are pruned; ones where they say nothing.
+
+    Raises:
+      ValueError: for masks of other leaves or shapes.
+    """
+    given = dict(trees.named_leaves(masks))
+    pruned = dict(trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)))
+    if strange := sorted(set(given) - set(pruned)):
+        raise ValueError(
+            f"masks: {trees.leaf_name(strange[0])} is no parameter that filter_fn selects; give a tree like the "
+            "parameters with None where a leaf is not pruned."
+        )
+
+    def take(path: trees.KeyPath, param: Any, target: Any) -> Any:
+        if trees.is_unpruned(target):
+            return None
+        mask = given.get(path)
+        if mask is None:
+            return jnp.ones_like(param, dtype=bool)
+        if jnp.shape(mask) != jnp.shape(param):
+            raise ValueError(
+                f"masks: {trees.leaf_name(path)} has shape {jnp.shape(mask)}, and the parameter {jnp.shape(param)}; give "
+                "boolean masks of the parameters' shapes (updater.current_masks makes such of packed ones)."
+            )
+        return jnp.asarray(mask) != 0
+
+    return trees.map_named(take, params, targets)
+
+
+def nonzero(param: Any) -> Any:
+    """What is not zero; all of a leaf that is zero throughout, which starts at zero and is not pruned."""
+    return (param != 0) | ~jnp.any(param != 0)

@@ -1,0 +1,28 @@
+"""What a sparse step needs of an algorithm. `jaxpruner.BaseUpdater` is one; this room knows no class."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from jaxpruner import mask_storage, sparsity_schedules
+
+
+class Algorithm(Protocol):
+    """The hooks that a sparse step calls; see `jaxpruner.BaseUpdater` for what they mean."""
+
+    scheduler: sparsity_schedules.Schedule
+    skip_gradients: bool
+    is_sparse_gradients: bool
+    regrows: bool
+    straight_through: bool
+
+    @property
+    def storage(self) -> mask_storage.MaskStorage: ...
+
+    def init_state(self, params: Any) -> Any: ...
+
+    def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs) -> Any: ...
+
+    def starting_masks(self, params: Any, masks: Any) -> Any: ...
+
+    def check_state(self, sparse_state: Any, params: Any) -> None: ...
