@@ -34,7 +34,7 @@ def config(algorithm: str, structure: str = "unstructured", packed: bool = False
     """A configuration of `jaxpruner.create_updater_from_config`."""
     return {
         "algorithm": algorithm,
-        "sparsity": SPARSITY,
+        "sparsity": 0.5 if structure == "nm_2,4" else SPARSITY,
         "sparsity_type": structure,
         "use_packed_masks": packed,
         "update_start_step": FIRST,

@@ -15,6 +15,7 @@ from jaxpruner import mask_calculator, sparsity_types
 
 PARAMS = {"a": jnp.arange(1.0, 17.0).reshape(4, 4), "b": -jnp.arange(1.0, 17.0).reshape(4, 4)}
 ONCE = jaxpruner.OneShotSchedule(0)
+UNIFORM = functools.partial(jaxpruner.sparsity_distributions.uniform, sparsity=0.8)
 
 
 def kept(mask):
@@ -22,7 +23,7 @@ def kept(mask):
 
 
 def test_a_wrapper_of_calculate_scores_is_heard():
-    updater = jaxpruner.MagnitudePruning()
+    updater = jaxpruner.MagnitudePruning(sparsity_distribution_fn=UNIFORM)
     original = updater.calculate_scores
 
     @functools.wraps(original)
@@ -92,7 +93,7 @@ def test_regrowing_needs_a_structure(algorithm):
 
 
 def test_post_gradient_update_finds_its_state():
-    updater = jaxpruner.MagnitudePruning(scheduler=ONCE)
+    updater = jaxpruner.MagnitudePruning(scheduler=ONCE, sparsity_distribution_fn=UNIFORM)
     tx = optax.chain(optax.clip(1.0), updater.wrap_optax(optax.sgd(0.1)))
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     params = updater.post_gradient_update(PARAMS, state)
@@ -123,7 +124,7 @@ def test_statistics_of_parameters_named_like_statistics():
 
 
 def test_straight_through_without_optax():
-    updater = jaxpruner.SteMagnitudePruning(scheduler=jaxpruner.PeriodicSchedule(update_freq=1))
+    updater = jaxpruner.SteMagnitudePruning(sparsity_distribution_fn=UNIFORM)
     with pytest.raises(ValueError, match="init_projection"):
         jaxpruner.project(updater, PARAMS, PARAMS, PARAMS, updater.init_state(PARAMS))
     params, state = PARAMS, jaxpruner.init_projection(updater, PARAMS)

@@ -56,6 +56,8 @@ def is_due(algorithm: str, count: int) -> bool:
         return False
     if algorithm == "preserve":
         return count == 0
+    if algorithm in cases.STRAIGHT_THROUGH:  # for the next step, at the sparsity it has then
+        return count + 1 >= cases.FIRST
     return cases.FIRST <= count <= cases.LAST and count % cases.FREQ == 0
 
 

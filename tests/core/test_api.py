@@ -146,14 +146,16 @@ PER_LEAF_STRUCTURES = {"a/*": "nm_1,4", "b/kernel": Channel(0)}
     ids=["mapping", "list", "tuple", "ConfigDict", "function"],
 )
 def test_structures_by_leaf(value):
-    masks = made_masks(create(sparsity=0.5, sparsity_type=value))
+    custom = {"a/kernel": 0.75}  # what 1:4 gives
+    masks = made_masks(create(sparsity=0.5, sparsity_type=value, custom_sparsity_map=custom))
     np.testing.assert_array_equal(masks["a"]["kernel"], [[False, False, False, True] * 2] * 8)
     np.testing.assert_array_equal(masks["b"]["kernel"], [[True] * 32] * 4 + [[False] * 32] * 4)
     assert masks["a"]["bias"] is None
 
 
-def test_the_first_matching_pattern_wins_and_the_rest_is_unstructured():
-    updater = create(sparsity=0.5, sparsity_type=[("a/kernel", "channel_0"), ("a/*", "channel_1")])
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_most_specific_pattern_wins_and_the_rest_is_unstructured(order):
+    updater = create(sparsity=0.5, sparsity_type=[("a/kernel", "channel_0"), ("a/*", "channel_1")][::order])
     masks = made_masks(updater)
     np.testing.assert_array_equal(masks["a"]["kernel"], [[True] * 8] * 4 + [[False] * 8] * 4)
     np.testing.assert_array_equal(masks["b"]["kernel"].ravel(), np.arange(256) < 128)
@@ -166,6 +168,8 @@ def test_without_a_start_there_are_no_updates():
     assert create().scheduler == jaxpruner.NoUpdateSchedule()
     assert create(update_end_step=100, update_freq=10).scheduler == jaxpruner.NoUpdateSchedule()
     assert create(update_start_step=None, update_end_step=100).scheduler == jaxpruner.NoUpdateSchedule()
+    with pytest.raises(ValueError, match="update_start_step: missing, so update_end_step=100 would have no effect"):
+        jaxpruner.sparsify(optax.sgd(0.1), algorithm="magnitude_ste", sparsity=0.8, update_end_step=100)
 
 
 def test_start_equal_to_end_is_one_shot():

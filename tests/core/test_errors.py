@@ -20,7 +20,7 @@ PARAMS = {
         "norm": {"scale": jnp.zeros(512)},
     }
 }
-SMALL = {"a": {"kernel": jnp.zeros((4, 4)), "bias": jnp.zeros(4)}, "b": {"kernel": jnp.zeros((4, 8))}}
+SMALL = {"a": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "b": {"kernel": jnp.ones((4, 8))}}
 
 
 def config(**changes):
@@ -100,8 +100,9 @@ def test_block_shapes_that_are_no_two_positive_sizes(shape):
 
 
 def test_integer_parameters_cannot_be_pruned():
-    message = message_of(lambda: make().init({"ids": jnp.zeros((4, 4), jnp.int32)}))
-    check_words(message, "ids: dtype int32 cannot be pruned", "exclude it with filter_fn")
+    ids = {"ids": jnp.zeros((4, 4), jnp.int32)}
+    assert make().init(ids | {"kernel": jnp.ones((4, 4))}).masks["ids"] == optax.MaskedNode()
+    check_words(message_of(lambda: make().init(ids)), "filter_fn: selects none of the 1 parameters (ids")
 
 
 # Sparsities

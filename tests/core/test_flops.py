@@ -147,10 +147,13 @@ def test_training_is_the_sum_over_its_steps(algorithm, steps):
     updates = [step for step in range(steps) if 4 <= step <= 12 and step % 4 == 0]
     made = {step: float(updater.scheduler.get_sparsity_at_step(1.0, step)) for step in updates}
     total, sparsity = 0.0, 0.75 if starts_sparse else 0.0
+    at = [float(updater.sparsity_at(0.75, step)) for step in range(steps + 1)]  # straight-through: a mask in every step
     for step in range(steps):
+        if algorithm == "magnitude_ste":
+            sparsity = 0.75 * at[step] / at[-1] if at[-1] else 0.0
         is_dense = algorithm.endswith("_ste") or (step in updates and algorithm != "static_sparse")
         total += forward * (2 * (1 - sparsity) + (1.0 if is_dense else 1 - sparsity))
-        if step in updates and not starts_sparse:
+        if step in updates and not starts_sparse and algorithm != "magnitude_ste":
             sparsity = 0.75 * made[step] / made[updates[-1]]
     assert summary["_training_flops"] == 3 * steps * forward
     assert summary["_training_flops_nnz"] == pytest.approx(total, rel=1e-5)

@@ -97,10 +97,21 @@ def sparsify(
             "sparsify(tx, algorithm=..., sparsity=...)."
         )
     if not isinstance(updater, BaseUpdater):
-        updater = create_updater_from_config(config if updater is None else updater)
+        config = config if updater is None else updater
+        updater = create_updater_from_config(config)
+        _check_start(updater, config)
     checks.check_schedule(updater)
     tx = updater.sparsify_optax(inner)
     return tx._replace(init=_CheckedInit(tx.init, updater))
+
+
+def _check_start(updater: BaseUpdater, config: Mapping[str, Any]) -> None:
+    ignored = [key for key in ("update_end_step", "update_freq") if config.get(key) is not None]
+    if updater.follows_schedule and ignored and config.get("update_start_step") is None:
+        raise ValueError(
+            f"update_start_step: missing, so {ignored[0]}={config[ignored[0]]} would have no effect; give the step of "
+            f"the first masks, or leave {' and '.join(ignored)} out."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +230,6 @@ def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     # Without a start the algorithm's own schedule stands, which makes no updates.
     if "update_start_step" in config:
         offered["scheduler"] = _parse_schedule(config, 0.0 if initial == FROM_PARAMS else initial)
-    elif ignored := [key for key in ("update_end_step", "update_freq") if key in config]:
-        raise ValueError(
-            f"update_start_step: missing, so {ignored[0]}={config[ignored[0]]} would have no effect and masks would "
-            f"never be made; give the step of the first masks, or leave {' and '.join(ignored)} out."
-        )
     offered["drop_fraction_fn"] = _parse_drop_fraction(config)
     offered["sparsity_type"] = parse_sparsity_type(config.get("sparsity_type", "unstructured"))
     return offered

@@ -133,8 +133,8 @@ def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> s
         if abs(given - float(target)) > 1e-6:
             return (
                 f"{trees.leaf_name(path)}: a sparsity of {float(target):g} is asked for, and {structure.n}:"
-                f"{structure.m} gives {given:g}; ask for sparsity={given:g} with dist_type='uniform' (or for this leaf in "
-                "custom_sparsity_map), or choose another n:m."
+                f"{structure.m} gives {given:g}; ask for sparsity={given:g} with dist_type='uniform' (or for this leaf "
+                "in custom_sparsity_map), or choose another n:m."
             )
     return None
 

@@ -17,8 +17,8 @@ _MOVES = {
 }  # fmt: skip
 # What keeps zeros at zero, entry by entry.
 _SCALES = {
-    "abs", "asinh", "atan", "cbrt", "ceil", "div", "erf", "expm1", "floor", "integer_pow", "log1p", "mul", "neg", "round",
-    "select_n", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+    "abs", "asinh", "atan", "cbrt", "ceil", "div", "erf", "expm1", "floor", "integer_pow", "log1p", "mul", "neg",
+    "round", "select_n", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
 }  # fmt: skip
 # What adds something to entries, so that zeros are zeros no more.
 _SHIFTS = {"add", "add_any", "cos", "cosh", "exp", "exp2", "logistic", "max", "min", "pow", "rsqrt", "sub"}

@@ -91,8 +91,8 @@ def given_masks(masks: Any, params: Any, targets: Any) -> Any:
             return jnp.ones_like(param, dtype=bool)
         if jnp.shape(mask) != jnp.shape(param):
             raise ValueError(
-                f"masks: {trees.leaf_name(path)} has shape {jnp.shape(mask)}, and the parameter {jnp.shape(param)}; give "
-                "boolean masks of the parameters' shapes (updater.current_masks makes such of packed ones)."
+                f"masks: {trees.leaf_name(path)} has shape {jnp.shape(mask)}, and the parameter {jnp.shape(param)}; "
+                "give boolean masks of the parameters' shapes (updater.current_masks makes such of packed ones)."
             )
         return jnp.asarray(mask) != 0
 
