@@ -17,6 +17,7 @@ from jaxpruner import (
     mask_storage,
     selection,
     sparsity_distributions,
+    sparsity_schedules,
     sparsity_types,
     trees,
 )
@@ -347,6 +348,21 @@ class BaseUpdater:
             return jnp.asarray(counts.float32_sparsity(units, target), jnp.float32)
 
         return trees.map_named(convert, params, targets)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether all it consists of is the library's own and compares by its fields: it may be compiled once."""
+        ours = type(self).__module__.split(".")[0] == __name__.split(".")[0]
+        fields = {field.name for field in dataclasses.fields(self)}
+        parts = (self.scheduler, getattr(self, "drop_fraction_fn", self.scheduler))
+        is_hashable = not isinstance(self.rng_seed, jax.core.Tracer)
+        return (
+            ours
+            and is_hashable
+            and not self.custom_topk
+            and set(vars(self)) <= fields
+            and all(type(part).__module__ == sparsity_schedules.__name__ for part in parts)
+        )
 
     @property
     def _reads_params(self) -> bool:

@@ -6,9 +6,11 @@ Everything else in the library sees boolean masks; only this module knows about 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxpruner import trees
@@ -44,26 +46,10 @@ class PackedStorage:
     """
 
     def encode(self, mask: Bool[Array, "*s"]) -> UInt8[Array, "*packed"]:
-        mask = jnp.atleast_1d(jnp.asarray(mask, bool))
-        axis = packed_axis(mask.shape)
-        padding = [(0, 0)] * mask.ndim
-        padding[axis] = (0, -mask.shape[axis] % _BITS)
-        if padding[axis][1]:
-            mask = jnp.pad(mask, padding)
-        # The new axis of 8 comes after the packed one: a sharding of that axis stays on its bytes.
-        groups = mask.reshape(*mask.shape[:axis], mask.shape[axis] // _BITS, _BITS, *mask.shape[axis + 1 :])
-        bits = groups.astype(jnp.uint8) << _bit_positions(groups.ndim, axis + 1)
-        return bits.sum(axis + 1, dtype=jnp.uint8)
+        return _pack(mask)
 
     def decode(self, stored: UInt8[Array, "*packed"], shape: tuple[int, ...]) -> Bool[Array, "*s"]:
-        axis = packed_axis(shape or (1,))
-        groups = jnp.expand_dims(stored, axis + 1)
-        bits = (groups >> _bit_positions(groups.ndim, axis + 1)) & 1
-        mask = bits.astype(bool).reshape(*stored.shape[:axis], stored.shape[axis] * _BITS, *stored.shape[axis + 1 :])
-        length = shape[axis] if shape else 1
-        if mask.shape[axis] != length:
-            mask = mask[(slice(None),) * axis + (slice(length),)]
-        return mask.reshape(shape)
+        return _unpack(stored, tuple(shape))
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in which the mask of a parameter of this shape is kept."""
@@ -71,6 +57,35 @@ class PackedStorage:
 
 
 MaskStorage = DenseStorage | PackedStorage
+
+
+# One program where they are called eagerly; inlined elsewhere.
+
+
+@functools.partial(jax.jit, inline=True)
+def _pack(mask: Bool[Array, "*s"]) -> UInt8[Array, "*packed"]:
+    mask = jnp.atleast_1d(jnp.asarray(mask, bool))
+    axis = packed_axis(mask.shape)
+    padding = [(0, 0)] * mask.ndim
+    padding[axis] = (0, -mask.shape[axis] % _BITS)
+    if padding[axis][1]:
+        mask = jnp.pad(mask, padding)
+    # The new axis of 8 comes after the packed one: a sharding of that axis stays on its bytes.
+    groups = mask.reshape(*mask.shape[:axis], mask.shape[axis] // _BITS, _BITS, *mask.shape[axis + 1 :])
+    bits = groups.astype(jnp.uint8) << _bit_positions(groups.ndim, axis + 1)
+    return bits.sum(axis + 1, dtype=jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _unpack(stored: UInt8[Array, "*packed"], shape: tuple[int, ...]) -> Bool[Array, "*s"]:
+    axis = packed_axis(shape or (1,))
+    groups = jnp.expand_dims(stored, axis + 1)
+    bits = (groups >> _bit_positions(groups.ndim, axis + 1)) & 1
+    mask = bits.astype(bool).reshape(*stored.shape[:axis], stored.shape[axis] * _BITS, *stored.shape[axis + 1 :])
+    length = shape[axis] if shape else 1
+    if mask.shape[axis] != length:
+        mask = mask[(slice(None),) * axis + (slice(length),)]
+    return mask.reshape(shape)
 
 
 def storage_of(stored: Any) -> MaskStorage:

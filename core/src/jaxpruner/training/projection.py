@@ -90,13 +90,14 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
     state = state._replace(masks=before)
     remask = None
     due = False
+    count = state.count if isinstance(state.count, jax.core.Tracer) else int(state.count)
     if updater.straight_through:
         remask = functools.partial(_remasked, updater, grads, extra_args)
     else:
-        due = updater.scheduler.should_update_mask(state.count)
+        due = updater.scheduler.should_update_mask(count)
         made = when(
             due,
-            lambda: _laid_out(updater.update_state(state, params, grads, **extra_args), state),
+            lambda: _made(updater, state, params, grads, extra_args),
             lambda: (state.masks, state.target_sparsities),
         )
         state = state._replace(masks=made[0], target_sparsities=made[1])
@@ -166,10 +167,27 @@ def _remasked(
     first = updater.scheduler.first_update_step
     made = when(
         True if not first else state.count >= first,
-        lambda: _laid_out(updater.update_state(state, weights, grads, **extra_args), state),
+        lambda: _made(updater, state, weights, grads, extra_args),
         lambda: (state.masks, state.target_sparsities),
     )
     return state._replace(masks=made[0], target_sparsities=made[1])
+
+
+def _made(
+    updater: Algorithm, state: SparseState, params: Any, grads: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The masks and the target sparsities of an update."""
+    state = state._replace(inner_state=None)
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, params, grads)))
+    # Eagerly it is one program, compiled once for equal algorithms; with hooks of a user's own, call by call.
+    if is_traced or extra_args or not updater.is_stock:
+        return _laid_out(updater.update_state(state, params, grads, **extra_args), state)
+    return _compiled(updater, state, params, grads)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(updater: Algorithm, state: SparseState, params: Any, grads: Any) -> tuple[Any, Any]:
+    return _laid_out(updater.update_state(state, params, grads), state)
 
 
 def _laid_out(new: SparseState, old: SparseState) -> tuple[Any, Any]:

@@ -17,6 +17,9 @@ class Algorithm(Protocol):
     straight_through: bool
 
     @property
+    def is_stock(self) -> bool: ...
+
+    @property
     def storage(self) -> mask_storage.MaskStorage: ...
 
     def init_state(self, params: Any) -> Any: ...
