@@ -90,7 +90,7 @@ def test_hooks_of_ones_own_run_call_by_call():
     tx = jaxpruner.sparsify(optax.sgd(0.0), updater)
     state = tx.init(params)
     for _ in range(2):
-        updates, state = tx.update(params, state, params)
+        _, state = tx.update(params, state, params)
     np.testing.assert_allclose(seen, [float(params["dense"]["kernel"].sum())] * 2)
 
 

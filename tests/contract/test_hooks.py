@@ -156,5 +156,5 @@ def test_leaves_of_the_custom_map_keep_their_own_with_one_sparsity_for_all():
 def test_saliency_of_small_half_precision_numbers():
     w = {"w": jnp.full((2, 4), 1e-3, jnp.float16)}
     g = {"w": (jnp.arange(1.0, 9.0).reshape(2, 4) * 1e-6).astype(jnp.float16)}
-    _, masks = jaxpruner.SaliencyPruning().instant_sparsify(w, g)
+    _, masks = jaxpruner.SaliencyPruning(sparsity_distribution_fn=UNIFORM).instant_sparsify(w, g)
     assert kept(masks["w"]) == [6, 7]

@@ -27,6 +27,9 @@ def model():
     return Net()
 
 
+UNIFORM = functools.partial(jaxpruner.sparsity_distributions.uniform, sparsity=0.8)
+
+
 def train(model, tx, updater, steps=8):
     """The training loop of the paper, hook by hook."""
     x = jax.random.normal(jax.random.key(1), (16, 8))
@@ -112,7 +115,7 @@ def test_config_dict(model, algorithm, dist_type):
     assert cases.signature(jax.eval_shape(jaxpruner.sparsify(optax.adam(1e-2), config).init, params))
 
 
-def test_extra_arguments_reach_the_scores_and_not_the_inner_optimizer():
+def test_extra_arguments_reach_the_scores_and_the_inner_optimizer():
     seen = []
 
     class Importance(jaxpruner.BaseUpdater):
@@ -121,11 +124,11 @@ def test_extra_arguments_reach_the_scores_and_not_the_inner_optimizer():
             return jax.tree.map(lambda p: jnp.abs(p) * importance, params)
 
     def inner_update(updates, state, params=None, **extra):
-        assert not extra
+        assert sorted(extra) == ["importance", "other"]
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), inner_update)
-    updater = Importance(scheduler=jaxpruner.OneShotSchedule(0))
+    updater = Importance(scheduler=jaxpruner.OneShotSchedule(0), sparsity_distribution_fn=UNIFORM)
     tx = updater.wrap_optax(inner)
     params = cases.tree("dict")
     chosen = jnp.where(jnp.arange(16) < 4, 1.0, 0.0)
@@ -167,7 +170,7 @@ def test_a_subclass_of_one_method(structure, packed):
 
 def test_hooks_are_looked_up_late():
     """Scripts assign a scheduler, or a method, to an updater whose transformation exists already."""
-    updater = jaxpruner.MagnitudePruning()
+    updater = jaxpruner.MagnitudePruning(sparsity_distribution_fn=UNIFORM)
     tx = updater.wrap_optax(optax.sgd(0.0))
     params = cases.tree("dict")
     assert cases.run(tx, params, 2)[-1].new_params["dense"]["kernel"].all()

@@ -66,9 +66,9 @@ def test_seen_and_hidden_weights_never_drift_apart():
     seen, hidden = (
         np.asarray(tree["dense"]["kernel"])[mask] for tree in (params, cases.sparse_state(state).inner_state.weights)
     )
-    # One rounding of weights below 2 is 2**-24; 200 of them came to 2**-20.4.
-    assert np.abs(seen).max() < 2
-    np.testing.assert_allclose(seen, hidden, rtol=0, atol=2**-22)
+    # One rounding of weights below 4 is 2**-23; 200 of them would come to 2**-19.4.
+    assert np.abs(seen).max() < 4
+    np.testing.assert_allclose(seen, hidden, rtol=0, atol=2**-21)
 
 
 def test_pruned_weights_come_back():

@@ -51,7 +51,7 @@ def test_an_end_or_a_period_without_a_start(algorithm, name):
 
 @pytest.mark.parametrize(("bounds", "nearest"), [((0, 100, 200), 50), ((5, 9, 10), 2), ((3, 12, 10), 4)])
 def test_schedules_that_never_arrive(bounds, nearest):
-    with pytest.raises(ValueError, match=f"update_freq: .*update_freq={nearest}"):
+    with pytest.raises(ValueError, match=rf"update_freq: .*update_freq={nearest}"):
         sparse(**schedule(*bounds))
     start, end, _ = bounds
     sparse(**schedule(start, end, nearest))
@@ -60,11 +60,11 @@ def test_schedules_that_never_arrive(bounds, nearest):
 
 @pytest.mark.parametrize("algorithm", REGROWS)
 def test_regrowth_that_never_trains_or_never_regrows(algorithm):
-    with pytest.raises(ValueError, match="update_freq: 1 lets .* change its mask in every step"):
+    with pytest.raises(ValueError, match=r"update_freq: 1 lets .* change its mask in every step"):
         sparse(algorithm, **schedule(1, 9))
-    with pytest.raises(ValueError, match="update_end_step: the drop fraction of .* is 0 already"):
+    with pytest.raises(ValueError, match=r"update_end_step: the drop fraction of .* is 0 already"):
         sparse(algorithm, **schedule(5, 5))
-    with pytest.raises(ValueError, match="update_start_step: .* would never change its mask"):
+    with pytest.raises(ValueError, match=r"update_start_step: .* would never change its mask"):
         sparse(algorithm, **schedule(5, 9, 10))
     sparse(algorithm, **schedule(2, 9, 2))
 
@@ -99,7 +99,7 @@ def test_a_sparsity_and_nm_that_disagree():
     params, once = {"kernel": jnp.ones((8, 8))}, schedule(0, 0)
     with pytest.raises(ValueError, match=r"kernel: a sparsity of 0.9 is asked for, and 2:4 gives 0.5"):
         sparse(sparsity=0.9, sparsity_type="nm_2,4", **once).init(params)
-    with pytest.raises(ValueError, match="2:4 gives 0.5; ask for sparsity=0.5 with dist_type='uniform'"):
+    with pytest.raises(ValueError, match=r"2:4 gives 0.5; ask for sparsity=0.5 with dist_type='uniform'"):
         sparse(sparsity=0.9, sparsity_type={"kern*": "nm_2:4"}, **once).init(params)
     sparse(sparsity=0.5, sparsity_type="nm_2,4", **once).init(params)
     mixed = {"nm": jnp.ones((8, 8)), "free": jnp.ones((8, 8))}
@@ -107,10 +107,9 @@ def test_a_sparsity_and_nm_that_disagree():
     sparse(sparsity=0.9, **config, **once).init(mixed)
     # Scripts of the paper's library pass both: told, once.
     config = {"algorithm": "magnitude", "sparsity": 0.93, "sparsity_type": "nm_2,4"}
-    with pytest.warns(UserWarning, match=r"a sparsity of 0.93 is asked for, and 2:4 gives 0.5") as told:
-        for _ in range(2):
-            jaxpruner.create_updater_from_config(config).instant_sparsify(params)
-    assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"a sparsity of 0.93 is asked for, and 2:4 gives 0.5"):
+        jaxpruner.create_updater_from_config(config).instant_sparsify(params)
+    jaxpruner.create_updater_from_config(config).instant_sparsify(params)  # where a warning is an error
 
 
 def test_zeros_that_rank_alike_are_told():
@@ -146,9 +145,7 @@ def test_check_sparse_tells_what_changes_the_updates(packed):
 
 
 def test_check_sparse_tells_masks_that_are_not_as_sparse_as_asked():
-    updater = jaxpruner.create_updater_from_config(
-        {"algorithm": "magnitude", "sparsity": 0.75} | schedule(0, 0)
-    )
+    updater = jaxpruner.create_updater_from_config({"algorithm": "magnitude", "sparsity": 0.75} | schedule(0, 0))
     params, state = trained(jaxpruner.sparsify(optax.sgd(0.1), updater))
     jaxpruner.check_sparse(params, state, updater)
     updater.sparsity_distribution_fn = functools.partial(jaxpruner.sparsity_distributions.uniform, sparsity=0.9)
