@@ -215,3 +215,73 @@ def test_a_step_without_optax():
             now, state = step(now, proposed, reference.grads, state)
             cases.assert_same_bits(now, reference.new_params)
             cases.assert_same_bits(state.masks, reference.new_state.masks)
+
+
+# Names of the paper's library.
+
+
+def test_schedules_by_their_other_names():
+    schedule = jaxpruner.PolynomialSchedule(update_freq=2, update_start_step=0, update_end_step=4)
+    assert [bool(schedule.is_mask_update_iter(step)) for step in range(4)] == [True, False, True, False]
+    found = schedule.get_sparsity_at_step(target_sparsities={"a": 0.8, "b": None}, step=4)
+    assert found == {"a": np.float32(0.8), "b": None}
+
+    class Third(jaxpruner.sparsity_schedules.Schedule):
+        def is_mask_update_iter(self, step):
+            return step == 2
+
+    assert [bool(Third().should_update_mask(step)) for step in range(4)] == [False, False, True, False]
+    tx = jaxpruner.MagnitudePruning(scheduler=Third(), sparsity_distribution_fn=UNIFORM).wrap_optax(optax.sgd(0.1))
+    kept = [int(s.new_state.masks["dense"]["kernel"].sum()) for s in cases.run(tx, cases.tree("dict"), 4)]
+    assert kept == [128, 128, 26, 26]
+    with pytest.raises(NotImplementedError, match="does not override should_update_mask"):
+        jaxpruner.sparsity_schedules.Schedule().should_update_mask(0)
+
+
+def test_names_and_defaults():
+    assert jaxpruner.base_updater.NoPruning is jaxpruner.algorithms.pruners.NoPruning is jaxpruner.NoPruning
+    assert jaxpruner.RigL(is_debug=True).is_debug
+    assert jaxpruner.GlobalMagnitudePruning().sparsity == 0
+    params = cases.tree("dict")
+    targets = jaxpruner.BaseUpdater().get_target_sparsities(params)
+    assert targets == {"dense": {"kernel": 0.0, "bias": None}}
+    masks = {"a": jnp.ones(4, bool)}
+    assert jaxpruner.summarize_intersection(masks, masks, only_total_intersection=True) == {"_total_intersection": 1.0}
+
+
+@pytest.mark.parametrize("updater", [jaxpruner.MagnitudePruning(), jaxpruner.RigL()])
+def test_topk_fn_is_callable(updater):
+    scores = jnp.arange(16.0).reshape(4, 4)
+    np.testing.assert_array_equal(updater.topk_fn(scores, 0.5), scores >= 8)
+    updater.sparsity_type = jaxpruner.sparsity_types.NByM(1, 4)
+    np.testing.assert_array_equal(updater.topk_fn(scores, 0.75), jnp.arange(16).reshape(4, 4) % 4 == 3)
+    own = jaxpruner.MagnitudePruning(topk_fn=lambda scores, sparsity: scores > 12, sparsity_distribution_fn=UNIFORM)
+    assert int(own.instant_sparsify({"w": scores})[1]["w"].sum()) == 3
+
+
+def test_distributions_as_scripts_know_them():
+    from jaxpruner.sparsity_distributions import erk, get_sparsities_erdos_renyi
+
+    with pytest.raises(ValueError, match="var_shape_dict: is empty"):
+        get_sparsities_erdos_renyi({}, 0.5)
+    shapes = {("a", "kernel"): (8, 8), ("b", "kernel"): (8, 16)}
+    assert get_sparsities_erdos_renyi(shapes, 0.5, {("c", "kernel"): 0.1}) == get_sparsities_erdos_renyi(shapes, 0.5)
+    with pytest.raises(ValueError, match=r"Single parameter is provided. Please provide a paramater tree."):
+        erk(jnp.ones((4, 4)), 0.5)
+    with pytest.raises(ValueError, match="dist_type: 'unknown'"):
+        jaxpruner.create_updater_from_config({"algorithm": "magnitude", "dist_type": "unknown"})
+
+
+def test_straight_through_masks_in_the_forward_pass():
+    """`pre_forward_update` makes a mask of the weights as they are, at the sparsity that the schedule has then."""
+    updater = cases.make_updater("magnitude_ste", update_freq=3)  # a period that makes no difference
+    params = cases.tree("dict")
+    state = updater.wrap_optax(optax.sgd(0.1)).init(params)
+    for count in range(8):
+        other = jax.tree.map(lambda p: jnp.sin(7 * p), params)
+        shown = updater.pre_forward_update(other, state._replace(count=jnp.int32(count)))
+        sparsity = float(updater.scheduler.get_sparsity_at_step(cases.SPARSITY, count)) if count >= cases.FIRST else 0
+        kernel = np.abs(np.asarray(other["dense"]["kernel"]))
+        kept = np.asarray(shown["dense"]["kernel"]) != 0
+        assert kept.sum() == cases.kept_number(128, sparsity)
+        assert kernel[kept].min() >= kernel[~kept].max(initial=0)

@@ -44,8 +44,9 @@ def same(a, b):
 
 report = {}
 for algorithm in algorithms:
-    config = dict(algorithm=algorithm, sparsity=0.7, sparsity_type=structure, use_packed_masks=packed,
-                  update_start_step=0, update_end_step=1, update_freq=1, drop_fraction=0.3)
+    config = dict(algorithm=algorithm, sparsity=0.5 if structure.startswith("nm") else 0.7, sparsity_type=structure,
+                  use_packed_masks=packed, update_start_step=0, update_end_step=1, drop_fraction=0.3,
+                  update_freq=2 if algorithm in ("rigl", "set") else 1)
     updater = jaxpruner.create_updater_from_config(config)
     tx = jaxpruner.sparsify(optax.adamw(1e-2), updater)
 

@@ -42,8 +42,8 @@ def test_strings(text, structure):
 
 @pytest.mark.parametrize(
     "text",
-    ["nm_2,4_0", "block_4_4,4", "channel_1_0", "nm_2", "nm_2,4,8", "nm_2, 4", "nm_2,4,axis=", "nm_2,4,axis=out", "block_4",
-     "block_4,4,axes=1", "channel_", "channel_1.0", "nm", "nm_-2,4", "Unstructured", ""],
+    ["nm_2,4_0", "block_4_4,4", "channel_1_0", "nm_2", "nm_2,4,8", "nm_2, 4", "nm_2,4,axis=", "nm_2,4,axis=out",
+     "block_4", "block_4,4,axes=1", "channel_", "channel_1.0", "nm", "nm_-2,4", "Unstructured", ""],
 )  # fmt: skip
 def test_strings_that_are_none(text):
     with pytest.raises(ValueError, match=r"Sparsity type .* is not known; use .*'nm_2,4' or 'nm_2:4'"):

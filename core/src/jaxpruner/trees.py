@@ -120,6 +120,12 @@ def explicit_layout(leaf: Any) -> Any:
     return layout if is_explicit else None
 
 
+def laid_out_like(old: Any, new: Any) -> Any:
+    """The new array in the layout of the old one, where layouts are part of their types."""
+    layout = explicit_layout(old)
+    return new if layout is None or layout == explicit_layout(new) else jax.sharding.reshard(new, layout)
+
+
 @contextlib.contextmanager
 def errors_at(path: KeyPath) -> Iterator[None]:
     """Puts the name of the leaf in front of a ValueError."""

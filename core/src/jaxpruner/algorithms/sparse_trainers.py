@@ -87,7 +87,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
             with trees.errors_at(path):
                 new = yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction)
             # Gradients that overflowed say nothing of where to grow.
-            return jnp.where(jnp.all(jnp.isfinite(as_array(grow))), new, mask)
+            return jnp.where(jnp.all(jnp.isfinite(as_array(grow))), trees.laid_out_like(mask, new), mask)
 
         masks = map_choosing(regrow, masks, drop_scores, grow_scores)
         return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=targets)

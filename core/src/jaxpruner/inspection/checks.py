@@ -91,12 +91,21 @@ def _check_regrowth(updater: BaseUpdater, schedule: sparsity_schedules.Schedule,
             f"update_freq: 1 lets {name} change its mask in every step from start to end, and a step that changes it "
             "does not train; give a period, such as update_freq=100."
         )
-    if schedule.first_update_step is not None and not float(updater.drop_fraction_fn(schedule.first_update_step)) > 0:
+    if schedule.first_update_step is not None and _number(updater.drop_fraction_fn, schedule.first_update_step) == 0:
         raise ValueError(
             f"update_end_step: the drop fraction of {name} is 0 already at its first update, step "
             f"{schedule.first_update_step}, so its mask would never change; let the end be later than the start, or "
             "use algorithm='static_sparse'."
         )
+
+
+def _number(fn: Any, *arguments: Any) -> float | None:
+    """What a function of schedules gives, also while something is traced; None where it depends on that."""
+    try:
+        with jax.ensure_compile_time_eval():
+            return float(fn(*arguments))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+        return None
 
 
 def check_targets(updater: BaseUpdater, params: Any) -> None:
@@ -152,7 +161,7 @@ def _tell_of_zeros(updater: BaseUpdater, params: Any, targets: Any) -> None:
         return
     for path, param in trees.named_leaves(trees.map_pruned(lambda p, t: p if t else None, params, targets)):
         if isinstance(param, jax.Array | np.ndarray) and not isinstance(param, jax.core.Tracer) and param.size:
-            if updater.straight_through and float(np.asarray(updater.sparsity_at(0.5, 0))) == 0:
+            if updater.straight_through and not _number(updater.sparsity_at, 0.5, 0):
                 return
             if not bool(jnp.any(param != 0)):
                 warn_once(

@@ -333,13 +333,8 @@ def when(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) 
 
 def _laid_out_as(old: Any, new: Any) -> Any:
     """The new masks in the layout of the old ones, where layouts are part of their types."""
-
-    def move(x, y):
-        layout = trees.explicit_layout(x)
-        return y if layout is None or layout == trees.explicit_layout(y) else jax.sharding.reshard(y, layout)
-
     # Hooks may return trees of another shape, for others to complain about.
-    return jax.tree.map(move, old, new) if jax.tree.structure(old) == jax.tree.structure(new) else new
+    return jax.tree.map(trees.laid_out_like, old, new) if jax.tree.structure(old) == jax.tree.structure(new) else new
 
 
 def same(leaf: Any) -> Any:

@@ -41,7 +41,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
       >>> mesh = Mesh(np.asarray(jax.devices()), ("model",))
       >>> columns = NamedSharding(mesh, PartitionSpec(None, "model"))
       >>> params = {"kernel": jax.device_put(jnp.ones((16, 64)), columns)}
-      >>> tx = jaxpruner.sparsify(optax.adam(1e-3), algorithm="magnitude", sparsity=0.5)
+      >>> tx = jaxpruner.sparsify(optax.adam(1e-3), algorithm="static_sparse", sparsity=0.5)
       >>> shardings = jaxpruner.state_shardings(tx, params)
       >>> shardings.masks["kernel"] == shardings.inner_state[0].mu["kernel"] == columns
       True
