@@ -52,6 +52,11 @@ class Schedule:
         return None
 
     @property
+    def start_step(self) -> int | None:
+        """Where the schedule begins; None if it is not known. Straight-through methods make masks from there on."""
+        return None
+
+    @property
     def first_update_step(self) -> int | None:
         """The step of the first masks; None if it is not known or there is none."""
         return None
@@ -90,6 +95,10 @@ class OneShotSchedule(Schedule):
     @property
     def num_updates(self) -> int | None:
         return 1
+
+    @property
+    def start_step(self) -> int | None:
+        return self.target_step
 
     @property
     def first_update_step(self) -> int | None:
@@ -139,6 +148,10 @@ class PeriodicSchedule(Schedule):
         return max(0, self.update_end_step // self.update_freq - self._first // self.update_freq + 1)
 
     @property
+    def start_step(self) -> int | None:
+        return self.update_start_step or 0
+
+    @property
     def first_update_step(self) -> int | None:
         return None if self.num_updates == 0 else self._first
 
@@ -148,7 +161,7 @@ class PeriodicSchedule(Schedule):
 
     @property
     def _first(self) -> int:
-        return -(-(self.update_start_step or 0) // self.update_freq) * self.update_freq
+        return -(-self.start_step // self.update_freq) * self.update_freq
 
 
 @dataclasses.dataclass(frozen=True)

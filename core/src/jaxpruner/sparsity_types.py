@@ -449,5 +449,6 @@ def _is_patterns(sparsity_type: Any) -> bool:
 
 
 def check_axis(axis: int, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError if a shape has no such axis."""
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"axis {axis} does not exist in {shape}; exclude it with filter_fn or choose another axis.")

@@ -28,7 +28,7 @@ class _StraightThrough(BaseUpdater):
     straight_through = True
 
     def sparsity_at(self, target, count):
-        first = self.scheduler.first_update_step
+        first = self.scheduler.start_step
         sparsity = super().sparsity_at(target, count)
         return jnp.where(count >= first, sparsity, 0.0) if first else sparsity
 
@@ -41,7 +41,7 @@ class _StraightThrough(BaseUpdater):
     def pre_forward_update(self, params: Any, opt_state: Any) -> Any:
         """The masked parameters, for the forward pass."""
         state = projection.find_state(opt_state)
-        first = self.scheduler.first_update_step
+        first = self.scheduler.start_step
         masks = projection.when(
             True if not first else state.count >= first,
             lambda: trees.to_state(self.update_state(state, params, None).masks),

@@ -43,7 +43,8 @@ def check_schedule(updater: BaseUpdater, num_steps: int | None = None) -> None:
         _check_pruning(schedule, name)
     if num_steps is None:
         return
-    for key, step in (("update_start_step", schedule.first_update_step), ("update_end_step", _end(updater))):
+    first = schedule.start_step if updater.straight_through else schedule.first_update_step
+    for key, step in (("update_start_step", first), ("update_end_step", _end(updater))):
         if step is not None and step >= num_steps:
             when = "first" if key == "update_start_step" else "last"
             raise ValueError(

@@ -164,7 +164,7 @@ def _remasked(
     updater: Algorithm, grads: Any, extra_args: dict[str, Any], state: SparseState, weights: Any
 ) -> SparseState:
     """The state with masks of these weights, at the sparsity that the schedule has for the count of the state."""
-    first = updater.scheduler.first_update_step
+    first = updater.scheduler.start_step
     made = when(
         True if not first else state.count >= first,
         lambda: _made(updater, state, weights, grads, extra_args),
