@@ -25,7 +25,7 @@ pytestmark = cases.quiet
 BATCHES = ["ReplayBuffer.batch_size = 4", "ReplayBuffer.max_capacity = 500"]
 SPARSE = cases.bind(
     algorithm="magnitude", sparsity=0.9, dist_type="erk",
-    update_start_agent_step=0, update_end_agent_step=24, update_freq_agent_steps=4,
+    update_start_agent_step=0, update_end_agent_step=24, update_freq_agent_steps=8,
 )  # fmt: skip
 CLASSIC = {
     "num_actions": 3, "observation_shape": (4,), "observation_dtype": jnp.float32, "stack_size": 1, "seed": 1,
@@ -75,7 +75,7 @@ rainbow = functools.partial(networks.ClassicControlRainbowNetwork, hidden_units=
 
 
 AGENTS = {
-    "dqn": lambda **kw: jd.SparseJaxDQNAgent(network=classic, **CLASSIC | kw),
+    "dqn": lambda **kw: jd.SparseJaxDQNAgent(**{"network": classic} | CLASSIC | kw),
     "rainbow": lambda **kw: jd.SparseJaxRainbowAgent(network=rainbow, num_atoms=5, **CLASSIC | kw),
     "full_rainbow": lambda **kw: jd.SparseJaxFullRainbowAgent(
         num_actions=3, network=TinyFullRainbow, num_atoms=5, seed=1, num_updates_per_train_step=2, **kw
@@ -236,23 +236,50 @@ def test_a_dense_checkpoint_that_is_past_the_schedule_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("now", "message"),
     [
-        ({"algorithm": "no_prune"}, "holds a sparse run, and this one is dense"),
-        ({"use_packed_masks": True}, "not one that this run can go on from"),
-        ({"algorithm": "magnitude_ste"}, "not one that this run can go on from"),
-        ({"algorithm": "saliency"}, "not one that this run can go on from"),
-        ({"sparsity": 0.5}, "not one that this run can go on from"),
-        ({"dist_type": "uniform"}, "not one that this run can go on from"),
+        (
+            cases.bind(algorithm="no_prune"),
+            "sparsify.algorithm: 'magnitude' in the run of .*, 'no_prune' now.*preserve",
+        ),
+        (cases.bind(algorithm="preserve", use_packed_masks=True), "use_packed_masks: False in the run of .*, True now"),
+        (cases.bind(use_packed_masks=True), "sparsify.use_packed_masks: False in the run of .*, True now"),
+        (
+            cases.bind(algorithm="magnitude_ste"),
+            "sparsify.algorithm: 'magnitude' in the run of .*, 'magnitude_ste' now",
+        ),
+        (cases.bind(algorithm="saliency"), "Set algorithm='magnitude' to continue it"),
+        (["JaxDQNAgent.optimizer = 'sgd'"], r"inner_state\[.* is int32\[\] there and nothing here.*the optimizer"),
+        (["ClassicControlDQNNetwork.hidden_units = 12"], r"is bool\[.*16\] there and bool\[.*12\] here.*the network"),
     ],
 )
 def test_a_sparse_checkpoint_is_not_continued_as_something_else(now, message, tmp_path):
     agent = make("dqn")
     cases.feed(agent, 20)
     bundle = agent.bundle_and_checkpoint(str(tmp_path), 0)
-    other = make("dqn", *cases.bind(**now))
+    other = make("dqn", *now, network=networks.ClassicControlDQNNetwork if "hidden" in now[0] else classic)
     before = snapshot(other)
     with pytest.raises(ValueError, match=message):
         other.unbundle(str(tmp_path), 0, bundle)
     assert_unchanged(other, before)
+
+
+def test_another_sparsity_holds_from_where_a_checkpoint_is_continued(tmp_path, caplog):
+    caplog.set_level("WARNING", logger="absl")
+    agent = make("dqn", *cases.bind(sparsity=0.75))
+    cases.feed(agent, 24)
+    bundle = agent.bundle_and_checkpoint(str(tmp_path), 0)
+    again = make("dqn", *cases.bind(update_end_agent_step=48))
+    assert again.unbundle(str(tmp_path), 0, bundle)
+    assert "sparsify.sparsity: 0.75 in the run of" in caplog.text
+    assert "0.9 now; the configuration at hand holds" in caplog.text
+    cases.feed(again, 32, seed=1)
+    cases.assert_exactly_sparse(again, 0.9)
+    assert again.shortfall() is None
+
+    late = make("dqn")
+    cases.feed(agent, 12)  # the schedule is over
+    assert late.unbundle(str(tmp_path), 1, agent.bundle_and_checkpoint(str(tmp_path / "."), 1))
+    with pytest.raises(ValueError, match=r"asked 89.7%, masks hold 75.0%.*let update_end_agent_step be later"):
+        late.check_sparse()
 
 
 @pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])

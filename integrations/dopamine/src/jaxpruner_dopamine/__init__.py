@@ -5,7 +5,6 @@ from jaxpruner_dopamine import compatibility
 compatibility.load()
 
 from jaxpruner_dopamine.agents import (  # noqa: E402  (they import Dopamine)
-    SparseAgent,
     SparseJaxDQNAgent,
     SparseJaxFullRainbowAgent,
     SparseJaxImplicitQuantileAgent,
@@ -13,8 +12,10 @@ from jaxpruner_dopamine.agents import (  # noqa: E402  (they import Dopamine)
     SparseJaxRainbowAgent,
     SparsePPOAgent,
     SparseSACAgent,
+    sparse_agent,
 )
 from jaxpruner_dopamine.experiment import create_runner, create_sparse_agent  # noqa: E402
+from jaxpruner_dopamine.mixin import SparseAgent  # noqa: E402
 from jaxpruner_dopamine.sparsity import sparsify  # noqa: E402
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "SparseSACAgent",
     "create_runner",
     "create_sparse_agent",
+    "sparse_agent",
     "sparsify",
 ]

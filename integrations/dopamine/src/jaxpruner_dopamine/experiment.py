@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,18 +11,20 @@ import gin
 import gymnasium
 import numpy as np
 import tensorflow as tf
-from absl import logging
 from dopamine.discrete_domains import run_experiment
+from dopamine.jax.agents.ppo import ppo_agent
+from dopamine.jax.agents.sac import sac_agent
 
 from jaxpruner_dopamine import agents
-from jaxpruner_dopamine.sparsity import sparsify
 
-_DISCRETE = {
+_AGENTS = {
     "jax_dqn": agents.SparseJaxDQNAgent,
     "jax_quantile": agents.SparseJaxQuantileAgent,
     "jax_rainbow": agents.SparseJaxRainbowAgent,
     "full_rainbow": agents.SparseJaxFullRainbowAgent,
     "jax_implicit_quantile": agents.SparseJaxImplicitQuantileAgent,
+    "ppo": agents.SparsePPOAgent,
+    "sac": agents.SparseSACAgent,
 }
 
 
@@ -29,7 +32,7 @@ _DISCRETE = {
 def create_sparse_agent(
     environment: Any,
     summary_writer: Any = None,
-    agent_name: str | None = None,
+    agent_name: str | type | None = None,
     debug_mode: bool | None = None,
 ) -> agents.SparseAgent:
     """Makes the sparse version of an agent of Dopamine.
@@ -38,7 +41,8 @@ def create_sparse_agent(
       environment: a Dopamine environment.
       summary_writer: a folder or a writer, for TensorBoard.
       agent_name: one of Dopamine's names: `jax_dqn`, `jax_rainbow`, `full_rainbow`, `jax_quantile`,
-        `jax_implicit_quantile`, `ppo`, `sac`. By default what gin binds to the stock `create_agent.agent_name`.
+        `jax_implicit_quantile`, `ppo`, `sac`; or an agent of your own, `"module:Class"` or the class (`@MyAgent` in
+        gin), which need not be sparse itself. By default what gin binds to the stock `create_agent.agent_name`.
       debug_mode: whether to write losses and sparsity while training; by default `create_agent.debug_mode`.
 
     Raises:
@@ -50,33 +54,57 @@ def create_sparse_agent(
     if debug_mode is None:
         debug_mode = stock.get("debug_mode") or bool(stock_continuous)
     writer = summary_writer if debug_mode else None
-    continuous = isinstance(environment.action_space, gymnasium.spaces.Box)
-    if agent_name in _DISCRETE and not continuous:
-        return _DISCRETE[agent_name](num_actions=environment.action_space.n, summary_writer=writer)
-    if agent_name in ("ppo", "sac") and continuous:
-        space = environment.action_space
-        shapes = {
-            "action_shape": space.shape,
-            "action_limits": (space.low, space.high),
-            "observation_shape": environment.observation_space.shape,
-        }
-        if agent_name == "ppo":
-            return agents.SparsePPOAgent(**shapes, summary_writer=writer)
-        return agents.SparseSACAgent(
-            **shapes,
-            action_dtype=space.dtype,
-            observation_dtype=environment.observation_space.dtype,
-            summary_writer=ScalarWriter(writer) if isinstance(writer, str) else writer,
-        )
-    if agent_name in (*_DISCRETE, "ppo", "sac"):
+    agent = _agent(agent_name)
+    return agent(**_arguments(agent, agent_name, environment), summary_writer=_writer(agent, writer))
+
+
+def _agent(name: Any) -> type[agents.SparseAgent]:
+    """The sparse agent that a name stands for."""
+    if isinstance(name, type):
+        return agents.sparse_agent(name)
+    if isinstance(name, str) and ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"agent_name: {name!r} cannot be imported ({error}); give 'module:Class' of a module on the path."
+            ) from error
+        if not isinstance(found, type):
+            raise ValueError(f"agent_name: {name!r} is no class; give 'module:Class'.")
+        return agents.sparse_agent(found)
+    if not isinstance(name, str) or name not in _AGENTS:
         raise ValueError(
-            f"agent_name: {agent_name!r} does not take the actions of this environment, {environment.action_space}. "
-            "(Dopamine's PPO takes continuous actions only: its network for discrete ones fails in 4.1.)"
+            f"agent_name: {name!r} is no JAX agent that can be sparse; bind create_sparse_agent.agent_name (or "
+            f"Dopamine's create_agent.agent_name) to one of {', '.join(_AGENTS)}, or to an agent of yours, "
+            "'module:Class'."
         )
-    raise ValueError(
-        f"agent_name: {agent_name!r} is no JAX agent that can be sparse; bind create_sparse_agent.agent_name (or "
-        f"Dopamine's create_agent.agent_name) to one of {', '.join([*_DISCRETE, 'ppo', 'sac'])}."
-    )
+    return _AGENTS[name]
+
+
+def _arguments(agent: type, name: Any, environment: Any) -> dict[str, Any]:
+    """What the agent has to know of its environment."""
+    space = environment.action_space
+    acts_continuously = issubclass(agent, ppo_agent.PPOAgent | sac_agent.SACAgent)
+    if acts_continuously != isinstance(space, gymnasium.spaces.Box):
+        raise ValueError(
+            f"agent_name: {name!r} does not take the actions of this environment, {space}. (Dopamine's PPO takes "
+            "continuous actions only: its network for discrete ones fails in 4.1.)"
+        )
+    if not acts_continuously:
+        return {"num_actions": space.n}
+    arguments = {
+        "action_shape": space.shape,
+        "action_limits": (space.low, space.high),
+        "observation_shape": environment.observation_space.shape,
+    }
+    if issubclass(agent, sac_agent.SACAgent):
+        arguments |= {"action_dtype": space.dtype, "observation_dtype": environment.observation_space.dtype}
+    return arguments
+
+
+def _writer(agent: type, writer: Any) -> Any:
+    return ScalarWriter(writer) if issubclass(agent, sac_agent.SACAgent) and isinstance(writer, str) else writer
 
 
 class ScalarWriter:
@@ -99,7 +127,15 @@ class Reproducible:
     Dopamine's checkpoints do not hold the state of the environment's generator. Each iteration begins with a new
     episode, so with this a run that is resumed is the run that went through, and a run with a seed can be repeated.
     Environments that are not gymnasium's stay as they are.
+
+    A training that is over before the schedule of its masks is refused, and so is a checkpoint that is not sparse.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.agent.check_length(self.agent_steps)
+        if self.iterations_done:
+            self.agent.check_sparse()
 
     def _run_one_iteration(self, iteration: int) -> Any:
         if getattr(self, "episode_ended", True):  # else an episode goes on across iterations
@@ -199,7 +235,8 @@ def create_runner(base_dir: str) -> Reproducible:
     It continues the latest checkpoint in `base_dir`.
 
     Raises:
-      ValueError: for an unknown schedule, and for what the agent cannot be.
+      ValueError: for an unknown schedule, for what the agent cannot be, and for a training that is too short for the
+        schedule of its masks.
     """
     schedules: dict[str, type] = {"continuous_train_and_eval": SparseRunner, "continuous_train": SparseTrainRunner}
     schedule = gin.get_bindings(run_experiment.create_runner).get("schedule")
@@ -209,16 +246,7 @@ def create_runner(base_dir: str) -> Reproducible:
     schedule = schedule or "continuous_train_and_eval"
     if schedule not in schedules:
         raise ValueError(f"create_runner.schedule: {schedule!r} is not known; use one of {', '.join(schedules)}.")
-    runner = schedules[schedule](base_dir, _create)
-    steps, end = runner.agent_steps, gin.get_bindings(sparsify).get("update_end_agent_step")
-    if runner.agent.updater is not None and end is not None and end > steps:
-        logging.warning(
-            "sparsify.update_end_agent_step: %d is beyond the end of this training, %d agent steps, so the final "
-            "sparsity will not be reached.",
-            end,
-            steps,
-        )
-    return runner
+    return schedules[schedule](base_dir, _create)
 
 
 def _create(*arguments: Any, summary_writer: Any) -> agents.SparseAgent:

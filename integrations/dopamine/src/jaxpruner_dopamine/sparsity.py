@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import numbers
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import gin
@@ -45,6 +47,96 @@ class Clock:
         """As many gradient steps as are taken within these agent steps, to the nearest; at least 1."""
         return max(1, round(agent_steps * self.per_update / self.period))
 
+    def agent_step(self, gradient_step: int) -> int:
+        """The agent step that a gradient step is taken for."""
+        return self.first + gradient_step // self.per_update * self.period
+
+    def reachable(self, agent_steps: int) -> int:
+        """The gradient steps that a training of so many agent steps takes for certain if its episodes are long.
+
+        One update less than `gradient_steps`: more than `first` transitions have to be stored.
+        """
+        return max(0, self.gradient_steps(agent_steps) - self.per_update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """What gin asks for. Called with an agent's clock and seed, it is the updater.
+
+    Attributes:
+      config: keys of `jaxpruner.create_updater_from_config`, without its schedule.
+      start: the agent step of the first masks.
+      end: the agent step by which the last masks are made.
+      freq: agent steps from one mask to the next; by default they are made in every gradient step.
+    """
+
+    config: Mapping[str, Any]
+    start: int | None = None
+    end: int | None = None
+    freq: int | None = None
+
+    def __call__(self, clock: Clock, seed: int) -> jaxpruner.BaseUpdater | None:
+        """The updater, None for `no_prune`. Random masks are drawn from the seed unless there is an `rng_seed`.
+
+        Raises:
+          ValueError: for what is not valid, or would not make the agent sparse.
+        """
+        if self.config["algorithm"] == DENSE:
+            return None
+        schedule = self.schedule(clock)
+        key = jax.random.fold_in(jax.random.PRNGKey(seed), _MASKS)
+        try:
+            updater = jaxpruner.create_updater_from_config({"rng_seed": key} | dict(self.config) | schedule)
+        except ValueError as error:
+            raise ValueError(in_gin(error)) from error
+        if updater.regrows and updater.skip_gradients and schedule.get("update_freq") == 1 and self.start != self.end:
+            one = math.ceil(clock.period / clock.per_update)
+            raise ValueError(
+                f"sparsify.update_freq_agent_steps: {self.freq or 1} is one gradient step of this agent, and a step in "
+                f"which {type(updater).__name__} replaces weights does not train, so that none would; give {2 * one} "
+                f"or more, such as {100 * one}."
+            )
+        try:
+            jaxpruner.check_schedule(updater)
+        except ValueError as error:
+            raise ValueError(f"{in_gin(error)} (Steps in this message are gradient steps.)") from error
+        return updater
+
+    def schedule(self, clock: Clock) -> dict[str, int]:
+        """The schedule in gradient steps; empty for an algorithm that follows none."""
+        algorithm = jaxpruner.ALGORITHM_REGISTRY.get(self.config["algorithm"])
+        if not getattr(algorithm, "follows_schedule", True):
+            return {}
+        return gradient_schedule(clock, self.start, self.end, self.freq)
+
+    def check_length(self, clock: Clock, agent_steps: int) -> None:
+        """Raises a ValueError if a training of so many agent steps is over before the last masks."""
+        schedule = {} if self.config["algorithm"] == DENSE else self.schedule(clock)
+        if not schedule:
+            return
+        steps, freq = clock.reachable(agent_steps), schedule["update_freq"]
+        length = f"this training has {agent_steps} agent steps (Runner.num_iterations x Runner.training_steps)"
+        remedy = "train longer"
+        if nearest := max(0, steps - 1) // freq * freq:
+            remedy = f"let it be {clock.agent_step(nearest)} at most, or {remedy}"
+        if schedule["update_start_step"] >= steps:
+            raise ValueError(
+                f"sparsify.update_start_agent_step: the first masks are made at agent step "
+                f"{clock.agent_step(schedule['update_start_step'])}, and {length}, so the agent would stay dense; "
+                "let it be earlier, or train longer."
+            )
+        if schedule["update_end_step"] >= steps:
+            raise ValueError(
+                f"sparsify.update_end_agent_step: the last masks are made at agent step "
+                f"{clock.agent_step(schedule['update_end_step'])}, and {length}, so the final sparsity would not be "
+                f"reached; {remedy}."
+            )
+
+
+def in_gin(error: ValueError) -> str:
+    """A message of the core with the names that gin has for its keys."""
+    return re.sub("|".join(rf"\b{name}\b" for name in _IN_AGENT_STEPS), lambda m: _IN_AGENT_STEPS[m[0]], str(error))
+
 
 @gin.configurable(module="jaxpruner_dopamine")
 def sparsify(
@@ -53,30 +145,26 @@ def sparsify(
     dist_type: str = "erk",
     update_start_agent_step: int | None = None,
     update_end_agent_step: int | None = None,
-    update_freq_agent_steps: int = 1,
+    update_freq_agent_steps: int | None = None,
     **more: Any,
-) -> Callable[[Clock, int], jaxpruner.BaseUpdater | None]:
-    """The algorithm that gin asks for, once it is known when the agent takes gradient steps.
+) -> Sparsity:
+    """The sparsity that gin asks for.
 
-    Masks are made at multiples of the period, and start and end are put on such, so that the final sparsity is
-    reached. Agent steps are those of Dopamine's `training_steps`: a network update happens every `update_period` of
-    them once more than `min_replay_history` transitions are stored, so gradient step 0 is taken for agent step
-    `min_replay_history`. (It is up to an update later, and more where episodes are short: Dopamine stores one
-    transition less than an episode has steps.)
+    Masks are made at multiples of the period, not before the start, and not after the end; the last ones have the
+    final sparsity exactly. Agent steps are those of Dopamine's `training_steps`: a network update happens every
+    `update_period` of them once more than `min_replay_history` transitions are stored, so gradient step 0 is taken for
+    agent step `min_replay_history`. (It is up to an update later, and more where episodes are short: Dopamine stores
+    one transition less than an episode has steps.)
 
     Args:
       algorithm: a name of `jaxpruner.all_algorithm_names()`; `no_prune` leaves the agent dense.
       sparsity: final fraction of zeros over the pruned weights.
       dist_type: `erk` as in the paper's experiments, or `uniform`.
-      update_start_agent_step: when the first masks are made. Without it, masks stay as they were initialised.
+      update_start_agent_step: when the first masks are made. Pruners, RigL and SET need it.
       update_end_agent_step: when the last ones are made; the same as the start prunes at once.
-      update_freq_agent_steps: from one mask to the next.
+      update_freq_agent_steps: from one mask to the next; by default masks are made in every gradient step.
       **more: what `jaxpruner.create_updater_from_config` takes: `sparsity_type`, `drop_fraction`,
         `custom_sparsity_map`, `filter_fn`, `use_packed_masks`, `rng_seed`, ...
-
-    Returns:
-      A function of the agent's clock and seed that makes the updater, or None for `no_prune`. Random masks are drawn
-      from the seed unless `rng_seed` is given. It raises a ValueError for what is not valid.
 
     Raises:
       ValueError: if no algorithm is given, or a schedule in gradient steps.
@@ -84,38 +172,40 @@ def sparsify(
     if algorithm is None:
         raise ValueError(
             "sparsify.algorithm: missing. Add --gin_files=jaxpruner_dopamine/configs/sparse.gin, or bind "
-            "sparsify.algorithm and sparsify.sparsity; sparsify.algorithm = 'no_prune' trains dense."
+            "sparsify.algorithm, sparsify.sparsity, and when to prune: sparsify.update_start_agent_step, "
+            "sparsify.update_end_agent_step and sparsify.update_freq_agent_steps. sparsify.algorithm = 'no_prune' "
+            "trains dense."
         )
     for name, ours in _IN_AGENT_STEPS.items():
         if name in more:
             raise ValueError(f"sparsify.{name}: Dopamine counts agent steps; bind sparsify.{ours}.")
     config = {"algorithm": algorithm, "sparsity": sparsity, "dist_type": dist_type, **more}
-
-    def make(clock: Clock, seed: int) -> jaxpruner.BaseUpdater | None:
-        if algorithm == DENSE:
-            return None
-        schedule = gradient_schedule(clock, update_start_agent_step, update_end_agent_step, update_freq_agent_steps)
-        key = jax.random.fold_in(jax.random.PRNGKey(seed), _MASKS)
-        return jaxpruner.create_updater_from_config({"rng_seed": key} | config | schedule)
-
-    return make
+    return Sparsity(config, update_start_agent_step, update_end_agent_step, update_freq_agent_steps)
 
 
-def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: int) -> Mapping[str, int]:
+def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: int | None) -> dict[str, int]:
     """The core's `update_start_step`, `update_end_step`, `update_freq` for a schedule in agent steps.
 
+    The end is a multiple of the period, so it is the step of the last masks.
+
     Raises:
-      ValueError: for a schedule that lacks an end, ends before it starts, or is over before the first gradient step.
+      ValueError: for a schedule that lacks a start or an end, ends before it starts, is over before the first gradient
+        step, or is gradual and has room for less than two masks.
     """
-    if start is None:
+    given = {"update_start_agent_step": start, "update_end_agent_step": end, "update_freq_agent_steps": freq}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        least = 1 if name == "update_freq_agent_steps" else 0
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"sparsify.{name}: {value!r} is no number of agent steps; give an integer from {least}.")
+    if not given:
         return {}
-    if end is None:
-        raise ValueError(
-            "sparsify.update_end_agent_step: missing; give the agent step of the last mask (the same as "
-            "update_start_agent_step prunes at once)."
-        )
-    if freq < 1:
-        raise ValueError(f"sparsify.update_freq_agent_steps: {freq!r} is no number of agent steps; give 1 or more.")
+    for name, what in (("update_start_agent_step", "first"), ("update_end_agent_step", "last")):
+        if name not in given:
+            raise ValueError(
+                f"sparsify.{name}: missing, while {', '.join(given)} is given; bind it to the agent step of the {what} "
+                "masks (start and end at the same step prune at once)."
+            )
     if end < start:
         raise ValueError(
             f"sparsify.update_end_agent_step: {end} comes before update_start_agent_step={start}; let the end be at "
@@ -126,11 +216,19 @@ def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: in
             f"sparsify.update_end_agent_step: {end} is over before the first gradient step of this training, which is "
             f"agent step {clock.first}; let it be later."
         )
-    period = clock.gradient_period(freq)
-    first, last = clock.gradient_steps(start), clock.gradient_steps(end)
-    if first == last:
-        return {"update_start_step": first, "update_end_step": first, "update_freq": 1}
+    if start == end:
+        at_once = clock.gradient_steps(start)
+        return {"update_start_step": at_once, "update_end_step": at_once, "update_freq": 1}
+    period = clock.gradient_period(freq or 1)
     # A start of 1 or more never means the very first gradient step: masks by weights that have not been trained.
-    first = max(period * round(first / period), period if start else 0)
-    last = max(period * round(last / period), first)
+    first = math.ceil(max(clock.gradient_steps(start), min(start, 1)) / period) * period
+    last = clock.gradient_steps(end) // period * period
+    if last <= first:
+        raise ValueError(
+            f"sparsify.update_freq_agent_steps: of the gradient steps from update_start_agent_step={start} to "
+            f"update_end_agent_step={end}, {'one' if last == first else 'none'} is a multiple of the period, "
+            f"{period} (update_freq_agent_steps={freq or 1}), so that masks would not become sparse by degrees; let "
+            f"the end be {clock.agent_step(first + period)} or later, or the period shorter. The same start and end "
+            "prune at once."
+        )
     return {"update_start_step": first, "update_end_step": last, "update_freq": period}

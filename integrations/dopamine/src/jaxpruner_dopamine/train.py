@@ -8,6 +8,7 @@ The same command continues from the latest checkpoint in `base_dir`.
 
 from __future__ import annotations
 
+import gymnasium
 import tensorflow as tf
 from absl import app, flags, logging
 from dopamine.discrete_domains import run_experiment
@@ -15,6 +16,8 @@ from dopamine.discrete_domains import run_experiment
 from jaxpruner_dopamine import experiment
 
 FLAGS = flags.FLAGS
+# What a mistake in flags, gin files and bindings ends in.
+_MISTAKES = (ValueError, TypeError, OSError, ImportError, SyntaxError, gymnasium.error.Error)
 
 
 def define_flags() -> None:
@@ -36,9 +39,15 @@ def create_runner_from_flags(argv: list[str]) -> experiment.Reproducible:
     try:
         run_experiment.load_gin_configs(FLAGS.gin_files, FLAGS.gin_bindings)
         return experiment.create_runner(FLAGS.base_dir)
-    except (ValueError, OSError) as error:
+    except _MISTAKES as error:
         logging.debug("while the runner was made", exc_info=True)  # --verbosity=1 shows it
-        raise SystemExit(f"{error}") from error
+        raise SystemExit(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without the chain of gin's calls."""
+    text = str(error).partition("\n  In call to configurable")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def main(argv: list[str]) -> None:
@@ -50,6 +59,8 @@ def main(argv: list[str]) -> None:
     runner.run_experiment()
     for name, value in runner.agent.sparsity().items():
         logging.info("sparsity of %s: %.6f", name, value)
+    if shortfall := runner.agent.shortfall():
+        logging.warning("%s", shortfall)
 
 
 if __name__ == "__main__":
