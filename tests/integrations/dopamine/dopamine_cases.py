@@ -20,6 +20,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 from dopamine.discrete_domains import gym_lib, run_experiment  # noqa: E402
+from dopamine.jax.agents.dqn import dqn_agent  # noqa: E402
 from dopamine.metrics import collector, collector_dispatcher  # noqa: E402
 
 import jaxpruner  # noqa: E402
@@ -109,6 +110,20 @@ def feed(agent: Any, steps: int, seed: int = 0) -> None:
     agent.begin_episode(rng.normal(size=shape).astype(np.float32))
     for _ in range(steps):
         agent.step(float(rng.normal()), rng.normal(size=shape).astype(np.float32))
+
+
+@gin.configurable
+class CautiousAgent(dqn_agent.JaxDQNAgent):
+    """An agent of one's own, which knows nothing of sparsity."""
+
+    def __init__(self, *args, caution: float = 0.0, **kwargs):
+        super().__init__(*args, observation_dtype=np.float32, **kwargs)
+        self.gamma -= caution
+
+
+@gin.configurable
+def all_but_the_last_layer(path: tuple[str, ...], param: Any) -> bool:
+    return param.ndim > 1 and "final_layer" not in path
 
 
 class Recorder(collector.Collector):

@@ -248,7 +248,7 @@ def test_a_dense_checkpoint_that_is_past_the_schedule_is_told(tmp_path):
         ),
         (cases.bind(algorithm="saliency"), "Set algorithm='magnitude' to continue it"),
         (["JaxDQNAgent.optimizer = 'sgd'"], r"inner_state\[.* is int32\[\] there and nothing here.*the optimizer"),
-        (["ClassicControlDQNNetwork.hidden_units = 12"], r"is bool\[.*16\] there and bool\[.*12\] here.*the network"),
+        (["ClassicControlDQNNetwork.hidden_units = 12"], r"is bool\[16, 3\] there and bool\[12, 3\] here.*the network"),
     ],
 )
 def test_a_sparse_checkpoint_is_not_continued_as_something_else(now, message, tmp_path):
@@ -336,6 +336,30 @@ def test_agents_that_cannot_be_sparse_say_why(base):
         agent(num_actions=2)
 
 
+class Careless(jd.SparseJaxDQNAgent):
+    """What goes wrong in agents of one's own."""
+
+    def _forward(self, params):
+        kernel = params["params"]["layers_1"]["kernel"]
+        return super()._forward(params), jnp.ones(16) @ (kernel - kernel.mean())
+
+    def _train_step(self):
+        super()._train_step()
+        self.online_params = jax.tree.map(lambda p: p + 0.125, self.online_params)
+
+
+def test_zeros_that_are_lost_are_told(caplog):
+    """In the network when the agent is built; in the train step at the first summary after the first masks."""
+    caplog.set_level("WARNING", logger="absl")
+    with cases.configured([], bindings()):
+        agent = Careless(network=classic, summary_writing_frequency=16, **CLASSIC)
+    assert "params/layers_1/kernel: the network shifts these pruned parameters" in caplog.text
+    with pytest.raises(ValueError, match=r"layers_0/kernel: 5\d of the 5\d weights that its mask prunes are not zero"):
+        cases.feed(agent, 40)
+    assert agent.training_steps == 17
+    assert "not zero" in agent.shortfall()
+
+
 def test_a_train_step_that_passes_no_params_is_told():
     class Forgetful(jd.SparseJaxDQNAgent):
         def _train_step(self):
@@ -364,6 +388,15 @@ class Space:
         ("ppo", gymnasium.spaces.Discrete(2), "PPO takes continuous actions only"),
         ("dqn", gymnasium.spaces.Discrete(2), "'dqn' is no JAX agent that can be sparse.*jax_dqn, jax_quantile"),
         (None, gymnasium.spaces.Discrete(2), "None is no JAX agent"),
+        ("dopamine_cases:Nobody", gymnasium.spaces.Discrete(2), "cannot be imported .*'module:Class' of a module"),
+        ("nowhere:Agent", gymnasium.spaces.Discrete(2), "cannot be imported"),
+        ("dopamine_cases:CONFIGS", gymnasium.spaces.Discrete(2), "is no class"),
+        ("dopamine_cases:Recorder", gymnasium.spaces.Discrete(2), "is no JAX agent of Dopamine; derive it from one"),
+        (
+            "dopamine.labs.atari_100k.spr_agent:SPRAgent",
+            gymnasium.spaces.Discrete(2),
+            "passes no parameters|gives the opt",
+        ),
     ],
 )
 def test_agents_and_environments_that_do_not_fit(name, space, message):
@@ -376,6 +409,43 @@ def test_agents_of_continuous_actions_by_name(name):
     with cases.configured([], bindings("sparsify.update_end_agent_step = 40_000")):
         agent = jd.create_sparse_agent(Space(gymnasium.spaces.Box(-1, 1, (2,), np.float32)), agent_name=name)
     assert type(agent).__name__ == {"sac": "SparseSACAgent", "ppo": "SparsePPOAgent"}[name]
+
+
+def test_the_average_that_sac_has_for_targets_can_be_put_on_the_masks():
+    agent = make("sac")
+    cases.feed(agent, 32)
+    average = jaxpruner.summarize_sparsity(agent.target_params, only_total_sparsity=True)["_total_sparsity"]
+    masked = jaxpruner.apply_state_masks(agent.target_params, agent.optimizer_state)
+    agent.network_params, dense = masked, average
+    assert agent.sparsity()["total"] == pytest.approx(0.9, abs=0.03)
+    assert dense < 0.1
+    agent.check_sparse()
+
+
+@pytest.mark.parametrize("name", ["'dopamine_cases:CautiousAgent'", "@CautiousAgent"])
+def test_an_agent_of_ones_own_becomes_sparse_by_its_name_in_gin(name):
+    """Its bindings, train step and network are its own; a filter and a map of gin keep its last layer dense."""
+    own = [
+        f"create_agent.agent_name = {name}",
+        "CautiousAgent.caution = 0.25",
+        "JaxDQNAgent.network = @ClassicControlDQNNetwork",
+        "JaxDQNAgent.min_replay_history = 8",
+        "ClassicControlDQNNetwork.hidden_units = 16",
+    ]
+    dense_last_layer = ["sparsify.custom_sparsity_map = {'*/final_layer/kernel': 0.0}"]
+    if name.startswith("@"):
+        dense_last_layer = ["sparsify.filter_fn = @all_but_the_last_layer"]
+    with cases.configured([], bindings(*own, *dense_last_layer)):
+        agent = jd.create_sparse_agent(Space(gymnasium.spaces.Discrete(2)))
+        assert jd.sparse_agent(cases.CautiousAgent) is jd.sparse_agent(cases.CautiousAgent)
+    assert isinstance(agent, cases.CautiousAgent)
+    assert isinstance(agent, jd.SparseJaxDQNAgent)
+    assert agent.gamma == 0.99 - 0.25
+    cases.feed(agent, 40)
+    cases.assert_exactly_sparse(agent, 0.9)
+    layers = agent.online_params["params"]
+    assert (np.asarray(layers["final_layer"]["kernel"]) != 0).all()
+    assert not (np.asarray(layers["layers_1"]["kernel"]) != 0).all()
 
 
 def test_names_in_gin_may_be_macros():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from dopamine.jax.agents.dqn import dqn_agent
@@ -94,6 +95,7 @@ _SPARSE = {
 }
 
 
+@functools.cache
 def sparse_agent(agent: type) -> type[SparseAgent]:
     """A sparse subclass of a JAX agent of Dopamine or of your own.
 

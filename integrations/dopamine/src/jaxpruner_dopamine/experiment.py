@@ -65,7 +65,8 @@ def _agent(name: Any) -> type[agents.SparseAgent]:
     if isinstance(name, str) and ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            found = getattr(importlib.import_module(module), attribute)
+            with gin.unlock_config():  # it may have configurables
+                found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(
                 f"agent_name: {name!r} cannot be imported ({error}); give 'module:Class' of a module on the path."

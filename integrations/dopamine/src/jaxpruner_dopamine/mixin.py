@@ -116,8 +116,8 @@ class SparseAgent:
         targets = jax.tree.leaves(self.updater.get_target_sparsities(self._params))
         return (
             f"sparsity: asked {np.average(targets, weights=sizes):.1%}, reached {self.sparsity()['total']:.1%}, for "
-            f"the training ended after {count} gradient steps, and the last masks are made at gradient step {last}. Let "
-            "sparsify.update_end_agent_step be earlier, or train longer; where episodes are short, gradient steps "
+            f"the training ended after {count} gradient steps, and the last masks are made at gradient step {last}. "
+            "Let sparsify.update_end_agent_step be earlier, or train longer; where episodes are short, gradient steps "
             "begin later than min_replay_history says."
         )
 

@@ -224,11 +224,11 @@ def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: in
     first = math.ceil(max(clock.gradient_steps(start), min(start, 1)) / period) * period
     last = clock.gradient_steps(end) // period * period
     if last <= first:
+        nearest = clock.first + math.ceil((first + period) / clock.per_update) * clock.period
         raise ValueError(
             f"sparsify.update_freq_agent_steps: of the gradient steps from update_start_agent_step={start} to "
             f"update_end_agent_step={end}, {'one' if last == first else 'none'} is a multiple of the period, "
             f"{period} (update_freq_agent_steps={freq or 1}), so that masks would not become sparse by degrees; let "
-            f"the end be {clock.agent_step(first + period)} or later, or the period shorter. The same start and end "
-            "prune at once."
+            f"the end be {nearest} or later, or the period shorter. The same start and end prune at once."
         )
     return {"update_start_step": first, "update_end_step": last, "update_freq": period}
