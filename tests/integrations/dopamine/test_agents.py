@@ -126,6 +126,11 @@ def test_each_agent_is_sparse_after_every_train_step_and_resumes(kind, tmp_path)
     assert int(agent.optimizer_state.count) >= 3
     cases.assert_exactly_sparse(agent, 0.9)
     assert agent.sparsity()["total"] == pytest.approx(0.9, abs=0.03)
+    assert agent.shortfall() is None
+    if kind == "sac":  # its target network is an average, which can be put on the masks
+        masked = jaxpruner.apply_state_masks(agent.target_params, agent.optimizer_state)
+        assert jaxpruner.summarize_sparsity(agent.target_params, only_total_sparsity=True)["_total_sparsity"] < 0.1
+        jaxpruner.check_sparse(masked, agent.optimizer_state)
 
     bundle = agent.bundle_and_checkpoint(str(tmp_path), 0)
     again = make(kind)
@@ -336,12 +341,17 @@ def test_agents_that_cannot_be_sparse_say_why(base):
         agent(num_actions=2)
 
 
-class Careless(jd.SparseJaxDQNAgent):
-    """What goes wrong in agents of one's own."""
+class Standardized(networks.ClassicControlDQNNetwork):
+    """The stock network, with a layer whose weights are shifted."""
 
-    def _forward(self, params):
-        kernel = params["params"]["layers_1"]["kernel"]
-        return super()._forward(params), jnp.ones(16) @ (kernel - kernel.mean())
+    def __call__(self, x):
+        kernel = self.variables.get("params", {}).get("layers_1", {}).get("kernel", jnp.zeros((16, 16)))
+        outputs = super().__call__(x)
+        return outputs._replace(q_values=outputs.q_values + (jnp.ones(16) @ (kernel - kernel.mean())).mean())
+
+
+class Careless(dqn_agent.JaxDQNAgent):
+    """What goes wrong in agents of one's own."""
 
     def _train_step(self):
         super()._train_step()
@@ -351,10 +361,11 @@ class Careless(jd.SparseJaxDQNAgent):
 def test_zeros_that_are_lost_are_told(caplog):
     """In the network when the agent is built; in the train step at the first summary after the first masks."""
     caplog.set_level("WARNING", logger="absl")
+    network = functools.partial(Standardized, hidden_units=16)
     with cases.configured([], bindings()):
-        agent = Careless(network=classic, summary_writing_frequency=16, **CLASSIC)
+        agent = jd.sparse_agent(Careless)(**CLASSIC | {"network": network, "summary_writing_frequency": 16})
     assert "params/layers_1/kernel: the network shifts these pruned parameters" in caplog.text
-    with pytest.raises(ValueError, match=r"layers_0/kernel: 5\d of the 5\d weights that its mask prunes are not zero"):
+    with pytest.raises(ValueError, match=r"/kernel: \d+ of the \d+ weights that its mask prunes are not zero"):
         cases.feed(agent, 40)
     assert agent.training_steps == 17
     assert "not zero" in agent.shortfall()
@@ -393,9 +404,9 @@ class Space:
         ("dopamine_cases:CONFIGS", gymnasium.spaces.Discrete(2), "is no class"),
         ("dopamine_cases:Recorder", gymnasium.spaces.Discrete(2), "is no JAX agent of Dopamine; derive it from one"),
         (
-            "dopamine.labs.atari_100k.spr_agent:SPRAgent",
+            "dopamine.labs.tandem_dqn.tandem_dqn_agent:TandemDQNAgent",
             gymnasium.spaces.Discrete(2),
-            "passes no parameters|gives the opt",
+            "gives the optimizer|give the",
         ),
     ],
 )
@@ -409,17 +420,6 @@ def test_agents_of_continuous_actions_by_name(name):
     with cases.configured([], bindings("sparsify.update_end_agent_step = 40_000")):
         agent = jd.create_sparse_agent(Space(gymnasium.spaces.Box(-1, 1, (2,), np.float32)), agent_name=name)
     assert type(agent).__name__ == {"sac": "SparseSACAgent", "ppo": "SparsePPOAgent"}[name]
-
-
-def test_the_average_that_sac_has_for_targets_can_be_put_on_the_masks():
-    agent = make("sac")
-    cases.feed(agent, 32)
-    average = jaxpruner.summarize_sparsity(agent.target_params, only_total_sparsity=True)["_total_sparsity"]
-    masked = jaxpruner.apply_state_masks(agent.target_params, agent.optimizer_state)
-    agent.network_params, dense = masked, average
-    assert agent.sparsity()["total"] == pytest.approx(0.9, abs=0.03)
-    assert dense < 0.1
-    agent.check_sparse()
 
 
 @pytest.mark.parametrize("name", ["'dopamine_cases:CautiousAgent'", "@CautiousAgent"])
@@ -442,10 +442,10 @@ def test_an_agent_of_ones_own_becomes_sparse_by_its_name_in_gin(name):
     assert isinstance(agent, jd.SparseJaxDQNAgent)
     assert agent.gamma == 0.99 - 0.25
     cases.feed(agent, 40)
-    cases.assert_exactly_sparse(agent, 0.9)
+    assert agent.shortfall() is None
     layers = agent.online_params["params"]
     assert (np.asarray(layers["final_layer"]["kernel"]) != 0).all()
-    assert not (np.asarray(layers["layers_1"]["kernel"]) != 0).all()
+    assert np.mean([(layers[name]["kernel"] == 0).mean() for name in ("layers_0", "layers_1")]) > 0.7
 
 
 def test_names_in_gin_may_be_macros():

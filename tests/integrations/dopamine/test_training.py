@@ -177,7 +177,7 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
         (train, ["sparsify.algorithm = 'magnitud'"], (), r"^algorithm: 'magnitud' is not known; [^\n]*preserve\.$"),
         (train, ["sparsify.agorithm = 'rigl'"], (), r"^agorithm: no such key [^\n]*update_end_agent_step[^\n]*\.$"),
         (train, ["sparsfy.algorithm = 'rigl'"], (), r"^No configurable matching 'sparsfy'[^\n]*$"),
-        (train, ["JaxDQNAgent.gama = 1"], (), r"^[^\n]*no parameter named 'gama'[^\n]*$"),
+        (train, ["JaxDQNAgent.gama = 1"], (), r"^[^\n]*a parameter named 'gama'[^\n]*$"),
         (train, ["import nothing.of.the.kind"], (), r"^[^\n]*No module named 'nothing'[^\n]*$"),
         (train, ["sparsify.sparsity ="], (), r"^[^\n]+$"),
         (train, ["create_gym_environment.environment_name = 'CartPol'"], (), r"^[^\n]*CartPol[^\n]*$"),
@@ -185,7 +185,7 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
             train,
             ["sparsify.update_end_agent_step = 30_000"],
             (),
-            r"^[^\n]*agent step 29700, and this [^\n]* has 20000 a",
+            r"^[^\n]*step 29900, and this [^\n]* has 20000 a",
         ),
         (
             train,
