@@ -84,7 +84,8 @@ def test_cartpole_learns_at_90_percent(seed, tmp_path):
     assert np.mean(returns[-3:]) > 60
 
 
-@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+# One of each kind: all of them are trained in test_agents.
+@pytest.mark.parametrize("algorithm", ["saliency", "global_magnitude", "magnitude_ste", "set"])
 def test_pong_is_exactly_sparse(algorithm, tmp_path):
     """Real frames: 300 agent steps of 4 frames each."""
     more = ["Runner.num_iterations = 3", *cases.bind(algorithm=algorithm, drop_fraction=0.3)]
@@ -225,6 +226,15 @@ def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
         sizes = [m.size for m in jax.tree.leaves(agent.optimizer_state.masks)]
         assert np.average(targets, weights=sizes) == pytest.approx(0.98, abs=1e-4)
         assert len(targets) == (17 if "resnet" in name else 5)
+
+
+def test_a_run_that_ends_early_says_what_it_reached(tmp_path):
+    """As where gradient steps begin late, since episodes are short; here it is stopped."""
+    bindings = [*cases.CARTPOLE, *ITERATIONS, "sparsify.update_end_agent_step = 200"]
+    runner = run(tmp_path, ["dqn_cartpole.gin"], bindings, checkpoint_every=0, stop=1)
+    count, total = int(runner.agent.optimizer_state.count), runner.agent.sparsity()["total"]
+    assert 0 < total < 0.89
+    assert f"asked 90.0%, reached {total:.1%}, for the training ended after {count} grad" in runner.agent.shortfall()
 
 
 def test_playing_does_not_change_the_training(tmp_path):
