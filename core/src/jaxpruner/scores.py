@@ -30,5 +30,10 @@ def uniform_random(
     key: PRNGKeyArray, shape: tuple[int, ...], among: Bool[Array, "*s"] | None = None, layout: Any = None
 ) -> Float[Array, "*s"]:
     """Uniform draws from [0, 1), made in a sharding if one is given; outside `among` -1, below every draw."""
-    draws = jax.random.uniform(key, shape) if layout is None else jax.random.uniform(key, shape, out_sharding=layout)
+    if layout is None or isinstance(layout.mesh, jax.sharding.Mesh):
+        draws = jax.random.uniform(key, shape)
+        # Called eagerly, where no mesh is set that the draws could be made on.
+        draws = draws if layout is None else jax.device_put(draws, layout)
+    else:
+        draws = jax.random.uniform(key, shape, out_sharding=layout)
     return draws if among is None else jnp.where(among, draws, -1.0)

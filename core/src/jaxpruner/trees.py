@@ -116,8 +116,10 @@ def explicit_layout(leaf: Any) -> Any:
     if not hasattr(jax, "typeof"):  # of a JAX that has no such meshes
         return None
     layout = getattr(jax.typeof(leaf), "sharding", None)
-    is_explicit = layout is not None and not layout.mesh.empty and layout.mesh.are_all_axes_explicit
-    return layout if is_explicit else None
+    if layout is None or layout.mesh.empty or not layout.mesh.are_all_axes_explicit:
+        return None
+    # An array knows its devices; its type knows the names of their axes only, which does where the mesh is set.
+    return layout if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", layout)
 
 
 def laid_out_like(old: Any, new: Any) -> Any:
