@@ -58,7 +58,13 @@ def get_model(name: str) -> Any:
             raise ValueError(f"config.model_name: {name!r} is not to be had ({error}).") from error
     from scenic.model_lib import models
 
-    return models.get_model_cls(name)
+    try:
+        return models.get_model_cls(name)
+    except ValueError as error:
+        raise ValueError(
+            f"config.model_name: {name!r} is no model that Scenic knows by name ({error}); give it as 'module:Class', "
+            "such as scenic.projects.matvit.matvit:MatViTMultiLabelClassificationModel."
+        ) from error
 
 
 def train(rng: Any, config: Any, workdir: str, writer: Any) -> tuple[Any, Any, Any]:
@@ -66,11 +72,16 @@ def train(rng: Any, config: Any, workdir: str, writer: Any) -> tuple[Any, Any, A
     flax.config.update("flax_use_orbax_checkpointing", False)  # as scenic.app
     trainer, model_cls = get_trainer(config.trainer_name), get_model(config.model_name)
     data_rng, rng = jax.random.split(rng)
-    if config.checkpoint and (path := checkpoints.latest_checkpoint(workdir)) is not None:
+    path = checkpoints.latest_checkpoint(workdir) if config.checkpoint else None
+    done = int(train_utils.checkpoint_path_step(path) or 0) if path is not None else 0
+    replay = config.get("replay_data_on_resume", False)
+    if done and not replay:
         # As in Scenic: a run that is resumed sees its data in a new order.
-        data_rng = jax.random.fold_in(data_rng, train_utils.checkpoint_path_step(path) or 0)
+        data_rng = jax.random.fold_in(data_rng, done)
     service = flags.FLAGS["dataset_service_address"].value if "dataset_service_address" in flags.FLAGS else None
     dataset = train_utils.get_dataset(config, data_rng, dataset_service_address=service)
+    for _ in range(done if replay else 0):
+        next(dataset.train_iter)
     with sparse_training(config, trainer):
         return trainer.train(
             rng=rng, config=config, model_cls=model_cls, dataset=dataset, workdir=workdir, writer=writer

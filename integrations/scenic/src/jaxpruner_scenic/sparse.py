@@ -2,7 +2,8 @@
 
 Trainers make their optimizer by `scenic.train_lib.optimizers.get_optimizer` or `scenic.train_lib.optax.make`, and look
 the functions up in those modules when they call them. Within `sparse_training` these return JaxPruner's
-transformation around the stock optimizer, and that is all that makes a trainer sparse.
+transformation around the stock optimizer, and that is all that makes a trainer sparse. What else is wrapped only
+looks: it logs the sparsity, and tells of a training that would not be as sparse as asked.
 """
 
 from __future__ import annotations
@@ -13,18 +14,25 @@ import importlib
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
+import numpy as np
+from absl import logging
+from scenic.common_lib import debug_utils
 from scenic.train_lib import optax as scenic_optax
-from scenic.train_lib import optimizers
+from scenic.train_lib import optimizers, train_utils
 
 import jaxpruner
-from jaxpruner import sparsity_distributions, trees
-from jaxpruner.training.projection import SparseState, pruned_only
+from jaxpruner import mask_storage, trees
+from jaxpruner.training.projection import find_states, state_masks
+from jaxpruner_scenic import resuming
+from jaxpruner_scenic.logs import sparsity_logs, with_sparsity
+from jaxpruner_scenic.made import Made
+
+__all__ = ["create_updater", "sparse_training", "sparsity_logs"]
 
 _PROBE = "scenic.train_lib.transfer.linear_probe_utils"
 _active = False
@@ -42,33 +50,47 @@ def sparse_training(config: Mapping[str, Any], trainer: types.ModuleType | None 
     position embeddings, class tokens or probes. What Scenic freezes is never pruned.
 
     Args:
-      config: a configuration of Scenic. Without a `sparsity_config`, or with None, nothing is done.
-      trainer: the module of the trainer. If its `train_step` returns (state, metrics, training logs), the logs
-        get `sparsity`, the fraction of zeros among the prunable weights.
+      config: a configuration of Scenic. Without a `sparsity_config`, or with None or the algorithm `no_prune`, the
+        training is dense; only that it does not go on from a sparse checkpoint is seen to.
+      trainer: the module of the trainer. What its `train_step` returns to be logged gets `sparsity`, the fraction of
+        zeros among the prunable weights; and its `train` compares the configuration with that of a checkpoint.
 
     Raises:
       RuntimeError: within another `sparse_training`; and if the trainer made its optimizer in a way of its own, in
         the first step of its `train_step` or else at the end.
-      ValueError: for a configuration that is not valid, and for budgets over all layers where the trainer makes
-        several optimizers for groups of them.
+      ValueError: for a configuration that is not valid, or ends after the training; for a checkpoint of another one;
+        for a global algorithm where the trainer makes several optimizers for groups of parameters; and if parameters
+        do not lie on their masks.
     """
     if _active:
         raise RuntimeError("sparse_training: is active already. Leave it before the next training starts.")
-    if config.get("sparsity_config") is None:
-        yield
-        return
-    made = _Made(config["sparsity_config"])
+    sparsity_config = config.get("sparsity_config")
+    made = None if sparsity_config is None else Made(sparsity_config)
+    watch = _Watch(config, None if made is None or made.is_dense else made)
     with contextlib.ExitStack() as stack:
+
+        def replace(module: types.ModuleType | None, name: str, wrap: Callable[[Any], Any]) -> None:
+            if hasattr(module, name):
+                stack.enter_context(_replaced(module, name, wrap(getattr(module, name))))
+
+        for name in ("train", "train_and_evaluate"):
+            replace(trainer, name, watch.train)
+        if watch.made is None:
+            yield
+            return
         # A probe is trained densely, on what the sparse model represents.
         probes = types.SimpleNamespace(**vars(optimizers))
-        stack.enter_context(_replaced(importlib.import_module(_PROBE), "optimizers", probes))
-        stack.enter_context(_replaced(optimizers, "get_optimizer", made.get_optimizer(optimizers.get_optimizer)))
-        stack.enter_context(_replaced(scenic_optax, "make", made.make(scenic_optax.make)))
-        if hasattr(trainer, "train_step"):
-            stack.enter_context(_replaced(trainer, "train_step", made.train_step(trainer.train_step)))
-        stack.enter_context(_replaced(sys.modules[__name__], "_active", True))
+        replace(importlib.import_module(_PROBE), "optimizers", lambda _: probes)
+        replace(optimizers, "get_optimizer", watch.get_optimizer)
+        replace(scenic_optax, "make", watch.make)
+        replace(trainer, "train_step", watch.train_step)
+        replace(trainer, "get_train_step", watch.get_train_step)
+        replace(train_utils, "initialize_model", watch.initialize_model)
+        replace(train_utils, "get_num_training_steps", watch.get_num_training_steps)
+        replace(train_utils, "sync_model_state_across_replicas", watch.sync_model_state)
+        replace(sys.modules[__name__], "_active", lambda _: True)
         yield
-        made.require_one("the training")
+        watch.require_one("the training")
 
 
 def create_updater(sparsity_config: Mapping[str, Any]) -> jaxpruner.BaseUpdater:
@@ -77,7 +99,7 @@ def create_updater(sparsity_config: Mapping[str, Any]) -> jaxpruner.BaseUpdater:
     Raises:
       ValueError: for a configuration that is not valid.
     """
-    return _Made(sparsity_config).updater(is_frozen=lambda name: False)
+    return Made(sparsity_config).configured
 
 
 @contextlib.contextmanager
@@ -90,76 +112,33 @@ def _replaced(module: types.ModuleType, name: str, value: Any) -> Iterator[None]
         setattr(module, name, stock)
 
 
-class _Made:
-    """The sparse optimizers made in one training."""
+class _Watch:
+    """Wrappers of Scenic's functions in one training; each method takes the stock function."""
 
-    def __init__(self, sparsity_config: Mapping[str, Any]):
-        self.config = {key: value for key, value in sparsity_config.items() if value is not None}
-        if "sparsity_distribution_fn" in self.config:
-            raise ValueError(
-                "sparsity_config.sparsity_distribution_fn: would prune what Scenic freezes as well; use dist_type, "
-                "filter_fn and custom_sparsity_map."
-            )
-        self.exclude = self.config.pop("exclude_reg_exp", None)
-        try:
-            re.compile(self.exclude or "")
-        except re.error as error:
-            raise ValueError(f"sparsity_config.exclude_reg_exp: {self.exclude!r} is no pattern: {error}.") from error
-        self.count = 0
-        self.updater(is_frozen=lambda name: False)  # tells of a bad configuration now
-
-    def updater(self, is_frozen: Callable[[str], bool]) -> jaxpruner.BaseUpdater:
-        """An updater that leaves out what Scenic freezes, and what the configuration leaves out."""
-        return jaxpruner.create_updater_from_config(self.config | {"filter_fn": self.filter_fn(is_frozen)})
-
-    def filter_fn(self, is_frozen: Callable[[str], bool]) -> Callable[[tuple[str, ...], Any], bool]:
-        takes = self.config.get("filter_fn", sparsity_distributions.KERNEL_FILTER_FN)
-
-        def filter_fn(path: tuple[str, ...], param: Any) -> bool:
-            name = "/".join(path)
-            excluded = self.exclude is not None and re.search(self.exclude, name)
-            return not excluded and not is_frozen(name) and takes(path, param)
-
-        return filter_fn
+    def __init__(self, config: Mapping[str, Any], made: Made | None):
+        self.config, self.made = config, made
+        self.in_step = self.steps_checked = self.masks_checked = False
+        self.shifted: Callable[[], tuple[str, ...]] | None = None
 
     def require_one(self, what: str) -> None:
-        if not self.count:
+        if not self.made.count:
             raise RuntimeError(
                 f"sparse_training: {what} made its optimizer in a way of its own, by neither optimizers.get_optimizer "
                 "nor scenic.train_lib.optax.make, so it is dense. Wrap its optimizer with jaxpruner.sparsify."
             )
 
-    def sparsify(
-        self, tx: optax.GradientTransformation, is_frozen: Callable[[str], bool], params: Any = None
-    ) -> optax.GradientTransformation:
-        self.count += 1
-        names = [trees.leaf_name(path) for path, _ in trees.named_leaves(params)]
-        if names and self.exclude is not None and not any(re.search(self.exclude, name) for name in names):
-            raise ValueError(
-                f"sparsity_config.exclude_reg_exp: {self.exclude!r} is found in no parameter's name; the names are "
-                f"{', '.join(names)}."
-            )
-        shared = (
-            self.config["algorithm"].startswith("global_")
-            or self.config.get("dist_type") == "erk"
-            or "custom_sparsity_map" in self.config
-        )
-        if self.count > 1 and shared:
-            raise ValueError(
-                "sparsity_config: this trainer makes an optimizer for each group of parameters, and a global "
-                "algorithm, dist_type='erk' or a custom_sparsity_map would hold in each group instead of over all "
-                "layers; use dist_type='uniform' and an algorithm that is not global. (If it is another training: "
-                "leave sparse_training in between.)"
-            )
-        return _dense_if_nothing_is_pruned(
-            tx, jaxpruner.sparsify(tx, self.updater(is_frozen)), self.filter_fn(is_frozen)
-        )
+    def sparsify(self, tx: Any, is_frozen: Callable[[str], bool], params: Any) -> Any:
+        tx = self.made.sparsify(tx, is_frozen, params)
+        self.tell_of_shifted()
+        return tx
 
     def get_optimizer(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(stock)
         def get_optimizer(optimizer_config: Any, learning_rate_fn: Any, params: Any = None) -> Any:
-            pattern = optimizer_config.get("freeze_params_reg_exp")
             tx = stock(optimizer_config, learning_rate_fn, params=params)
+            if self.in_step:  # one that an attack steps its perturbations with
+                return tx
+            pattern = optimizer_config.get("freeze_params_reg_exp")
             return self.sparsify(tx, lambda name: pattern is not None and re.search(pattern, name) is not None, params)
 
         return get_optimizer
@@ -168,6 +147,10 @@ class _Made:
         @functools.wraps(stock)
         def make(config: Any, schedule: Any, params: Any) -> Any:
             tx, schedule_fns = stock(config, schedule, params)
+            if self.in_step:
+                return tx, schedule_fns
+            if config.get("per_example_clipping") and config.get("max_grad_norm"):
+                self.made.require_aggregated_gradients()
             # No schedule means frozen. `stock` has checked that each name is matched by one pattern.
             patterns = [re.compile(pattern) for pattern, _, (fn, _) in schedule if fn is None]
             return self.sparsify(tx, lambda name: any(p.fullmatch(name) for p in patterns), params), schedule_fns
@@ -178,47 +161,124 @@ class _Made:
         @functools.wraps(stock)
         def train_step(*args: Any, **kwargs: Any) -> Any:
             self.require_one(stock.__module__)
-            result = stock(*args, **kwargs)
-            if isinstance(result, tuple) and len(result) == 3 and _are_logs(result[2]):
-                state, metrics, logs = result
-                return state, metrics, logs | sparsity_logs(state)
-            return result
+            self.in_step = True
+            try:
+                return with_sparsity(stock(*args, **kwargs))
+            finally:
+                self.in_step = False
 
         return train_step
 
+    def get_train_step(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(stock)(lambda *args, **kwargs: self.train_step(stock(*args, **kwargs)))
 
-def _dense_if_nothing_is_pruned(
-    dense: optax.GradientTransformation,
-    sparse: optax.GradientTransformation,
-    filter_fn: Callable[[tuple[str, ...], Any], bool],
-) -> optax.GradientTransformationExtraArgs:
-    """`sparse`; but `dense` for a group of parameters, as `optax.multi_transform` shows them, without prunable ones."""
-    dense = optax.with_extra_args_support(dense)
+    def initialize_model(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def initialize_model(**kwargs: Any) -> Any:
+            params, model_state, *rest = stock(**kwargs)
+            self.shifted = functools.partial(_shifted, params, model_state, **kwargs)
+            return params, model_state, *rest
 
-    def init_fn(params: Any) -> Any:
-        is_group = any(map(trees.is_unpruned, jax.tree.leaves(params, is_leaf=trees.is_unpruned)))
-        prunes = any(filter_fn(path, param) for path, param in trees.named_leaves(params))
-        return dense.init(params) if is_group and not prunes else sparse.init(params)
+        return initialize_model
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        tx = sparse if isinstance(state, SparseState) else dense
-        return tx.update(updates, state, params, **extra_args)
+    def tell_of_shifted(self) -> None:
+        """Warns of weights that are standardised: their zeros are zeros no more where they are multiplied."""
+        if self.shifted is None:
+            return
+        shifted, self.shifted = self.shifted(), None
+        if named := [name for name in shifted if name in set(map(trees.leaf_name, self.made.asked))]:
+            warnings.warn(
+                f"sparsity_config: the model shifts {len(named)} pruned parameters before it multiplies with them, as "
+                "weight standardisation does, so that their zeros are stored but save no multiplications: "
+                f"{', '.join(named)}. Leave them out by exclude_reg_exp, or use a model without.",
+                stacklevel=2,
+            )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def get_num_training_steps(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def get_num_training_steps(*args: Any, **kwargs: Any) -> Any:
+            steps, *rest = stock(*args, **kwargs)
+            if not self.steps_checked:  # a probe asks later on for steps of its own
+                self.steps_checked = True
+                try:
+                    jaxpruner.check_schedule(self.made.configured, steps)
+                except ValueError as error:
+                    raise ValueError(f"sparsity_config.{error}") from error
+            return steps, *rest
+
+        return get_num_training_steps
+
+    def sync_model_state(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """Called before each evaluation, with the state of all devices."""
+
+        @functools.wraps(stock)
+        def sync_model_state_across_replicas(train_state: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.masks_checked:
+                params, opt_state = _of_one_device(train_state)
+                if find_states(opt_state):
+                    jaxpruner.check_sparse(params, opt_state)
+                    self.masks_checked = reached(params, opt_state) > 0
+            return stock(train_state, *args, **kwargs)
+
+        return sync_model_state_across_replicas
+
+    def train(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(stock)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            updater = self.made and self.made.configured
+            if self.config.get("checkpoint") and kwargs.get("workdir"):
+                description = self.made.describe() if self.made else jaxpruner.describe(None)
+                resuming.check(kwargs["workdir"], updater, description)
+            result = stock(*args, **kwargs)
+            if self.made and isinstance(result, tuple) and hasattr(result[0], "opt_state"):
+                self.tell_of_the_end(*_of_one_device(result[0]))
+            return result
+
+        return train
+
+    def tell_of_the_end(self, params: Any, opt_state: Any) -> None:
+        """Checks what was trained, and logs as the last line how sparse it is."""
+        if not find_states(opt_state) or not self.made.asked:
+            return
+        jaxpruner.check_sparse(params, opt_state)
+        sizes = {path: np.size(leaf) for path, leaf in trees.named_leaves(params) if path in self.made.asked}
+        asked = sum(self.made.asked[path] * size for path, size in sizes.items()) / max(1, sum(sizes.values()))
+        got = reached(params, opt_state)
+        # Each leaf rounds to whole weights.
+        tell = logging.warning if asked - got > 0.005 else logging.info
+        tell("sparsity: asked %.1f %%, reached %.1f %%.", 100 * asked, 100 * got)
 
 
-def _are_logs(result: Any) -> bool:
-    return isinstance(result, dict) and all(jnp.ndim(value) == 0 for value in result.values())
+def reached(params: Any, opt_state: Any) -> float:
+    """The share of weights that masks prune, among those that have a mask."""
+    leaves = dict(trees.named_leaves(params))
+    kept = size = 0
+    for path, stored in state_masks(opt_state).items():
+        mask = mask_storage.storage_of(stored).decode(stored, np.shape(leaves[path]))
+        kept, size = kept + int(np.count_nonzero(mask)), size + mask.size
+    return 1 - kept / max(1, size)
 
 
-def sparsity_logs(train_state: Any) -> dict[str, Any]:
-    """`{"sparsity": ...}` of a train state of Scenic; empty if it is not sparse."""
-    states = [
-        node
-        for node in jax.tree.leaves(train_state.opt_state, is_leaf=lambda node: isinstance(node, SparseState))
-        if isinstance(node, SparseState)
-    ]
-    pruned = [pruned_only(train_state.params, state.masks) for state in states]
-    if not jax.tree.leaves(pruned):
-        return {}
-    return {"sparsity": jaxpruner.summarize_sparsity(pruned, only_total_sparsity=True)["_total_sparsity"]}
+def _of_one_device(train_state: Any) -> tuple[Any, Any]:
+    """The parameters and the optimizer's state, of the first device where they are replicated."""
+    trees_ = train_state.params, train_state.opt_state
+    replicated = any(np.ndim(state.count) for state in find_states(train_state.opt_state))
+    return jax.tree.map(lambda x: x[0], trees_) if replicated else trees_
+
+
+def _shifted(
+    params: Any, model_state: Any, *, model_def: Any, input_spec: Any, train: bool = False, **kwargs: Any
+) -> tuple[str, ...]:
+    """The parameters that a model shifts before it multiplies with them, by its forward pass as it is initialised."""
+    more = {key: value for key, value in kwargs.items() if key not in ("config", "rngs")}
+    inputs = [spec and debug_utils.input_spec_to_jax_shape_dtype_struct(spec, batch_size=1) for spec in input_spec]
+
+    def forward(params: Any, *inputs: Any) -> Any:
+        variables = {"params": params, **model_state}
+        return model_def.apply(variables, *inputs, train=False, debug=False, mutable=False, **more)
+
+    try:
+        return jaxpruner.shifted_parameters(forward, params, *inputs)
+    except Exception as error:
+        logging.info("sparse_training: not known whether the model shifts its weights (%s).", error)
+        return ()

@@ -73,6 +73,7 @@ def configure(argument: str, epochs: int, base_learning_rate: float, batch_size:
     config.write_summary = True
     config.xprof = False
     config.checkpoint = True
+    config.replay_data_on_resume = False
     config.checkpoint_steps = max(steps // 4, 1)
     config.debug_train = False
     config.debug_eval = False

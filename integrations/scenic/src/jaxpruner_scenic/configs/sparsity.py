@@ -5,8 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 DENSE = "dense"
+# All that flags may set, `--config.sparsity_config.sparsity_type=nm_2:4`; None is "not given".
+KEYS = {
+    "algorithm": str,
+    "sparsity": float,
+    "dist_type": str,
+    "sparsity_type": str,
+    "update_start_step": int,
+    "update_end_step": int,
+    "update_freq": int,
+    "drop_fraction": float,
+    "initial_sparsity": object,  # a number, or from_params
+    "custom_sparsity_map": object,
+    "stack_axes": object,
+    "exclude_reg_exp": str,
+    "use_packed_masks": bool,
+    "rng_seed": int,
+}
 
 
 def parse(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict | None:
@@ -17,7 +35,7 @@ def parse(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict | 
       **defaults: the other keys of `jaxpruner.create_updater_from_config`.
 
     Returns:
-      A ConfigDict, or None for `dense`.
+      A ConfigDict with every key of `KEYS`, or None for `dense`.
 
     Raises:
       ValueError: if the argument has another form.
@@ -27,7 +45,8 @@ def parse(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict | 
         if sparsity:
             raise ValueError(f"--config: {argument!r}: a dense training has no sparsity; say 'dense' alone.")
         return None
-    config = ml_collections.ConfigDict(defaults)
+    config = ml_collections.ConfigDict({key: config_dict.placeholder(kind) for key, kind in KEYS.items()})
+    config.update(defaults)
     if algorithm:
         config.algorithm = algorithm
     if sparsity:

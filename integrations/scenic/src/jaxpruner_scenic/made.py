@@ -1,0 +1,173 @@
+"""The sparse optimizers of one training: one for all parameters, or one for each group of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import jaxpruner
+from jaxpruner import sparsity_distributions, sparsity_types, trees
+from jaxpruner.training.projection import SparseState
+
+FilterFn = Callable[[tuple[str, ...], Any], bool]
+IsFrozen = Callable[[str], bool]
+
+_SCORED_BY_GRADIENTS = ("saliency", "global_saliency", "rigl")
+
+
+class Made:
+    """Makes optimizers sparse as a `sparsity_config` says, and knows what it asked for.
+
+    Attributes:
+      count: how many optimizers were made.
+      asked: the final sparsity of each pruned parameter, of the optimizers that were made with parameters.
+    """
+
+    def __init__(self, sparsity_config: Mapping[str, Any]):
+        self.config = {key: value for key, value in sparsity_config.items() if value is not None}
+        if "sparsity_distribution_fn" in self.config:
+            raise ValueError(
+                "sparsity_config.sparsity_distribution_fn: would prune what Scenic freezes as well; use dist_type, "
+                "filter_fn and custom_sparsity_map."
+            )
+        self.exclude = self.config.pop("exclude_reg_exp", None)
+        try:
+            re.compile(self.exclude or "")
+        except re.error as error:
+            raise ValueError(f"sparsity_config.exclude_reg_exp: {self.exclude!r} is no pattern: {error}.") from error
+        self.count = 0
+        self.asked: dict[trees.KeyPath, float] = {}
+        self.configured = self._updater(is_frozen=lambda name: False)
+        jaxpruner.sparsify(optax.identity(), self.config)  # tells of a bad schedule now
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the configuration asks for no pruning."""
+        return self.config["algorithm"] == "no_prune"
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration as a checkpoint can hold it."""
+        if self.is_dense:
+            return jaxpruner.describe(None)
+        filter_fn = self.config.get("filter_fn", sparsity_distributions.KERNEL_FILTER_FN)
+        names = {"filter_fn": getattr(filter_fn, "__qualname__", type(filter_fn).__name__)}
+        return jaxpruner.describe(self.configured) | names | {"exclude_reg_exp": self.exclude}
+
+    def sparsify(
+        self, tx: optax.GradientTransformation, is_frozen: IsFrozen, params: Any = None
+    ) -> optax.GradientTransformation:
+        """`tx`, sparse; for all of `params`, or for the part of them that `optax.multi_transform` shows it."""
+        group, self.count = self.count, self.count + 1
+        self._require_exclusions(params)
+        if group and (why := self._why_one_optimizer(params)):
+            raise ValueError(
+                f"sparsity_config: this trainer makes an optimizer for each group of parameters, and {why} (If it is "
+                "another training: leave sparse_training in between.)"
+            )
+        updater = self._updater(is_frozen)
+        if params is None:
+            return jaxpruner.sparsify(tx, updater)
+        targets = dict(trees.named_leaves(updater.get_target_sparsities(params)))
+        self.asked |= targets
+        return _whole_or_group(
+            tx, jaxpruner.sparsify(tx, updater), jaxpruner.sparsify(tx, of_group(updater, targets, group)), targets
+        )
+
+    def require_aggregated_gradients(self) -> None:
+        """Raises a ValueError if the algorithm reads gradients, which an optimizer is handed for each example."""
+        algorithm = self.config["algorithm"]
+        if algorithm in _SCORED_BY_GRADIENTS:
+            why = "scores weights by gradients; use one that does not, such as magnitude or set"
+        elif self.configured.is_sparse_gradients:
+            why = "masks gradients; set sparsity_config.is_sparse_gradients to False"
+        else:
+            return
+        raise ValueError(
+            "config.optimizer.per_example_clipping: hands the gradient of each example to the optimizer, which "
+            f"aggregates them itself, and algorithm {algorithm!r} {why}, or clip the aggregated gradient: "
+            "config.optimizer.per_example_clipping = False, without optax_grad_pmean."
+        )
+
+    def _updater(self, is_frozen: IsFrozen) -> jaxpruner.BaseUpdater:
+        return jaxpruner.create_updater_from_config(self.config | {"filter_fn": self._filter_fn(is_frozen)})
+
+    def _filter_fn(self, is_frozen: IsFrozen) -> FilterFn:
+        takes = self.config.get("filter_fn", sparsity_distributions.KERNEL_FILTER_FN)
+
+        def filter_fn(path: tuple[str, ...], param: Any) -> bool:
+            name = "/".join(path)
+            excluded = self.exclude is not None and re.search(self.exclude, name)
+            return not excluded and not is_frozen(name) and takes(path, param)
+
+        return filter_fn
+
+    def _require_exclusions(self, params: Any) -> None:
+        names = [trees.leaf_name(path) for path, _ in trees.named_leaves(params)]
+        if names and self.exclude is not None and not any(re.search(self.exclude, name) for name in names):
+            raise ValueError(
+                f"sparsity_config.exclude_reg_exp: {self.exclude!r} is found in no parameter's name; the names are "
+                f"{', '.join(names)}."
+            )
+
+    def _why_one_optimizer(self, params: Any) -> str | None:
+        """Why the configuration cannot be met by an optimizer for each group; None if it can."""
+        if self.config["algorithm"].startswith("global_"):
+            return (
+                "a global algorithm has one threshold over all layers, of which each optimizer sees its group's only; "
+                "use dist_type='erk' or 'uniform' with an algorithm that is not global."
+            )
+        shared = self.config.get("dist_type") == "erk" or "custom_sparsity_map" in self.config
+        if shared and params is None:
+            return (
+                "makes them without params, so that dist_type='erk' or a custom_sparsity_map would hold in each group "
+                "instead of over all layers; use dist_type='uniform', or hand params= to get_optimizer."
+            )
+        return None
+
+
+def of_group(updater: jaxpruner.BaseUpdater, targets: Mapping[Any, float], group: int) -> jaxpruner.BaseUpdater:
+    """The algorithm for a part of the parameters, with the sparsities that these have among all."""
+    # Names of the whole are no mistakes in a part that lacks them: patterns become functions, which are not checked.
+    changes: dict[str, Any] = {
+        "sparsity_distribution_fn": lambda part: trees.map_named(lambda path, _: targets.get(path), part),
+        "sparsity_type": lambda path, leaf: sparsity_types.for_leaf(updater.sparsity_type, path, leaf),
+    }
+    if updater.stack_axes is not None:
+        changes["stack_axes"] = updater.stack_axis
+    if isinstance(updater.rng_seed, int | np.integer):
+        # Random masks are drawn by a leaf's number: those of equal layers in two groups would be the same.
+        changes["rng_seed"] = int(np.random.SeedSequence([updater.rng_seed, group]).generate_state(1)[0] >> 1)
+    names = {field.name for field in dataclasses.fields(updater)}
+    return dataclasses.replace(updater, **{key: value for key, value in changes.items() if key in names})
+
+
+def _whole_or_group(
+    dense: optax.GradientTransformation,
+    whole: optax.GradientTransformation,
+    group: optax.GradientTransformation,
+    targets: Mapping[trees.KeyPath, float],
+) -> optax.GradientTransformationExtraArgs:
+    """`whole`; or for a part of the parameters `group`, which is `dense` if nothing of the part is pruned."""
+    dense = optax.with_extra_args_support(dense)
+
+    def is_part(params: Any) -> bool:
+        return any(map(trees.is_unpruned, jax.tree.leaves(params, is_leaf=trees.is_unpruned)))
+
+    def init_fn(params: Any) -> Any:
+        if not is_part(params):
+            return whole.init(params)
+        prunes = any(targets.get(path) for path, _ in trees.named_leaves(params))
+        return (group if prunes else dense).init(params)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        sparse = group if is_part(params) else whole
+        tx = sparse if isinstance(state, SparseState) else dense
+        return tx.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
