@@ -15,16 +15,18 @@ import numpy as np
 import optax
 import pytest
 import scenic_cases as cases
+from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 from optax import MaskedNode
 from scenic.dataset_lib import datasets as registry
-from scenic.train_lib import classification_trainer, optimizers
+from scenic.train_lib import classification_trainer, optimizers, train_utils
 from scenic.train_lib import optax as scenic_optax
 from scenic.train_lib.transfer import linear_probe_utils
 
 import jaxpruner
 import jaxpruner_scenic
 from jaxpruner import trees
+from jaxpruner.training import projection
 from jaxpruner_scenic import compatibility, datasets, main, sparse
 
 pytestmark = cases.quiet
@@ -95,36 +97,65 @@ def test_a_pattern_that_excludes_nothing_is_told_before_the_first_step(tmp_path)
         cases.run(cases.config(sparsity_exclude_reg_exp="hiden"), tmp_path)
 
 
-def test_groups_may_have_budgets_of_their_own_only_where_that_is_the_same():
-    with jaxpruner_scenic.sparse_training(cases.config(sparsity_dist_type="uniform")):
-        for name in "ab":
-            tx = optimizers.get_optimizer(ADAM, 1e-3, params={name: PARAMS[name]})
-            assert isinstance(tx.init({name: PARAMS[name]}), jaxpruner.SparseState)
-    for c in (
-        cases.config(),
-        cases.config("global_magnitude", sparsity_dist_type="uniform"),
-        cases.config(sparsity_dist_type="uniform", sparsity_custom_sparsity_map={"a/kernel": 0.5}),
+def test_groups_are_refused_only_what_they_cannot_share():
+    for c, params, message in (
+        (cases.config("global_magnitude", sparsity_dist_type="uniform"), PARAMS, "one threshold over all layers"),
+        (cases.config(), None, "makes them without params"),
     ):
         with jaxpruner_scenic.sparse_training(c):
-            optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
-            with pytest.raises(ValueError, match="an optimizer for each group of parameters"):
-                optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
+            optimizers.get_optimizer(ADAM, 1e-3, params=params)
+            with pytest.raises(ValueError, match=f"an optimizer for each group of parameters, and .*{message}"):
+                optimizers.get_optimizer(ADAM, 1e-3, params=params)
 
 
-def test_a_trainer_with_a_learning_rate_for_each_group_of_parameters():
-    """By a helper of one of Scenic's projects; the last group has no kernels."""
+GROUPED = {
+    "a": {"kernel": np.ones((8, 8), np.float32)}, "b": {"kernel": np.ones((32, 64), np.float32)},
+    "c": {"kernel": np.ones((32, 64), np.float32)}, "d": {"kernel": np.ones((2, 2), np.float32)},
+    "cls": np.ones((8, 8), np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("magnitude", {"sparsity_dist_type": "uniform"}),
+        ("magnitude", {"sparsity_dist_type": "erk"}),
+        ("rigl", {"sparsity_dist_type": "erk", "sparsity_use_packed_masks": True}),
+        ("magnitude_ste", {"sparsity_custom_sparsity_map": {"c/*": 0.5, "d/*": 0.0}}),
+        ("magnitude", {"sparsity_sparsity": 0.5, "sparsity_dist_type": "uniform", "sparsity_sparsity_type": {
+            "b/*": "nm_2:4"}}),
+    ],
+)  # fmt: skip
+def test_a_trainer_with_a_learning_rate_for_each_group_of_parameters(algorithm, more):
+    """By a helper of one of Scenic's projects: one budget over all groups. A group without kernels is dense."""
     from scenic.projects.unloc import optimizer_utils
 
-    params = flax.core.freeze(PARAMS | {"cls": np.ones((8, 8), np.float32)})
-    c = cases.config(sparsity_dist_type="uniform", layer_prefix_to_base_lrs={"a": 0.1, "cls": 0.01})
+    params = flax.core.freeze(GROUPED)
+    rates = dict.fromkeys(("a", "c", "d", "cls"), 0.1)
+    c = cases.config(algorithm, layer_prefix_to_base_lrs=rates, **more)
     with jaxpruner_scenic.sparse_training(c):
         tx = optimizer_utils.optimizer_with_multi_lrs(c, params)
+    whole = sparse.create_updater(c.sparsity_config).init_state(params).target_sparsities
     state, grads = tx.init(params), jax.tree.map(np.ones_like, params)
+    step = jax.jit(tx.update)
     for _ in range(14):
-        updates, state = tx.update(grads, state, params)
+        updates, state = step(grads, state, params)
         params = optax.apply_updates(params, updates)
-    zeros = {name: float((np.asarray(leaf) == 0).mean()) for name, leaf in trees.named_leaves(params)}
-    assert zeros == {("a", "kernel"): 0.796875, ("b", "kernel"): 0.796875, ("cls",): 0.0}
+    leaves = dict(trees.named_leaves(params))
+    assert float((np.asarray(leaves[("cls",)]) == 0).mean()) == 0
+    for path, target in trees.named_leaves(whole):
+        kept = max(1, round(leaves[path].size * (1 - float(target))))
+        assert int(jaxpruner.summarize_sparsity(leaves[path])["_nparams_nnz"]) == kept, path
+
+
+def test_equal_layers_of_two_groups_get_random_masks_of_their_own():
+    with jaxpruner_scenic.sparse_training(cases.config("static_sparse", sparsity_dist_type="uniform")):
+        tx = optax.multi_transform(
+            {name: optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS) for name in "ab"},
+            {name: {"kernel": name} for name in "ab"},
+        )
+    masks = projection.state_masks(tx.init(PARAMS))
+    assert (masks["a", "kernel"] != masks["b", "kernel"]).any()
 
 
 def test_an_optimizer_of_the_trainers_own_is_told_at_the_end():
@@ -145,12 +176,97 @@ def test_an_optimizer_of_the_trainers_own_is_told_in_the_first_step():
         trainer.train_step(None)
 
 
-def test_train_steps_of_another_kind_are_left_alone():
+@pytest.mark.parametrize(
+    ("rest", "logged"),
+    [
+        (lambda: ({"loss": (1.0, 1)}, {"lr": np.ones(1), "act": np.ones(4)}), lambda r: r[2]["sparsity"]),
+        (lambda: ({"loss": (1.0, 1)}, {"lr": 0.1}, {"image": np.ones((2, 8, 8))}), lambda r: r[2]["sparsity"]),
+        (lambda: ({"loss": (1.0, 1)},), lambda r: r[1]["sparsity"][0]),  # objectvivit, owl_vit
+        (lambda: ({"loss": (1.0, 1)}, {"image": np.ones((2, 8, 8))}), lambda r: r[1]["sparsity"][0]),  # boundary_att.
+        (lambda: (0.1, [np.ones(3)], {"loss": (1.0, 1)}), lambda r: r[3]["sparsity"][0]),  # gerald
+        (lambda: ("metrics",), None),
+    ],
+)
+@pytest.mark.parametrize("factory", [False, True])
+def test_sparsity_goes_where_a_train_step_logs(rest, logged, factory):
     trainer = types.ModuleType("other_trainer")
-    trainer.train_step = lambda: ("state", "metrics")
+    step = lambda state: (state, *rest())  # noqa: E731
+    vars(trainer).update({"get_train_step": lambda: step} if factory else {"train_step": step})
+    with jaxpruner_scenic.sparse_training(cases.config(), trainer):
+        tx = optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
+        zeros = jax.tree.map(np.zeros_like, PARAMS)
+        state = types.SimpleNamespace(params=zeros, opt_state=tx.init(PARAMS))
+        result = (trainer.get_train_step() if factory else trainer.train_step)(state)
+    assert result[1:] == rest() if logged is None else logged(result) == 1.0
+
+
+def test_an_optimizer_that_an_attack_makes_in_a_step_is_stock():
+    from scenic.projects.adversarialtraining.attacks import attack_compute
+
+    trainer = types.ModuleType("attacking_trainer")
+    trainer.train_step = lambda: attack_compute.get_optimizer_def("Adam", 1e-3)().init(PARAMS)
     with jaxpruner_scenic.sparse_training(cases.config(), trainer):
         optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
-        assert trainer.train_step() == ("state", "metrics")
+        assert not projection.find_states(trainer.train_step())
+        with pytest.raises(ValueError, match="without params"):  # the trainer's own is sparse again
+            optimizers.get_optimizer(ADAM, 1e-3)
+
+
+def clipped(c):
+    rate = {"learning_rate_schedule": "compound", "factors": "constant", "base_learning_rate": 1e-3}
+    schedule = scenic_optax.make_schedule(ConfigDict({"all": {"re": "(.*)", "lr_configs": rate}}))
+    optimizer = {"optax_name": "scale_by_adam", "optax_configs": {}, "max_grad_norm": 1.0}
+    optimizer |= {"per_example_clipping": True, "optax_grad_pmean": True}
+    with jaxpruner_scenic.sparse_training(c):
+        return scenic_optax.make(ConfigDict(optimizer), schedule, PARAMS)[0]
+
+
+def test_per_example_clipping_is_refused_where_gradients_are_read():
+    for algorithm in ("saliency", "global_saliency", "rigl"):
+        with pytest.raises(ValueError, match=rf"per_example_clipping: .* {algorithm!r} scores weights by gradients"):
+            clipped(cases.config(algorithm))
+    with pytest.raises(ValueError, match="'set' masks gradients; set sparsity_config.is_sparse_gradients to False"):
+        clipped(cases.config("set"))
+    for c in (cases.config(), cases.config("set", sparsity_is_sparse_gradients=False)):
+        tx, grads = clipped(c), jax.tree.map(lambda x: np.ones((1, 3, *x.shape), np.float32), PARAMS)
+        step = jax.pmap(tx.update, axis_name="batch", in_axes=(0, None, None))
+        updates, _ = step(grads, tx.init(PARAMS), PARAMS)
+        assert updates["a"]["kernel"].shape == (1, 8, 8)
+
+
+def test_weights_off_their_masks_are_told_at_the_first_evaluation():
+    with jaxpruner_scenic.sparse_training(cases.config()):
+        tx = optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
+        state = tx.init(PARAMS)
+        masks = jax.tree.map(lambda mask: mask.at[0].set(False), state.masks)
+        state = jax.tree.map(lambda x: np.asarray(x)[None], state._replace(masks=masks, count=np.int32(5)))
+        replicated = jax.tree.map(lambda x: x[None], PARAMS)
+        with pytest.raises(ValueError, match="a/kernel: 8 of the 8 weights that its mask prunes are not zero"):
+            train_utils.sync_model_state_across_replicas(
+                types.SimpleNamespace(params=replicated, opt_state=state, model_state={})
+            )
+
+
+def test_standardised_weights_are_told_before_the_first_step():
+    from scenic.projects.baselines import bit_resnet
+
+    model = bit_resnet.BitResNet(num_outputs=10, num_layers=5, width_factor=1, gn_num_groups=4)
+    c = cases.config(batch_size=2)
+    with (
+        jaxpruner_scenic.sparse_training(c),
+        pytest.warns(UserWarning, match="shifts [0-9]+ pruned parameters .*conv1/kernel"),
+    ):
+        params, *_ = train_utils.initialize_model(
+            model_def=model, input_spec=[((-1, 32, 32, 3), np.float32)], config=ConfigDict({"batch_size": 2}),
+            rngs=jax.random.PRNGKey(0),
+        )  # fmt: skip
+        optimizers.get_optimizer(ADAM, 1e-3, params=params)
+
+
+def test_a_schedule_past_the_end_of_the_training_is_refused_at_the_start(tmp_path):
+    message = "update_end_step: the last mask update is at step 12, and the training has 12 steps"
+    with pytest.raises(ValueError, match=message):
+        cases.run(cases.config(num_training_steps=12), tmp_path)
 
 
 def test_what_a_schedule_of_scenics_optax_freezes_is_not_pruned():
@@ -224,6 +340,17 @@ def test_configurations_take_algorithm_and_sparsity(name):
             load(name, wrong)
 
 
+def test_flags_set_what_a_configuration_leaves_out():
+    flags = absl_flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=flags)
+    given = {"sparsity_type": "nm_2:4", "use_packed_masks": "true", "dist_type": "uniform", "initial_sparsity": "0.3"}
+    arguments = [f"--config.sparsity_config.{key}={value}" for key, value in given.items()]
+    flags(["main", f"--config={CONFIGS / 'vit_small.py'}:magnitude,0.5", *arguments])
+    updater = sparse.create_updater(flags.config.sparsity_config)
+    assert (updater.sparsity_type, updater.use_packed_masks) == (jaxpruner.sparsity_types.NByM(2, 4), True)
+    assert updater.scheduler.initial_sparsity == 0.3
+
+
 def test_the_papers_configurations():
     for name, epochs in (("vit_b16_imagenet.py", 90), ("vit_b16_300ep_imagenet.py", 300)):
         c = load(name)
@@ -231,7 +358,7 @@ def test_the_papers_configurations():
         assert (c.lr_configs.base_learning_rate, c.lr_configs.warmup_steps) == (3e-3, 10_000)
         assert c.lr_configs.steps_per_cycle == epochs * 312
         assert c.optimizer_configs.weight_decay == 0.3
-        assert c.sparsity_config.to_dict() == {
+        assert {key: value for key, value in c.sparsity_config.items() if value is not None} == {
             "algorithm": "magnitude", "sparsity": 0.8, "dist_type": "erk", "update_start_step": 10_000,
             "update_end_step": 20_000, "update_freq": 1_000,
         }  # fmt: skip
@@ -243,7 +370,7 @@ def test_the_papers_configurations():
         1.6,
     )
     assert c.lr_configs.warmup_steps == 5 * 312
-    assert c.sparsity_config.to_dict() == {
+    assert {key: value for key, value in c.sparsity_config.items() if value is not None} == {
         "algorithm": "magnitude", "sparsity": 0.8, "dist_type": "uniform", "exclude_reg_exp": "stem_conv",
         "update_start_step": 10_000, "update_end_step": 25_000, "update_freq": 1_000,
     }  # fmt: skip
@@ -274,6 +401,7 @@ def test_an_unknown_trainer():
     with pytest.raises(ValueError, match="has no function `train`"):
         main.get_trainer("scenic.train_lib.optimizers")
     assert main.get_trainer("scenic.projects.matvit.trainer").train  # the example of README.md and of the error
+    assert main.get_model("scenic.projects.matvit.matvit:MatViTMultiLabelClassificationModel")
     with pytest.raises(ValueError, match=r"config.model_name: 'scenic.no:Model' is not to be had"):
         main.get_model("scenic.no:Model")
 
@@ -283,6 +411,7 @@ def test_an_unknown_trainer():
     [
         ({"trainer_name": "no_trainer"}, "main: config.trainer_name: 'no_trainer'"),
         ({"sparsity_algorithm": "rgl"}, "main: algorithm: 'rgl' is not known"),
+        ({"model_name": "vit"}, "main: config.model_name: 'vit' is no model .* give it as 'module:Class', such as "),
     ],
 )
 def test_main_tells_a_bad_configuration_in_one_line(more, message, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import pathlib
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +17,10 @@ import jax
 import numpy as np
 import pytest
 import scenic_cases as cases
+from absl import logging
+from scenic.dataset_lib import datasets
 
+from jaxpruner_scenic.configs import sparsity
 from jaxpruner_scenic.sparse import sparsity_logs
 
 pytestmark = cases.quiet
@@ -61,16 +67,92 @@ def test_frozen_parameters_are_left_as_they_were(tmp_path):
     assert any(value > 0.7 for value in found.values())
 
 
-@pytest.mark.parametrize("algorithm", ["rigl", "magnitude_ste"])
-def test_resumed_is_the_run_that_went_through(algorithm, tmp_path):
-    """From the middle of the mask updates; masks packed."""
-    more = {"checkpoint": True, "checkpoint_steps": 9, "sparsity_use_packed_masks": True}
+@pytest.mark.parametrize(
+    ("algorithm", "data"), [("rigl", {}), ("magnitude_ste", {"dataset_name": "digits", "replay_data_on_resume": True})]
+)
+def test_resumed_is_the_run_that_went_through(algorithm, data, tmp_path, monkeypatch):
+    """From the middle of the mask updates; masks packed. And data in their order, where that is asked for."""
+    more = {"checkpoint": True, "checkpoint_steps": 9, "sparsity_use_packed_masks": True} | data
     whole, _ = cases.run(cases.config(algorithm, **more), tmp_path / "whole")
-    cases.run(cases.config(algorithm, **more, num_training_steps=10), tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        stock = datasets.get_dataset(more.get("dataset_name", "one_batch"))
+
+        def ends(**arguments):
+            dataset = stock(**arguments)
+            return dataset._replace(train_iter=itertools.islice(dataset.train_iter, 10))
+
+        patch.setitem(datasets.DatasetRegistry._REGISTRY, more.get("dataset_name", "one_batch"), ends)
+        with pytest.raises(StopIteration):
+            cases.run(cases.config(algorithm, **more), tmp_path / "parts")
     parts, writer = cases.run(cases.config(algorithm, **more), tmp_path / "parts")
     assert min(step for step, _ in writer.scalars["sparsity"]) > 10
     for field in ("params", "opt_state", "rng", "global_step"):
         cases.assert_same_bits(getattr(parts, field), getattr(whole, field))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Trainings with a checkpoint: one sparse and one dense."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    cases.run(cases.config("magnitude", checkpoint=True), folder / "sparse")
+    cases.run(cases.config(None, checkpoint=True), folder / "dense")
+    return folder
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("folder", "algorithm", "more", "message"),
+    [
+        ("sparse", "magnitude", {"sparsity_use_packed_masks": True}, "use_packed_masks: False in the run of .*, True"),
+        ("sparse", "set", {}, "algorithm: 'magnitude' in the run of .*, 'set' now"),
+        ("sparse", None, {}, "algorithm: 'magnitude' in the run of .*, 'no_prune' now"),
+        ("dense", "magnitude", {}, "algorithm: 'no_prune' in the run of .*, 'magnitude' now"),
+        ("sparse", "magnitude", {"sparsity_exclude_reg_exp": "_0"}, "exclude_reg_exp: None in the run of .*, '_0' now"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(folders, folder, algorithm, more, message, kept, tmp_path):
+    if not kept and algorithm is not None and folder == "sparse":
+        pytest.skip("only the checkpoint's state can tell, which it does later")
+    shutil.copytree(folders / folder, tmp_path / "run")
+    if not kept:  # a checkpoint that Scenic's own main made, or an earlier version of ours
+        (tmp_path / "run" / "sparsity.json").unlink()
+        message = message.replace("'magnitude' in", "'a sparse one' in")
+    with pytest.raises(ValueError, match=message):
+        cases.run(cases.config(algorithm, checkpoint=True, **more), tmp_path / "run")
+
+
+def test_another_sparsity_holds_from_here_and_is_told(folders, tmp_path, caplog):
+    shutil.copytree(folders / "sparse", tmp_path / "run")
+    logging.get_absl_logger().propagate = True
+    more = {"sparsity_sparsity": 0.9, "sparsity_update_end_step": 28, "num_training_steps": 30}
+    state, _ = cases.run(cases.config(checkpoint=True, **more), tmp_path / "run")
+    cases.assert_exactly_sparse(state, sparsity=0.9)
+    assert "sparsity_config.sparsity: 0.8 in the run of" in caplog.text
+    assert "reached" not in "".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    caplog.clear()
+    more |= {"sparsity_sparsity": 0.95, "num_training_steps": 32}  # after the last update
+    cases.run(cases.config(checkpoint=True, **more), tmp_path / "run")
+    assert caplog.records[-1].getMessage().startswith("sparsity: asked 95.0 %, reached 90")
+
+
+@pytest.mark.parametrize("name", ["vit_small", "mnist"])
+def test_shipped_configurations_log_their_sparsity(name, tmp_path):
+    """With their own learning rates, which are vectors of one number in the logs."""
+    if name == "mnist":  # one of Scenic's own
+        from scenic.projects.baselines.configs.mnist import mnist_config
+
+        c = mnist_config.get_config()
+        c.dataset_name, c.checkpoint, c.xprof = "digits", False, False
+        c.sparsity_config = sparsity.parse("magnitude", sparsity=0.8, dist_type="uniform")
+    else:
+        c = importlib.import_module(f"jaxpruner_scenic.configs.{name}").get_config("magnitude,0.8,digits")
+    with c.unlocked():
+        c.num_training_epochs, c.checkpoint, c.log_summary_steps, c.batch_size = 1, False, 5, 128
+    c.sparsity_config.update_start_step, c.sparsity_config.update_end_step, c.sparsity_config.update_freq = 2, 6, 2
+    state, writer = cases.run(c, tmp_path)
+    cases.assert_exactly_sparse(state)
+    assert writer.scalars["sparsity"][-1][1] == pytest.approx(0.8, abs=0.01)
+    assert "learning_rate" in writer.scalars
 
 
 def test_killed_for_good_and_resumed(tmp_path):

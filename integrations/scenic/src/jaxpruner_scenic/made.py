@@ -135,7 +135,9 @@ def of_group(updater: jaxpruner.BaseUpdater, targets: Mapping[Any, float], group
     """The algorithm for a part of the parameters, with the sparsities that these have among all."""
     # Names of the whole are no mistakes in a part that lacks them: patterns become functions, which are not checked.
     changes: dict[str, Any] = {
-        "sparsity_distribution_fn": lambda part: trees.map_named(lambda path, _: targets.get(path), part),
+        "sparsity_distribution_fn": lambda part: trees.map_named(
+            lambda path, leaf: None if trees.is_unpruned(leaf) else targets.get(path), part
+        ),
         "sparsity_type": lambda path, leaf: sparsity_types.for_leaf(updater.sparsity_type, path, leaf),
     }
     if updater.stack_axes is not None:
