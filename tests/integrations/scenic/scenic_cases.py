@@ -6,7 +6,6 @@ Where Scenic is absent, all of them skip here: one line of the closing summary.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import pathlib
 import warnings
 from typing import Any
@@ -40,13 +39,8 @@ STEPS = 20
 
 
 @datasets.add_dataset("one_batch")
-def one_batch(
-    *, batch_size: int, eval_batch_size: int, num_shards: int, dataset_configs: Any = None, **_: Any
-) -> dataset_utils.Dataset:
-    """The same 32 digits in each step, so that a run that is resumed sees what it would have seen.
-
-    With `dataset_configs.batches` they end after so many: as a run that is killed then.
-    """
+def one_batch(*, batch_size: int, eval_batch_size: int, num_shards: int, **_: Any) -> dataset_utils.Dataset:
+    """The same 32 digits in each step, so that a run that is resumed sees what it would have seen."""
     from jaxpruner_scenic.datasets import digits
 
     (images, labels), _ = digits(False)
@@ -64,8 +58,7 @@ def one_batch(
         "num_classes": 10, "input_shape": (-1, 8, 8, 1), "num_train_examples": batch_size,
         "num_eval_examples": batch_size, "input_dtype": np.float32, "target_is_onehot": True,
     }  # fmt: skip
-    end = (dataset_configs or {}).get("batches")
-    return dataset_utils.Dataset(itertools.islice(batches(), end), batches(), None, meta_data)
+    return dataset_utils.Dataset(batches(), batches(), None, meta_data)
 
 
 def config(algorithm: str | None = "magnitude", **more: Any) -> ml_collections.ConfigDict:

@@ -225,7 +225,7 @@ def test_per_example_clipping_is_refused_where_gradients_are_read():
     for algorithm in ("saliency", "global_saliency", "rigl"):
         with pytest.raises(ValueError, match=rf"per_example_clipping: .* {algorithm!r} scores weights by gradients"):
             clipped(cases.config(algorithm))
-    with pytest.raises(ValueError, match="'set' masks gradients; set sparsity_config.is_sparse_gradients to False"):
+    with pytest.raises(ValueError, match=r"'set' masks gradients; set sparsity_config.is_sparse_gradients to False"):
         clipped(cases.config("set"))
     for c in (cases.config(), cases.config("set", sparsity_is_sparse_gradients=False)):
         tx, grads = clipped(c), jax.tree.map(lambda x: np.ones((1, 3, *x.shape), np.float32), PARAMS)
@@ -250,17 +250,12 @@ def test_weights_off_their_masks_are_told_at_the_first_evaluation():
 def test_standardised_weights_are_told_before_the_first_step():
     from scenic.projects.baselines import bit_resnet
 
-    model = bit_resnet.BitResNet(num_outputs=10, num_layers=5, width_factor=1, gn_num_groups=4)
-    c = cases.config(batch_size=2)
-    with (
-        jaxpruner_scenic.sparse_training(c),
-        pytest.warns(UserWarning, match="shifts [0-9]+ pruned parameters .*conv1/kernel"),
-    ):
-        params, *_ = train_utils.initialize_model(
-            model_def=model, input_spec=[((-1, 32, 32, 3), np.float32)], config=ConfigDict({"batch_size": 2}),
-            rngs=jax.random.PRNGKey(0),
-        )  # fmt: skip
-        optimizers.get_optimizer(ADAM, 1e-3, params=params)
+    model = bit_resnet.BitResNet(num_outputs=10, num_layers=5, gn_num_groups=4)
+    spec = {"input_spec": [((-1, 32, 32, 3), np.float32)], "config": ConfigDict({"batch_size": 2})}
+    with jaxpruner_scenic.sparse_training(cases.config()):
+        params, *_ = train_utils.initialize_model(model_def=model, rngs=jax.random.PRNGKey(0), **spec)
+        with pytest.warns(UserWarning, match="shifts [0-9]+ pruned parameters .*conv1/kernel"):
+            optimizers.get_optimizer(ADAM, 1e-3, params=params)
 
 
 def test_a_schedule_past_the_end_of_the_training_is_refused_at_the_start(tmp_path):
@@ -340,12 +335,13 @@ def test_configurations_take_algorithm_and_sparsity(name):
             load(name, wrong)
 
 
-def test_flags_set_what_a_configuration_leaves_out():
+def test_flags_set_what_a_configuration_leaves_out(monkeypatch):
     flags = absl_flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=flags)
     given = {"sparsity_type": "nm_2:4", "use_packed_masks": "true", "dist_type": "uniform", "initial_sparsity": "0.3"}
     arguments = [f"--config.sparsity_config.{key}={value}" for key, value in given.items()]
-    flags(["main", f"--config={CONFIGS / 'vit_small.py'}:magnitude,0.5", *arguments])
+    monkeypatch.setattr(sys, "argv", ["main", f"--config={CONFIGS / 'vit_small.py'}:magnitude,0.5", *arguments])
+    flags(sys.argv)
     updater = sparse.create_updater(flags.config.sparsity_config)
     assert (updater.sparsity_type, updater.use_packed_masks) == (jaxpruner.sparsity_types.NByM(2, 4), True)
     assert updater.scheduler.initial_sparsity == 0.3

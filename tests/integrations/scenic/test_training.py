@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import os
@@ -79,7 +80,7 @@ def test_resumed_is_the_run_that_went_through(algorithm, data, tmp_path, monkeyp
 
         def ends(**arguments):
             dataset = stock(**arguments)
-            return dataset._replace(train_iter=itertools.islice(dataset.train_iter, 10))
+            return dataclasses.replace(dataset, train_iter=itertools.islice(dataset.train_iter, 10))
 
         patch.setitem(datasets.DatasetRegistry._REGISTRY, more.get("dataset_name", "one_batch"), ends)
         with pytest.raises(StopIteration):

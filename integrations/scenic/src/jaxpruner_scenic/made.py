@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -145,8 +145,10 @@ def of_group(updater: jaxpruner.BaseUpdater, targets: Mapping[Any, float], group
     if isinstance(updater.rng_seed, int | np.integer):
         # Random masks are drawn by a leaf's number: those of equal layers in two groups would be the same.
         changes["rng_seed"] = int(np.random.SeedSequence([updater.rng_seed, group]).generate_state(1)[0] >> 1)
-    names = {field.name for field in dataclasses.fields(updater)}
-    return dataclasses.replace(updater, **{key: value for key, value in changes.items() if key in names})
+    part = copy.copy(updater)
+    for name, value in changes.items():
+        setattr(part, name, value)
+    return part
 
 
 def _whole_or_group(
