@@ -40,13 +40,6 @@ def test_every_algorithm_is_exactly_sparse_after_20_steps(algorithm, tmp_path):
     assert logged[-1][1] == pytest.approx(0.8, abs=0.03)
 
 
-def test_dense_without_a_sparsity_config(tmp_path):
-    state, writer = cases.run(cases.config(None), tmp_path)
-    assert not cases.sparse_states(state)
-    assert "sparsity" not in writer.scalars
-    assert sparsity_logs(state) == {}
-
-
 def test_positions_and_class_token_of_a_vit_stay_dense_and_what_is_excluded_by_name(tmp_path):
     state, _ = cases.run(cases.vit("global_magnitude", sparsity_exclude_reg_exp="^embedding"), tmp_path)
     cases.assert_exactly_sparse(state)
@@ -96,7 +89,10 @@ def folders(tmp_path_factory):
     """Trainings with a checkpoint: one sparse and one dense."""
     folder = tmp_path_factory.mktemp("checkpoints")
     cases.run(cases.config("magnitude", checkpoint=True), folder / "sparse")
-    cases.run(cases.config(None, checkpoint=True), folder / "dense")
+    state, writer = cases.run(cases.config(None, checkpoint=True), folder / "dense")
+    assert not cases.sparse_states(state)
+    assert "sparsity" not in writer.scalars
+    assert sparsity_logs(state) == {}
     return folder
 
 
