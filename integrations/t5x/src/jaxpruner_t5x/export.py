@@ -25,28 +25,33 @@ def export(checkpoint: str, output: str) -> str:
     """Writes `output/checkpoint_STEP` without masks and hidden weights; returns its path.
 
     Args:
-      checkpoint: a folder `checkpoint_STEP` of a sparse run, made on any number of devices.
-      output: a folder, made if need be. Both may be in a bucket, `gs://...`.
+      checkpoint: a folder `checkpoint_STEP` of a sparse run, made on any number of devices, in Orbax's format or, of
+        `use_orbax = False`, T5X's own.
+      output: a folder, made if need be; what is written is in Orbax's format. Both may be in a bucket, `gs://...`.
 
     Raises:
-      ExportError: if the checkpoint is not one of T5X with Orbax, or has no masks of a `SparseOptimizer`, or if the
-        output is there already.
+      ExportError: if the checkpoint is not one of T5X, or has no masks of a `SparseOptimizer`, or if the output is
+        there already.
     """
     source, target = _absolute(checkpoint), _absolute(output) / epath.Path(checkpoint).name
-    if not (source / "state").is_dir():
-        raise ExportError(
-            f"--checkpoint: {source} is no checkpoint of T5X in Orbax's format; give a folder such as "
-            "runs/x/checkpoint_1000."
-        )
     if target.exists():
         raise ExportError(f"--output: {target} is there already; choose another folder.")
     checkpointer = ocp.PyTreeCheckpointer()
-    names = checkpointer.metadata(source / "state").item_metadata.tree
-    if "sparse" not in names["state"]:
+    if (source / "state").is_dir():
+        names = checkpointer.metadata(source / "state").item_metadata.tree
+        # As NumPy arrays, whatever devices they were saved from.
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        saved = checkpointer.restore(source / "state", restore_args=restore_args)
+    elif (source / "checkpoint").exists():  # T5X's own format, of use_orbax = False
+        from t5x import checkpoints
+
+        saved = checkpoints.load_t5x_checkpoint(str(source))
+    else:
+        raise ExportError(
+            f"--checkpoint: {source} is no checkpoint of T5X; give a folder such as runs/x/checkpoint_1000."
+        )
+    if "sparse" not in saved["state"]:
         raise ExportError(f"--checkpoint: {source} has no state/sparse, the masks of a SparseOptimizer.")
-    # As NumPy arrays, whatever devices they were saved from.
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-    saved = checkpointer.restore(source / "state", restore_args=restore_args)
     del saved["state"]["sparse"]
     target.parent.mkdir(parents=True, exist_ok=True)
     checkpointer.save(target / "state", saved)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import sys
+import traceback
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gin
 import t5x
+
+import jaxpruner
+from jaxpruner_t5x import description, metrics
+from jaxpruner_t5x.optimizer import SparseOptimizer
+from jaxpruner_t5x.plan import planned
 
 
 def train(gin_files: Sequence[str], bindings: Sequence[str] = (), **arguments: Any) -> tuple[int, Any]:
@@ -20,10 +26,18 @@ def train(gin_files: Sequence[str], bindings: Sequence[str] = (), **arguments: A
       gin_files: as the flags, in order.
       bindings: `NAME = VALUE`.
       **arguments: of `t5x.train.train`, in place of what gin binds, such as `actions`.
+
+    Raises:
+      ValueError: for what is not valid, without the chain of gin's calls; also if the checkpoints in MODEL_DIR are
+        sparse and the gin files are not.
     """
     from t5x import train as script
 
-    return _run(script, script.train, gin_files, bindings, **arguments)
+    step, state = _run(script, script.train, gin_files, bindings, **arguments)
+    optimizer = state._optimizer
+    if isinstance(optimizer.optimizer_def, SparseOptimizer):
+        metrics.log_reached(optimizer.optimizer_def.updater, optimizer.target, optimizer.state)
+    return step, state
 
 
 def evaluate(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
@@ -63,4 +77,26 @@ def _run(
     script: types.ModuleType, function: Any, gin_files: Sequence[str], bindings: Sequence[str], **arguments: Any
 ) -> Any:
     with parsed(gin_files, bindings, script):
-        return gin.get_configurable(function)(**arguments)
+        try:
+            _refuse_sparse_as_dense()
+            return gin.get_configurable(function)(**arguments)
+        except ValueError as error:
+            if not _is_ours(error):
+                raise
+            # Gin adds the chain of its calls, a line or two each.
+            told = str(error).partition("\n  In call to configurable")[0]
+        raise ValueError(told)
+
+
+def _refuse_sparse_as_dense() -> None:
+    """T5X takes a sparse checkpoint for a dense one, and trains its zeros, if sparse.gin is forgotten."""
+    plan = planned()
+    before = description.read(plan.model_dir)
+    if before and "SparseOptimizer" not in gin.config_str():
+        jaxpruner.check_resumed(before, None, f"MODEL_DIR {plan.model_dir}, without sparse.gin")
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether it was raised here or in the core, so that its message says all there is to say."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].partition(".")[0] in ("jaxpruner", "jaxpruner_t5x")

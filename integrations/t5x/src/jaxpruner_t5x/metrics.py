@@ -7,11 +7,14 @@ from typing import Any
 import clu.metrics
 import jax
 import jax.numpy as jnp
+from absl import logging
 from t5x import trainer
 
 import jaxpruner
 from jaxpruner import trees
 from jaxpruner.training.projection import pruned_only
+
+_ROUNDED = 5e-3  # of tiny parameters, whose shares are rounded to whole weights
 
 
 class SparsityMetrics(trainer.WeightMetricsComputer):
@@ -34,9 +37,10 @@ class SparsityMetrics(trainer.WeightMetricsComputer):
         optimizer = new_train_state._optimizer
         if not hasattr(optimizer.state, "sparse"):
             raise ValueError(
-                f"SparsityMetrics: this run trains dense, by {type(optimizer.optimizer_def).__name__}. sparse.gin "
-                "binds T5X's EncoderDecoderModel and DecoderOnlyModel; for another model bind "
-                "MODEL_CLASS.optimizer_def = @jaxpruner_t5x.SparseOptimizer()."
+                f"SparsityMetrics: this run trains dense, by {type(optimizer.optimizer_def).__name__}. Give sparse.gin "
+                "after the model's gin file, whose optimizer_def takes its place otherwise. sparse.gin binds T5X's "
+                "EncoderDecoderModel and DecoderOnlyModel; for another model bind MODEL_CLASS.optimizer_def = "
+                "@jaxpruner_t5x.SparseOptimizer()."
             )
         metrics = {}
         if self.weight_metrics:
@@ -65,6 +69,27 @@ def sparsities(train_state: Any) -> dict[str, jax.Array]:
     zeros = {trees.leaf_name(path): (leaf == 0).mean(dtype=jnp.float32) for path, leaf in pruned}
     total = jaxpruner.summarize_sparsity([leaf for _, leaf in pruned], only_total_sparsity=True)["_total_sparsity"]
     return {"total": total} | zeros
+
+
+def log_reached(updater: jaxpruner.BaseUpdater, params: Any, state: Any) -> None:
+    """The last word of a run: the sparsity that was asked for and what was reached, as a warning if that is less.
+
+    Args:
+      updater: the algorithm.
+      params: the parameters.
+      state: the state of a `SparseOptimizer`.
+    """
+    pruned = dict(trees.named_leaves(pruned_only(params, state.sparse.masks)))
+    if not pruned:
+        return
+    targets = dict(trees.named_leaves(updater.get_target_sparsities(params)))
+    size = sum(leaf.size for leaf in pruned.values())
+    asked = sum(float(targets[path]) * leaf.size for path, leaf in pruned.items()) / size
+    reached = jaxpruner.summarize_sparsity(list(pruned.values()), only_total_sparsity=True)["_total_sparsity"]
+    level = logging.WARNING if reached < asked - _ROUNDED else logging.INFO
+    logging.log(
+        level, "Sparsity at step %d, the last: asked %.1f %%, reached %.1f %%.", state.step, 100 * asked, 100 * reached
+    )
 
 
 def _relative_update(old: jax.Array, new: jax.Array) -> jax.Array:

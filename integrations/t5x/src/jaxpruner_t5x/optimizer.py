@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import serialization, struct, traverse_util
 from t5x import optimizers
@@ -15,7 +16,9 @@ import jaxpruner
 from jaxpruner import sparsity_distributions, trees
 from jaxpruner.training import optimizer_state
 from jaxpruner.training.projection import when
+from jaxpruner_t5x import layers, metrics
 from jaxpruner_t5x.partition_rules import sparse_state_axes
+from jaxpruner_t5x.plan import Plan
 
 
 def create_updater(
@@ -67,17 +70,21 @@ class SparseOptimizer(optimizers.OptimizerDef):
     `OptaxWrapper`. Its state keeps its names in checkpoints, `state/param_states`, and masks are beside it in
     `state/sparse`. It is the outermost optimizer: a MultiOptimizer goes into it, not around it.
 
+    Scanned layers are as many layers, each with its own share of weights: T5X tells the model's logical axes.
+
     Args:
       inner: the dense optimizer.
       updater: the algorithm, from `create_updater`.
+      plan: how long T5X trains, from `planned`, to refuse a schedule that does not fit in; None does not ask, for a
+        run that is to be continued further.
     """
 
-    def __init__(self, inner: optimizers.OptimizerDef, updater: jaxpruner.BaseUpdater):
+    def __init__(self, inner: optimizers.OptimizerDef, updater: jaxpruner.BaseUpdater, plan: Plan | None = None):
         # The hyperparameters are the inner optimizer's, which may change them when it learns of the model's axes.
         self.inner = inner
-        self.updater = updater
-        if hasattr(inner, "set_param_axes"):  # T5X asks whether there is one
-            self.set_param_axes = inner.set_param_axes
+        self.updater = self._given = updater
+        self.plan = plan or Plan()
+        self._last_step = self.plan.last_step(0)
 
     @property
     def hyper_params(self) -> Any:
@@ -86,14 +93,35 @@ class SparseOptimizer(optimizers.OptimizerDef):
     def update_hyper_params(self, **overrides: Any) -> Any:
         return self.inner.update_hyper_params(**overrides)
 
+    def set_param_axes(self, param_logical_axes: Any) -> None:
+        """What T5X knows of the model, before it initialises."""
+        if hasattr(self.inner, "set_param_axes"):
+            self.inner.set_param_axes(param_logical_axes)
+        self.updater = layers.informed(self._given, param_logical_axes)
+
     def init_state(self, params: Any) -> SparseOptimizerState:
         dense = self.inner.init_state(params)
         sparse = jaxpruner.init_projection(self.updater, params)
+        if not (self.plan.relative_steps or self.plan.initial_checkpoint):  # else it is known when that is restored
+            self._refuse_late(0, 0)
         self._refuse_frozen(sparse.masks, dense.param_states)
         # Checkpoints save None and then cannot restore it; of an empty state they save nothing.
         empty, hidden = optax.EmptyState(), sparse.inner_state
         sparse = sparse._replace(inner_state=empty if hidden is None else hidden._replace(inner_state=empty))
         return SparseOptimizerState(dense.step, dense.param_states, sparse)
+
+    def _refuse_late(self, step: int, count: int) -> None:
+        """A schedule that starts or ends after training."""
+        steps = self.plan.sparse_steps(step, count)
+        if steps is None or steps <= count:  # no step is left, which T5X allows
+            return
+        try:
+            jaxpruner.check_schedule(self.updater, num_steps=steps)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (These {steps} are T5X's TRAIN_STEPS without those before sparse training began; bind "
+                "jaxpruner_t5x.SparseOptimizer.plan = None for a run that is to be continued with more.)"
+            ) from None
 
     def _refuse_frozen(self, masks: Any, slots: Any) -> None:
         """T5X's MultiOptimizer has None where it trains nothing."""
@@ -161,6 +189,15 @@ class SparseOptimizer(optimizers.OptimizerDef):
         )
 
     def state_dict(self, target: Any, state: SparseOptimizerState) -> Mapping[str, Any]:
+        """For a checkpoint.
+
+        Raises:
+          ValueError: if the parameters are not on their masks, or these not as sparse as the schedule left them.
+        """
+        if _is_concrete(state.sparse.count):
+            jaxpruner.check_sparse(target, state.sparse, self.updater)
+            if int(state.step) == self._last_step:
+                metrics.log_reached(self.updater, target, state)
         saved = self.inner.state_dict(target, optimizers.OptimizerState(state.step, state.param_states))
         # Leaves that are not pruned are empty nodes, on which T5X's loop and checkpoints fail.
         flat = traverse_util.flatten_dict(serialization.to_state_dict(state.sparse))
@@ -170,6 +207,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
     def restore_state(
         self, opt_target: Any, opt_state: SparseOptimizerState, state_dict: Mapping[str, Any]
     ) -> tuple[Any, SparseOptimizerState]:
+        _refuse_other_shapes(state_dict["target"], opt_target)
         saved = dict(state_dict["state"])
         sparse = traverse_util.flatten_dict(saved.pop("sparse"))
         target, dense = self.inner.restore_state(
@@ -189,4 +227,23 @@ class SparseOptimizer(optimizers.OptimizerDef):
                     f"{trees.leaf_name(path)}: the checkpoint's mask is {new.dtype}{list(new.shape)}, and "
                     f"{old.dtype}{list(old.shape)} is asked for; bind create_updater.use_packed_masks as in that run."
                 )
+        if _is_concrete(restored.count):
+            self._refuse_late(int(dense.step), int(restored.count))
+            self._last_step = self.plan.last_step(int(dense.step))
         return target, SparseOptimizerState(dense.step, dense.param_states, restored)
+
+
+def _is_concrete(leaf: Any) -> bool:
+    """Not a shape, axes or a tracer, for which T5X calls the same functions."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _refuse_other_shapes(saved: Any, params: Any) -> None:
+    found = traverse_util.flatten_dict(serialization.to_state_dict(saved), sep="/")
+    for name, param in traverse_util.flatten_dict(serialization.to_state_dict(params), sep="/").items():
+        leaf = found.get(name)
+        if hasattr(leaf, "shape") and hasattr(param, "shape") and leaf.shape != param.shape:  # else it is its axes
+            raise ValueError(
+                f"target/{name}: is {list(leaf.shape)} in the checkpoint and {list(param.shape)} in the model. Give "
+                "the sizes of the checkpoint's model, or another checkpoint (for a new run, another MODEL_DIR)."
+            )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import logging
 from t5x import state_utils
 
+import jaxpruner
+from jaxpruner_t5x import description
+from jaxpruner_t5x.plan import Plan
+
 _SPARSE = "state/sparse/"
+_MASKS = f"{_SPARSE}masks/"
 
 
-def dense_or_sparse(allow_missing: bool = False) -> Callable[..., Mapping[str, Any]]:
+def dense_or_sparse(
+    allow_missing: bool = False, updater: jaxpruner.BaseUpdater | None = None, plan: Plan | None = None
+) -> Callable[..., Mapping[str, Any]]:
     """For `utils.RestoreCheckpointConfig.state_transformation_fns`, with `fallback_to_scratch = True`.
 
     A sparse checkpoint is continued: its masks and counts, towards the sparsity that is asked for now. From a dense one
@@ -21,21 +29,24 @@ def dense_or_sparse(allow_missing: bool = False) -> Callable[..., Mapping[str, A
     Args:
       allow_missing: whether parameters that the checkpoint lacks are initialised, as `fallback_to_scratch` alone
         would do.
+      updater: what is asked for now, from `create_updater`.
+      plan: where the checkpoints are, from `planned`; sparsity.json beside them tells what they were made with.
 
     Raises:
-      ValueError: if the checkpoint lacks parameters of the model, or is sparse by an algorithm that keeps another state
-        or by another `filter_fn`; and when a run is resumed, if the checkpoint in MODEL_DIR is of a dense run.
+      ValueError: if the checkpoint lacks parameters of the model, or its run asked for something that cannot be gone on
+        from, such as another algorithm; and when a run is resumed, if of the checkpoint in MODEL_DIR and what is asked
+        for one is dense and the other sparse.
     """
+    plan = plan or Plan()
 
     def transform(
         ckpt_optimizer_state: Mapping[str, Any], optimizer_state: Mapping[str, Any], *, is_resuming: bool = False
     ) -> Mapping[str, Any]:
         saved, wanted = _names(ckpt_optimizer_state), _names(optimizer_state)
-        missing = wanted - saved
-        masks = sorted(name for name in missing if name.startswith(_SPARSE))
-        parameters = sorted(name for name in missing if name.startswith("target/"))
-        is_dense = not any(name.startswith(_SPARSE) for name in saved)
+        was_sparse, is_sparse = (any(name.startswith(_MASKS) for name in names) for names in (saved, wanted))
         where = "MODEL_DIR: its latest checkpoint" if is_resuming else "RestoreCheckpointConfig.path: the checkpoint"
+        missing = wanted - saved
+        parameters = sorted(name for name in missing if name.startswith("target/"))
         if parameters and (is_resuming or not allow_missing):
             remedy = (
                 "Use a new MODEL_DIR."
@@ -46,25 +57,42 @@ def dense_or_sparse(allow_missing: bool = False) -> Callable[..., Mapping[str, A
                 f"{where} lacks {len(parameters)} parameters of this model, such as {parameters[0]}. Is it of the same "
                 f"architecture? {remedy}"
             )
-        if masks and is_resuming and is_dense:
-            raise ValueError(
-                f"{where} is of a dense run. Use a new MODEL_DIR, and INITIAL_CHECKPOINT_PATH for that checkpoint."
-            )
-        if masks and not is_dense:
-            raise ValueError(
-                f"{where} is sparse by another algorithm or filter_fn: it lacks {masks[0]} and {len(masks) - 1} more. "
-                "Use that run's, or start from its plain export: python -m jaxpruner_t5x.export."
-            )
-        if others := sorted(missing - {*masks, *parameters}):
+        if is_resuming and was_sparse != is_sparse:
+            raise ValueError(_other_kind(where, was_sparse, _asked(updater)))
+        if was_sparse and is_sparse:
+            folder = plan.model_dir if is_resuming else os.path.dirname(plan.initial_checkpoint or "")
+            before = description.read(folder)
+            if before and updater:
+                for line in jaxpruner.check_resumed(before, updater, where):
+                    logging.warning("%s", line)
+            if masks := sorted(name for name in missing if name.startswith(_SPARSE)):
+                raise ValueError(
+                    f"{where} is sparse by another algorithm or filter_fn: it lacks {masks[0]} and {len(masks) - 1} "
+                    "more. Use that run's, or start from its plain export: python -m jaxpruner_t5x.export."
+                )
+        elif was_sparse:
+            logging.warning("%s is sparse, and algorithm='no_prune' trains its zeros as well.", where)
+        if others := sorted(name for name in missing if not name.startswith(("target/", _SPARSE))):
             logging.warning("What the checkpoint lacks starts anew: %s", ", ".join(others))
-        if not is_resuming and not is_dense:
-            # What is asked for, and not what was: `fallback_to_scratch` fills it in.
-            state = ckpt_optimizer_state["state"]
-            sparse = {key: value for key, value in state["sparse"].items() if key != "target_sparsities"}
-            return {**ckpt_optimizer_state, "state": {**state, "sparse": sparse}}
         return ckpt_optimizer_state
 
     return transform
+
+
+def _asked(updater: jaxpruner.BaseUpdater | None) -> str:
+    return f"algorithm={jaxpruner.describe(updater)['algorithm']!r}" if updater else "a sparse run"
+
+
+def _other_kind(where: str, was_sparse: bool, asked: str) -> str:
+    if was_sparse:
+        return (
+            f"{where} is of a sparse run, and {asked} is asked for. Go on with that run's algorithm, or train densely "
+            "in a new MODEL_DIR, with INITIAL_CHECKPOINT_PATH for that checkpoint."
+        )
+    return (
+        f"{where} is of a dense run, and {asked} is asked for. Use a new MODEL_DIR, and INITIAL_CHECKPOINT_PATH for "
+        "that checkpoint. (If the run was sparse, it was last continued without sparse.gin.)"
+    )
 
 
 def _names(state: Mapping[str, Any]) -> set[str]:

@@ -1,0 +1,39 @@
+"""What a sparse run asks for, kept beside its checkpoints: a run that goes on from them is told what differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+import jaxpruner
+from jaxpruner_t5x.plan import Plan
+
+FILE = "sparsity.json"
+
+
+def described(updater: jaxpruner.BaseUpdater, plan: Plan) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """For `utils.SaveCheckpointConfig.state_transformation_fns`: writes sparsity.json into MODEL_DIR.
+
+    Checkpoints themselves stay as they are.
+    """
+
+    def transform(state_dict: Any, parameter_infos: Any) -> tuple[Any, Any]:
+        if plan.model_dir and jax.process_index() == 0:
+            file = epath.Path(plan.model_dir) / FILE
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(jaxpruner.describe(updater), indent=2) + "\n")
+        return state_dict, parameter_infos
+
+    return transform
+
+
+def read(model_dir: str | None) -> Mapping[str, Any] | None:
+    """The description of the run that wrote the checkpoints in a folder; None if there is none."""
+    if not model_dir:
+        return None
+    file = epath.Path(model_dir) / FILE
+    return json.loads(file.read_text()) if file.exists() else None

@@ -1,0 +1,74 @@
+"""What gin binds for T5X's `train`: how long it trains, and where its checkpoints are."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import gin
+from t5x import utils
+
+# What sparse.gin lets the command line choose.
+MACROS = ("ALGORITHM", "SPARSITY", "UPDATE_START_STEP", "UPDATE_END_STEP", "UPDATE_FREQ")
+
+
+class Plan(NamedTuple):
+    """Arguments of `t5x.train.train`; None where they are not known.
+
+    Attributes:
+      total_steps: the step at which training ends, those of an initial checkpoint included.
+      relative_steps: how many steps are trained from wherever it starts; then `total_steps` means nothing.
+      model_dir: the folder of its checkpoints.
+      initial_checkpoint: the one that it starts from.
+    """
+
+    total_steps: int | None = None
+    relative_steps: int | None = None
+    model_dir: str | None = None
+    initial_checkpoint: str | None = None
+
+    def last_step(self, start: int) -> int | None:
+        """The training step at which a run from `start` ends."""
+        return start + self.relative_steps if self.relative_steps else self.total_steps
+
+    def sparse_steps(self, step: int, count: int) -> int | None:
+        """Steps of sparse training at the end, from a state that has made `count` of them by training step `step`."""
+        last = self.last_step(step)
+        return None if last is None else count + last - step
+
+
+def planned() -> Plan:
+    """The plan of the script that gin configures; empty where that is not T5X's `train`.
+
+    Raises:
+      ValueError: for a macro that nothing uses and that is called almost like one of sparse.gin.
+    """
+    refuse_misspelled(gin.config_str())
+    train = _bindings(getattr(sys.modules["__main__"], "train", None))
+    start = _value(_bindings(utils.RestoreCheckpointConfig).get("path"))
+    return Plan(
+        *(_value(train.get(name)) for name in ("total_steps", "relative_steps", "model_dir")),
+        initial_checkpoint=start if isinstance(start, str) else None,
+    )
+
+
+def _bindings(configurable: Any) -> Mapping[str, Any]:
+    try:
+        return gin.get_bindings(configurable, resolve_references=False)
+    except (TypeError, ValueError):  # no function, or none that gin knows
+        return {}
+
+
+def refuse_misspelled(config: str) -> None:
+    """Gin takes any macro, so `ALGORITM = 'rigl'` would train with the default algorithm and say nothing."""
+    for name in re.findall(r"^(\w+) =", config, re.MULTILINE):
+        like = difflib.get_close_matches(name, MACROS, n=1, cutoff=0.7)
+        if like and name not in MACROS and f"%{name}" not in config:
+            raise ValueError(f"{name}: is bound, and nothing uses it. Is {like[0]} meant?")
+
+
+def _value(bound: Any) -> Any:
+    return bound.scoped_configurable_fn() if hasattr(bound, "scoped_configurable_fn") else bound
