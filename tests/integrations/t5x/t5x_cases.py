@@ -37,15 +37,9 @@ PRETRAIN = "jaxpruner_t5x/configs/bible_pretrain.gin"
 FINETUNE = "jaxpruner_t5x/configs/bible_finetune.gin"
 SPARSE = "jaxpruner_t5x/configs/sparse.gin"
 DENSE_STEPS = 4
-MODEL = {
-    "network.T5Config.num_encoder_layers": 1,
-    "network.T5Config.num_decoder_layers": 1,
-    "network.T5Config.emb_dim": 16,
-    "network.T5Config.head_dim": 8,
-    "network.T5Config.num_heads": 2,
-    "network.T5Config.mlp_dim": 32,
-    "TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 32},
-}
+T5 = "network.T5Config"
+SIZES = {"num_encoder_layers": 1, "num_decoder_layers": 1, "emb_dim": 16, "head_dim": 8, "num_heads": 2, "mlp_dim": 32}
+MODEL = {f"{T5}.{name}": size for name, size in SIZES.items()} | {"TASK_FEATURE_LENGTHS": {"inputs": 32, "targets": 32}}
 SMALL = MODEL | {
     "BATCH_SIZE": 4,
     "EVAL_PERIOD": 0,
@@ -67,6 +61,14 @@ seqio.TaskRegistry.add(
     preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
     output_features=tasks.features(),
 )
+
+
+def scanned() -> Any:
+    """A scalable T5, for gin: which cannot know both networks in one process, since T5X's files call both `network`."""
+    from t5x.examples.scalable_t5 import network
+
+    config = network.T5Config(vocab_size=4224, dropout_rate=0.0, **SIZES | {"num_encoder_layers": 2})
+    return network.Transformer(config=config)
 
 
 def bind(**bindings: Any) -> list[str]:

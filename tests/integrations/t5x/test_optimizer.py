@@ -15,7 +15,7 @@ from t5x import adafactor, optimizers, train_state
 
 import jaxpruner
 import jaxpruner_t5x
-from jaxpruner_t5x import metrics
+from jaxpruner_t5x import metrics, plan
 
 pytestmark = cases.quiet
 AXES = {"mlp": {"wi": {"kernel": ("embed", "mlp")}, "scale": ("embed",)}, "embedding": ("vocab", "embed")}
@@ -121,8 +121,13 @@ def test_any_optimizer_of_t5x(inner, algorithm):
     assert all(name.startswith("state/sparse/") for name in names - wanted)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "packed"),
+    [
+        *((name, False) for name in cases.ALGORITHMS),
+        *((name, True) for name in ("global_saliency", "rigl", "random_ste")),
+    ],
+)
 def test_a_state_that_is_restored_is_the_state_that_was_saved(algorithm, packed):
     state = train(jaxpruner_t5x.SparseOptimizer(factored(), updater(algorithm, use_packed_masks=packed)))
     saved = jax.tree.map(np.asarray, state.state_dict())
@@ -235,8 +240,42 @@ def test_masks_stored_in_another_way_are_told():
 
 def test_a_dense_run_is_told_by_the_metrics():
     state = state_of(factored())
-    with pytest.raises(ValueError, match="this run trains dense, by Adafactor"):
+    with pytest.raises(ValueError, match=r"dense, by Adafactor. Give sparse.gin after the model's gin file, whose"):
         jaxpruner_t5x.SparsityMetrics().compute_metrics(state.params, state, state)
+
+
+@pytest.mark.parametrize(("step", "reached"), [(8, 75.0), (4, 65.6)])
+def test_the_last_checkpoint_of_a_run_says_what_was_reached(step, reached, caplog):
+    caplog.set_level("INFO", logger="absl")
+    planned = plan.Plan(total_steps=8)
+    optimizer = jaxpruner_t5x.SparseOptimizer(factored(), updater(), planned)
+    state = train(optimizer, steps=step)
+    state.state_dict()
+    assert ("Sparsity at step 8, the last: asked 75.0 %, reached 75.0 %." in caplog.text) == (step == 8)
+    caplog.clear()
+    metrics.log_reached(optimizer.updater, state.params, state._optimizer.state)
+    assert f"at step {step}, the last: asked 75.0 %, reached {reached} %." in caplog.text
+    assert {record.levelname for record in caplog.records} == {"INFO" if step == 8 else "WARNING"}
+
+
+def test_parameters_that_left_their_masks_are_not_saved():
+    state = train(jaxpruner_t5x.SparseOptimizer(factored(), updater()))
+    with pytest.raises(ValueError, match=r"mlp/wi/kernel: 1536 of the 1536 weights that its mask prunes are not zero"):
+        state.replace_params(params(seed=1)).state_dict()
+
+
+def test_steps_of_sparse_training():
+    assert plan.Plan().sparse_steps(4, 0) is None
+    assert plan.Plan(total_steps=12).sparse_steps(4, 0) == 8  # from a dense checkpoint
+    assert plan.Plan(total_steps=12).sparse_steps(8, 4) == 8  # resumed
+    assert plan.Plan(total_steps=12, relative_steps=5).sparse_steps(8, 4) == 9
+    assert plan.planned() == plan.Plan()  # no script of T5X is configured
+
+
+def test_macros_that_nothing_uses():
+    plan.refuse_misspelled("ALGORITHM = 'rigl'\nUPDATE_STEPS = 3\nf.x = %UPDATE_STEPS\nEVAL_PERIOD = 2\n")
+    with pytest.raises(ValueError, match=r"^SPARSTIY: is bound, and nothing uses it. Is SPARSITY meant"):
+        plan.refuse_misspelled("SPARSTIY = 0.9\nf.x = %SPARSITY\n")
 
 
 def test_a_bad_algorithm():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -71,7 +72,9 @@ def test_the_sparsity_is_exact_in_state_checkpoint_and_logs(sparse):
 def test_a_resumed_run_is_the_run_that_went_through(dense, tmp_path):
     more = cases.ONE_VERSE | {"CHECKPOINT_PERIOD": 4, "ALGORITHM": "rigl"}
     _, whole = cases.finetune(tmp_path / "whole", dense, steps=12, **more)
-    cases.finetune(tmp_path / "parts", dense, steps=8, **more)
+    with pytest.raises(ValueError, match="update_end_step: the last mask update is at step 6, and the training has 4"):
+        cases.finetune(tmp_path / "parts", dense, steps=8, **more)
+    cases.finetune(tmp_path / "parts", dense, steps=8, **more | {"jaxpruner_t5x.SparseOptimizer.plan": None})
     _, resumed = cases.finetune(tmp_path / "parts", dense, steps=12, **more)
     cases.assert_equal(cases.of(resumed), cases.of(whole))
 
@@ -87,21 +90,87 @@ def test_a_sparse_checkpoint_is_continued_to_another_sparsity_but_not_by_another
     more = {"SPARSITY": 0.9, "UPDATE_END_STEP": 10}
     _, state = cases.finetune(tmp_path / "sparser", checkpoint, steps=16, **more)
     assert float(metrics.sparsities(state)["total"]) == pytest.approx(0.9, abs=5e-3)
+    with pytest.raises(ValueError, match=r"algorithm: 'magnitude' in the run of .*, 'magnitude_ste' now, which cannot"):
+        cases.finetune(tmp_path / "other", checkpoint, steps=16, ALGORITHM="magnitude_ste")
+    described = checkpoint.parent / "sparsity.json"
+    told = json.loads(described.read_text())
+    assert (told["algorithm"], told["sparsity"], told["update_end_step"]) == ("magnitude", 0.8, 6)
+    described.rename(tmp_path / "sparsity.json")  # of a checkpoint that was copied, or is from before
     with pytest.raises(ValueError, match="sparse by another algorithm or filter_fn: it lacks state/sparse/inner_st"):
         cases.finetune(tmp_path / "other", checkpoint, steps=16, ALGORITHM="magnitude_ste")
+    (tmp_path / "sparsity.json").rename(described)
 
 
-def test_straight_through_with_packed_masks(dense, tmp_path):
-    more = {"ALGORITHM": "magnitude_ste", "jaxpruner_t5x.create_updater.use_packed_masks": True}
-    _, state = cases.finetune(tmp_path, dense, steps=12, **more)
+def test_what_a_run_that_is_resumed_cannot_go_on_with_is_told(sparse, dense):
+    """The key, both values and the remedy; in MODEL_DIR."""
+    folder = sparse[0].parent
+    packed = {"jaxpruner_t5x.create_updater.use_packed_masks": True}
+    with pytest.raises(ValueError, match=r"^use_packed_masks: False in the run of MODEL_DIR.*, True now.*Set use_p"):
+        cases.finetune(folder, dense, steps=16, **packed)
+    with pytest.raises(ValueError, match=r"of a sparse run, and algorithm='no_prune' is asked for. Go on with"):
+        cases.finetune(folder, dense, steps=16, ALGORITHM="no_prune")
+    with pytest.raises(ValueError, match=r"^algorithm: 'magnitude' in the run of .*without sparse.gin, 'no_prune' now"):
+        cases.finetune(folder, dense, steps=16, sparse=False)
+    assert sorted(folder.glob("checkpoint_*"))[-1].name != "checkpoint_16"
+
+
+def test_a_schedule_that_does_not_fit_in_the_run_is_refused(tmp_path, dense):
+    """Those of sparse.gin in a short run; at its start, without gin's chain of calls."""
+    defaults = {"UPDATE_START_STEP": 25_000, "UPDATE_END_STEP": 75_000, "UPDATE_FREQ": 1000}
+    steps = "the first mask update is at step 25000, and the training has {} steps"
+    with pytest.raises(ValueError, match=steps.format(12)) as told:
+        launch.train([cases.PRETRAIN, cases.SPARSE], cases.bind(**cases.SMALL, MODEL_DIR=str(tmp_path), TRAIN_STEPS=12))
+    assert "\n" not in str(told.value)
+    assert "In call to configurable" not in str(told.value)
+    with pytest.raises(ValueError, match=steps.format(5)):
+        cases.finetune(tmp_path, dense, steps=99, TRAIN_STEPS_RELATIVE=5, **defaults)
+
+
+def test_what_is_misspelled_is_told_in_a_line(tmp_path):
+    def train(**bindings):
+        given = cases.SMALL | {"MODEL_DIR": str(tmp_path), "TRAIN_STEPS": 8} | cases.MASKS | bindings
+        launch.train([cases.PRETRAIN, cases.SPARSE], cases.bind(**given))
+
+    for bindings, match in (
+        ({"ALGORITHM": "magnitud"}, r"^algorithm: 'magnitud' is not known"),
+        ({"ALGORITM": "rigl"}, r"^ALGORITM: is bound, and nothing uses it. Is ALGORITHM meant\?$"),
+        ({"jaxpruner_t5x.create_updater.update_frq": 2}, "update_frq"),
+        (
+            {"jaxpruner_t5x.create_updater.sparsity_type": "nm_2:4"},
+            "sparsity of 0.6.* is asked for, and 2:4 gives 0.5",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match) as told:
+            train(**bindings)
+        assert "\n" not in str(told.value)
+
+
+def test_scanned_layers_straight_through_with_packed_masks(tmp_path):
+    """The scalable T5, from scratch."""
+    network = tmp_path / "scanned.gin"
+    lines = ["from __gin__ import dynamic_registration", "import t5x_cases", "from t5x import models"]
+    network.write_text("\n".join([*lines, "models.EncoderDecoderModel.module = @t5x_cases.scanned()\n"]))
+    given = cases.SMALL | cases.MASKS | {
+        "ALGORITHM": "magnitude_ste", "jaxpruner_t5x.create_updater.use_packed_masks": True, "MODEL_DIR": str(tmp_path),
+        "CHECKPOINT_PERIOD": 4,
+    }  # fmt: skip
+
+    def train(steps):
+        return launch.train([cases.PRETRAIN, str(network), cases.SPARSE], cases.bind(**given, TRAIN_STEPS=steps))
+
+    _, state = train(8)
+    wi = np.asarray(state.params["encoder"]["encoder"]["mlp"]["wi"]["kernel"])
+    zeros = (wi == 0).sum(axis=(0, 2))
+    assert wi.shape == (16, 2, 32)
+    assert zeros[0] == zeros[1] > 0.7 * 16 * 32
     assert float(metrics.sparsities(state)["total"]) == pytest.approx(0.8, abs=5e-3)
-    saved = cases.saved(tmp_path / "checkpoint_12")
-    assert saved["state/sparse/masks/decoder/logits_dense/kernel"].dtype == np.uint8
+    saved = cases.saved(tmp_path / "checkpoint_8")
+    assert saved["state/sparse/masks/encoder/encoder/mlp/wi/kernel"].dtype == np.uint8
     hidden = saved["state/sparse/inner_state/weights/decoder/logits_dense/kernel"]
     assert (hidden != 0).all()
     cases.assert_equal(saved, cases.of(state))
     # It goes on from its hidden weights.
-    _, resumed = cases.finetune(tmp_path, dense, steps=14, **more)
+    _, resumed = train(12)
     assert resumed._optimizer.state.sparse.count.dtype == np.int32
     assert float(metrics.sparsities(resumed)["total"]) == pytest.approx(0.8, abs=5e-3)
 
@@ -117,7 +186,7 @@ def test_stock_evaluation_and_export(sparse, tmp_path):
         bindings = cases.SMALL | {
             "CHECKPOINT_PATH": str(path), "EVAL_OUTPUT_DIR": str(tmp_path / f"eval{number}"), "DROPOUT_RATE": 0.0,
             "MIXTURE_OR_TASK_NAME": "kjv_to_web", "seqio.Evaluator.num_examples": 4,
-            "network.T5Config.dtype": "float32",
+            f"{cases.T5}.dtype": "float32",
         }  # fmt: skip
         for name in ("EVAL_PERIOD", "BATCH_SIZE", "train/utils.DatasetConfig.shuffle"):
             del bindings[name]
@@ -139,7 +208,7 @@ def test_stock_inference_reads_sparse_checkpoints(sparse, tmp_path):
         bindings = cases.MODEL | {
             "CHECKPOINT_PATH": str(path), "INFER_OUTPUT_DIR": str(tmp_path / f"out{number}"), "DROPOUT_RATE": 0.0,
             "MIXTURE_OR_TASK_NAME": "one_verse", "utils.DatasetConfig.split": "validation",
-            "utils.DatasetConfig.batch_size": 1, "network.T5Config.dtype": "float32",
+            "utils.DatasetConfig.batch_size": 1, f"{cases.T5}.dtype": "float32",
         }  # fmt: skip
         files = ["t5x/examples/t5/t5_1_1/tiny.gin", "t5x/configs/runs/infer.gin", "jaxpruner_t5x/configs/bible.gin"]
         launch.infer(files, cases.bind(**bindings))
@@ -171,7 +240,7 @@ def test_a_decoder_only_model(tmp_path):
 def test_export_of_what_is_no_sparse_checkpoint(dense, sparse, tmp_path):
     with pytest.raises(ValueError, match="has no state/sparse, the masks"):
         export.export(str(dense), str(tmp_path))
-    with pytest.raises(ValueError, match="is no checkpoint of T5X"):
+    with pytest.raises(ValueError, match="is no checkpoint of T5X; give a folder such as"):
         export.export(str(tmp_path), str(tmp_path / "out"))
     (tmp_path / "checkpoint_12").mkdir()
     with pytest.raises(ValueError, match="is there already"):
@@ -187,7 +256,14 @@ def test_a_checkpoint_in_the_format_of_the_public_ones(tmp_path):
     _, dense = launch.train([cases.PRETRAIN, str(legacy)], cases.bind(**bindings))
     checkpoint = tmp_path / f"checkpoint_{cases.DENSE_STEPS}"
     assert (checkpoint / "checkpoint").exists()
-    _, state = cases.finetune(tmp_path / "sparse", checkpoint, steps=cases.DENSE_STEPS)
+    given = {
+        "MODEL_DIR": str(tmp_path / "sparse"), "INITIAL_CHECKPOINT_PATH": str(checkpoint),
+        "TRAIN_STEPS": cases.DENSE_STEPS, "CHECKPOINT_PERIOD": 4,  # no step is left to train
+    }  # fmt: skip
+    bindings = cases.bind(**cases.SMALL | cases.MASKS | given)
+    _, state = launch.train([cases.FINETUNE, cases.SPARSE, str(legacy)], bindings)
+    plain = export.export(str(tmp_path / "sparse" / checkpoint.name), str(tmp_path / "plain"))
+    cases.assert_equal(cases.saved(plain), cases.of(dense))
     found = {name: leaf for name, leaf in cases.of(state).items() if not name.startswith("state/sparse/")}
     cases.assert_equal(found, cases.of(dense))
 
@@ -213,11 +289,16 @@ def test_the_papers_configuration(size):
 
 def test_a_checkpoint_of_another_model_is_refused(dense, tmp_path):
     with pytest.raises(ValueError, match=r"the checkpoint lacks \d+ parameters of this model, such as target/"):
-        cases.finetune(tmp_path, dense, steps=12, **{"network.T5Config.num_decoder_layers": 2})
+        cases.finetune(tmp_path, dense, steps=12, **{f"{cases.T5}.num_decoder_layers": 2})
+
+
+def test_a_checkpoint_of_another_width_is_refused(dense, tmp_path):
+    with pytest.raises(ValueError, match=r"^target/.*: is \[.*16.*\] in the checkpoint and \[.*24.*\] in the model."):
+        cases.finetune(tmp_path, dense, steps=12, **{f"{cases.T5}.emb_dim": 24})
 
 
 def test_a_dense_run_is_not_continued_sparse_in_its_own_folder(dense, tmp_path):
-    with pytest.raises(ValueError, match="latest checkpoint is of a dense run"):
+    with pytest.raises(ValueError, match=r"is of a dense run, and algorithm='magnitude' is asked for. Use a new MODEL"):
         cases.finetune(dense.parent, dense, steps=12)
 
 
@@ -265,6 +346,8 @@ def test_verses_and_their_splits():
     assert not any("`" in text for text in texts["train"])
 
 
-def test_the_vocabulary_is_the_same_each_time(tmp_path):
-    first, second = (pathlib.Path(bible.vocabulary_file(500, str(tmp_path / name))).read_bytes() for name in ("a", "b"))
+def test_the_vocabulary_is_the_same_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(bible, "chapters", lambda split: ["In the beginning God created the heaven and the earth."] * 9)
+    monkeypatch.setattr(bible, "pairs", lambda split: [("And God said, Let there be light", "God said, light")])
+    first, second = (pathlib.Path(bible.vocabulary_file(40, str(tmp_path / name))).read_bytes() for name in ("a", "b"))
     assert first == second
