@@ -7,7 +7,7 @@ enforced -> count + 1. `begin_step` and `end_step` are what comes before and aft
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -283,9 +283,27 @@ def _is_packed(mask: Any, param: Any) -> bool:
 
 
 def find_states(opt_state: Any) -> list[SparseState]:
-    """All `SparseState`s inside an optimizer state, however it is wrapped."""
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparseState))
-    return [node for node in leaves if isinstance(node, SparseState)]
+    """All `SparseState`s inside an optimizer state, however it is wrapped.
+
+    Also those that checkpoints and `flax.nnx.state` make of them, mappings of their fields.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_state)
+    return [_as_state(node) for node in leaves if _is_state(node)]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, SparseState) or (
+        isinstance(node, Mapping) and {"masks", "target_sparsities", "count"} <= set(node)
+    )
+
+
+def _as_state(node: Any) -> SparseState:
+    if isinstance(node, SparseState):
+        return node
+    inner_state = node.get("inner_state")
+    if isinstance(inner_state, Mapping) and "weights" in inner_state:
+        inner_state = StraightThroughState(inner_state["weights"], inner_state.get("inner_state"))
+    return SparseState(node["masks"], inner_state, node["target_sparsities"], node["count"])
 
 
 def find_state(opt_state: Any) -> SparseState:
