@@ -285,6 +285,7 @@ class BaseUpdater:
             return mask_storage.decode_tree(self.storage, state.masks, params)
         # Of an optimizer that boxes what it keeps, such as that of flax.nnx, or only a part is pruned.
         masks = dict(trees.named_leaves(state.masks))
+        fit.check_paths(masks, params)
         placed = trees.map_named(lambda path, _: masks.get(path), params)
         return mask_storage.decode_tree(self.storage, placed, params)
 

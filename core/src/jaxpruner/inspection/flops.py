@@ -55,7 +55,7 @@ def summarize_flops(
     Raises:
       ValueError: if the forward pass multiplies with none of the parameters.
     """
-    named = trees.named_leaves(params)
+    named = trees.named_leaves(trees.numbers_only(params))
     sizes = [math.prod(jnp.shape(leaf)) for _, leaf in named]
     nonzero = [int(np.count_nonzero(np.asarray(leaf))) for _, leaf in named]
     counts: _Counts = collections.Counter()
@@ -157,7 +157,7 @@ def shifted_parameters(fn: Callable[..., Any], params: Any, *args: Any) -> tuple
     Returns:
       Their slash paths, in the order of the parameters.
     """
-    named = trees.named_leaves(params)
+    named = trees.named_leaves(trees.numbers_only(params))
     found: set[int] = set()
 
     def tell(product: jaxprs.Product) -> None:
@@ -171,7 +171,14 @@ def shifted_parameters(fn: Callable[..., Any], params: Any, *args: Any) -> tuple
 def _walk(
     fn: Callable[..., Any], params: Any, args: Sequence[Any], sizes: Sequence[int], tell: Any, **more: Any
 ) -> None:
-    jaxpr = jax.make_jaxpr(fn)(params, *args).jaxpr
+    # What is no number, such as the functions in a module of Equinox, is not traced.
+    leaves, treedef = jax.tree.flatten(params)
+    traced = [i for i, leaf in enumerate(leaves) if trees.is_number(leaf)]
+
+    def of_numbers(given, *args):
+        return fn(treedef.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)]), *args)
+
+    jaxpr = jax.make_jaxpr(of_numbers)({i: leaves[i] for i in traced}, *args).jaxpr
     parameters = [jaxprs.Value((i,)) for i in range(len(sizes))]
     jaxprs.walk(jaxpr, parameters + [jaxprs.DATA] * (len(jaxpr.invars) - len(sizes)), sizes, tell, **more)
 

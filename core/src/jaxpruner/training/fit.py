@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -102,3 +103,13 @@ def given_masks(masks: Any, params: Any, targets: Any) -> Any:
 def nonzero(param: Any) -> Any:
     """What is not zero; all of a leaf that is zero throughout, which starts at zero and is not pruned."""
     return (param != 0) | ~jnp.any(param != 0)
+
+
+def check_paths(masks: Collection[trees.KeyPath], params: Any) -> None:
+    """Raises a ValueError for a mask of a leaf that the parameters lack, such as those of `{"params": ...}`."""
+    paths = {path for path, _ in trees.named_leaves(params)}
+    if strange := [path for path in masks if path not in paths]:
+        raise ValueError(
+            f"params: the state masks {trees.leaf_name(strange[0])}, which is no path of these parameters "
+            f"({', '.join(sorted(map(trees.leaf_name, paths))[:3])}, ...); give those that the optimizer trains."
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -28,12 +27,16 @@ def reset_moments(inner: optax.GradientTransformation, inner_state: Any, params:
     """
     grown = {trees.leaf_name(path): mask for path, mask in trees.named_leaves(regrown)}
 
-    def reset(old, fresh, owner):
-        mask = None if trees.is_unpruned(old) else grown.get(owner)
-        return old if mask is None or jnp.shape(old) != mask.shape else jnp.where(mask, fresh, old)
+    # By path: some states, such as that of `optax.monitor`, get further leaves in their first step.
+    fresh = dict(trees.named_leaves(inner.init(params)))
 
-    owners = _statistics_owners(inner, inner_state, params)
-    return jax.tree.map(reset, inner_state, inner.init(params), owners, is_leaf=trees.is_unpruned)
+    def reset(path, old, owner):
+        mask = None if trees.is_unpruned(old) else grown.get(owner)
+        if mask is None or jnp.shape(old) != mask.shape or path not in fresh:
+            return old
+        return jnp.where(mask, fresh[path], old)
+
+    return trees.map_named(reset, inner_state, _statistics_owners(inner, inner_state, params))
 
 
 def _statistics_owners(inner: optax.GradientTransformation, inner_state: Any, params: Any) -> Any:

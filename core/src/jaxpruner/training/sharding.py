@@ -49,6 +49,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: An
       True
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
+    params = trees.numbers_only(params)
     placed = _placed(params, shardings)
     # Without shardings of their own: `init` is traced for its shapes, on no mesh.
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
