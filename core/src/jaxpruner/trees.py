@@ -46,6 +46,20 @@ def _entry_name(entry: Any) -> str:
     return str(entry)
 
 
+def unboxed(tree: Any) -> Any:
+    """The tree with arrays in place of the variables that flax.nnx boxes them in."""
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_boxed(node) else node, tree, is_leaf=is_boxed)
+
+
+def is_boxed(node: Any) -> bool:
+    """Whether this is a variable of flax.nnx, or alike: a node with one array as its value."""
+    children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
+    if len(children) != 1 or len(children[0][0]) != 1 or not jax.tree.leaves(node):
+        return False
+    (entry,) = children[0][0]
+    return _is_attribute(entry) and entry.name in _VARIABLE_FIELDS
+
+
 def leaf_name(path: KeyPath) -> str:
     """`("a", "b")` -> `a/b`; a bare array has no path and is called `params`."""
     return "/".join(path) or "params"

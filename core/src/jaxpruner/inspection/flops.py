@@ -83,7 +83,7 @@ def summarize_flops(
         "_inference_flops_nnz": other + sum(density[key] * flops for key, flops in counts.items()),
     }
     if steps:
-        level, is_dense = _course(updater, params, steps)
+        level, is_dense = _course(updater, trees.numbers_only(params), steps)
         # Of three passes, forward, to the activations and to the weights, zeros make two cheaper, or all.
         saved = float(np.mean(level * np.where(is_dense, 2, 3)))
         cost = sum((3 - (1 - density[key]) * saved) * flops for key, flops in counts.items())

@@ -288,7 +288,8 @@ def find_states(opt_state: Any) -> list[SparseState]:
     Also those that checkpoints and `flax.nnx.state` make of them, mappings of their fields.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=_is_state)
-    return [_as_state(node) for node in leaves if _is_state(node)]
+    states = [_as_state(node) for node in leaves if _is_state(node)]
+    return [trees.unboxed(state) if trees.is_boxed(state.count) else state for state in states]
 
 
 def _is_state(node: Any) -> bool:
