@@ -245,69 +245,25 @@ OTHERWISE = {"lookahead"}
 # Old names that optax tells not to use any more.
 DEPRECATED = {"inject_stateful_hyperparams", "optimistic_adam"}
 
-NO_TRANSFORMATIONS = set(
-    [
-        "apply_updates",
-        "bias_correction",
-        "global_norm",
-        "incremental_update",
-        "init_empty_state",
-        "matrix_inverse_pth_root",
-        "microbatch",
-        "multi_normal",
-        "nnls",
-        "per_example_global_norm_clip",
-        "per_example_layer_norm_clip",
-        "periodic_update",
-        "power_iteration",
-        "safe_increment",
-        "safe_int32_increment",
-        "safe_norm",
-        "safe_root_mean_squares",
-        "scale_gradient",
-        "skip_large_updates",
-        "skip_not_finite",
-        "tree_map_params",
-        "update_infinity_moment",
-        "update_moment",
-        "update_moment_per_elem_norm",
-        "value_and_grad_from_state",
-        "contrib.schedule_free_eval_params",
-        "constant_schedule",
-        "cosine_decay_schedule",
-        "cosine_onecycle_schedule",
-        "exponential_decay",
-        "join_schedules",
-        "linear_onecycle_schedule",
-        "linear_schedule",
-        "piecewise_constant_schedule",
-        "piecewise_interpolate_schedule",
-        "polynomial_schedule",
-        "sgdr_schedule",
-        "warmup_constant_schedule",
-        "warmup_cosine_decay_schedule",
-        "warmup_exponential_decay_schedule",
-        "convex_kl_divergence",
-        "cosine_distance",
-        "cosine_similarity",
-        "ctc_loss",
-        "ctc_loss_with_forward_probs",
-        "generalized_kl_divergence",
-        "hinge_loss",
-        "huber_loss",
-        "kl_divergence",
-        "l2_loss",
-        "log_cosh",
-        "ntxent",
-        "safe_softmax_cross_entropy",
-        "sigmoid_binary_cross_entropy",
-        "sigmoid_focal_loss",
-        "smooth_labels",
-        "softmax_cross_entropy",
-        "softmax_cross_entropy_with_integer_labels",
-        "squared_error",
-    ]
-)
+# Functions on arrays and trees, schedules, losses.
+_NO_TRANSFORMATIONS = """
+    apply_updates bias_correction global_norm incremental_update init_empty_state matrix_inverse_pth_root
+    microbatch multi_normal nnls per_example_global_norm_clip per_example_layer_norm_clip periodic_update
+    power_iteration safe_increment safe_int32_increment safe_norm safe_root_mean_squares scale_gradient
+    skip_large_updates skip_not_finite tree_map_params update_infinity_moment update_moment
+    update_moment_per_elem_norm value_and_grad_from_state contrib.schedule_free_eval_params
+
+    constant_schedule cosine_decay_schedule cosine_onecycle_schedule exponential_decay join_schedules
+    linear_onecycle_schedule linear_schedule piecewise_constant_schedule piecewise_interpolate_schedule
+    polynomial_schedule sgdr_schedule warmup_constant_schedule warmup_cosine_decay_schedule
+    warmup_exponential_decay_schedule
+
+    convex_kl_divergence cosine_distance cosine_similarity ctc_loss ctc_loss_with_forward_probs
+    generalized_kl_divergence hinge_loss huber_loss kl_divergence l2_loss log_cosh ntxent
+    safe_softmax_cross_entropy sigmoid_binary_cross_entropy sigmoid_focal_loss smooth_labels
+    softmax_cross_entropy softmax_cross_entropy_with_integer_labels squared_error
+"""
+NO_TRANSFORMATIONS = frozenset(_NO_TRANSFORMATIONS.strip().split())
 
 
 class Run(NamedTuple):
