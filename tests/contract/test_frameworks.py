@@ -179,13 +179,13 @@ def masked_leaves(masks: Any) -> list[Any]:
     return jax.tree.leaves(masks)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
 def test_what_takes_parameters_and_a_state(framework, algorithm):
     run, algorithm = trained(framework, algorithm), updater(algorithm)
     for name, params in run.params.items():
         summary = jaxpruner.summarize_sparsity(params)
         kept = [summary[kernel] for kernel in run.kernels]
-        assert kept == [SPARSITY] * 2 or (algorithm.regrows and min(kept) >= SPARSITY), name
+        assert kept == [SPARSITY] * 2, name
         for state in run.states.values():
             jaxpruner.check_sparse(params, state, algorithm)
             masks = algorithm.current_masks(state, params)

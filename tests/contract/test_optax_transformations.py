@@ -40,6 +40,10 @@ def halve(updates: Any, params: Any = None) -> Any:
     return jax.tree.map(lambda u: u / 2, updates)
 
 
+def of_matrices(params: Any) -> Any:
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(), params)
+
+
 # As the inner optimizer: weights lie exactly on the masks, kept ones go where the inner optimizer takes them.
 INSIDE: dict[str, Callable[[], Any]] = {
     "MultiSteps": lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
@@ -161,7 +165,8 @@ INSIDE: dict[str, Callable[[], Any]] = {
     "contrib.scale_by_galore": lambda: scaled(contrib.scale_by_galore(rank=2)),
     "contrib.scale_by_madgrad": lambda: contrib.scale_by_madgrad(0.1),
     "contrib.scale_by_muon": lambda: optax.multi_transform(
-        {"muon": scaled(contrib.scale_by_muon()), "sgd": optax.sgd(0.1)}, {"w": "muon", "b": "sgd"}
+        {"muon": scaled(contrib.scale_by_muon(weight_dimension_numbers=of_matrices)), "sgd": optax.sgd(0.1)},
+        {"w": "muon", "b": "sgd"},
     ),
     "contrib.scale_by_simplified_ademamix": lambda: scaled(contrib.scale_by_simplified_ademamix()),
     "contrib.schedule_free": lambda: contrib.schedule_free(optax.sgd(0.1), 0.1),
