@@ -255,6 +255,7 @@ def test_topk_fn_is_callable(updater):
     np.testing.assert_array_equal(updater.topk_fn(scores, 0.5), scores >= 8)
     updater.sparsity_type = jaxpruner.sparsity_types.NByM(1, 4)
     np.testing.assert_array_equal(updater.topk_fn(scores, 0.75), jnp.arange(16).reshape(4, 4) % 4 == 3)
+    assert dataclasses.replace(updater) == updater
     own = jaxpruner.MagnitudePruning(topk_fn=lambda scores, sparsity: scores > 12, sparsity_distribution_fn=UNIFORM)
     assert int(own.instant_sparsify({"w": scores})[1]["w"].sum()) == 3
 

@@ -93,7 +93,9 @@ class _TopK:
         return vars(updater)["topk_fn"] or functools.partial(_structured_topk, updater)
 
     def __set__(self, updater: BaseUpdater, value: Any) -> None:
-        vars(updater)["topk_fn"] = value
+        # `dataclasses.replace` hands back what it read.
+        is_derived = isinstance(value, functools.partial) and value.func is _structured_topk
+        vars(updater)["topk_fn"] = None if is_derived else value
 
 
 def _structured_topk(updater: BaseUpdater, scores: Any, sparsity: Any) -> Any:

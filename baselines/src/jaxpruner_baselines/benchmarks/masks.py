@@ -202,7 +202,10 @@ def mask_bytes(sizes: Sizes) -> Events:
         for method in all_methods():
             if method != DENSE:
                 yield f"{name} masks, {method}"
-                tx = jaxpruner.sparsify(optax.sgd(0.1), algorithm=method, sparsity=SPARSITY, use_packed_masks=packed)
+                tx = jaxpruner.sparsify(
+                    optax.sgd(0.1), algorithm=method, sparsity=SPARSITY, use_packed_masks=packed,
+                    update_start_step=1, update_end_step=100, update_freq=10,
+                )  # fmt: skip
                 masks = jax.tree.leaves(jax.eval_shape(tx.init, params).masks)
                 bits[method] = 8 * sum(mask.size * mask.dtype.itemsize for mask in masks) / weights
         config: Mapping = {"shape": sizes.groups, "bits": bits}
