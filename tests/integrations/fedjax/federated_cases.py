@@ -84,6 +84,8 @@ def config(algorithm: str, packed: bool = False, **more: Any) -> dict[str, Any]:
     """80 % of the large kernel (of both, for those that distribute by themselves) in three rounds."""
     if algorithm not in (*GLOBAL, "no_prune"):
         more.setdefault("filter_fn", is_large)
+    if algorithm in ("rigl", "set"):
+        more.setdefault("update_freq", 2)  # they train in the other rounds only
     return {
         "algorithm": algorithm,
         "sparsity": 0.8,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from federated_cases import ALGORITHMS, fedjax
+from federated_cases import fedjax
 
 import jaxpruner
 import jaxpruner_fedjax
@@ -83,10 +83,13 @@ def other_algorithms():
     )
 
 
-# Dense and packed in turn: both with every algorithm are tested above.
+# One of each kind, dense and packed in turn: every algorithm with both is tested above.
+KINDS = ("no_prune", "magnitude", "global_saliency", "static_sparse", "rigl", "magnitude_ste")
+
+
 @pytest.mark.parametrize(
     ("algorithm", "packed"),
-    [pytest.param(name, bool(i % 2), id=f"{name}-{('dense', 'packed')[i % 2]}") for i, name in enumerate(ALGORITHMS)],
+    [pytest.param(name, bool(i % 2), id=f"{name}-{('dense', 'packed')[i % 2]}") for i, name in enumerate(KINDS)],
 )
 def test_fed_prox_and_agnostic_fed_avg(algorithm, packed):
     optimizer = cases.server(algorithm, packed)
@@ -146,7 +149,21 @@ def test_mime_is_refused(name):
     batches = (cases.BATCHES, fedjax.PaddedBatchHParams(batch_size=16))
     with pytest.raises(ValueError, match=rf"{name}: base_optimizer: cannot be sparse.*Use fed_avg, fed_prox or"):
         build(loss, cases.server("magnitude"), *batches, server_learning_rate=1.0)
-    build(loss, fedjax.optimizers.sgd(0.1), *batches, server_learning_rate=1.0)
+    wrapped = build(loss, wrapped_sparse(), *batches, server_learning_rate=1.0)
+    with pytest.raises(ValueError, match=rf"{name}: base_optimizer: cannot be sparse"):
+        wrapped.init(cases.params())
+    dense = build(loss, fedjax.optimizers.sgd(0.1), *batches, server_learning_rate=1.0)
+    state = dense.init(cases.params())
+    with pytest.raises(ValueError, match=rf"{name}: base_optimizer: cannot be sparse"):  # a state of another training
+        dense.apply(state.replace(opt_state=wrapped_sparse().init(cases.params())), cases.clients())
+
+
+@functools.cache
+def wrapped_sparse():
+    """A sparse optimizer that shows it in its state only."""
+    sparse = jaxpruner.sparsify(optax.sgd(0.1), cases.config("magnitude"))
+    inside = optax.inject_hyperparams(lambda rate: optax.chain(optax.scale(rate), sparse))(1.0)
+    return fedjax.optimizers.create_optimizer_from_optax(inside)
 
 
 def test_a_sparse_optimizer_of_clients_is_refused():
@@ -169,6 +186,108 @@ def test_a_sparse_optimizer_of_clients_is_refused():
     for build in builds:
         with pytest.raises(ValueError, match=r"client_optimizer: cannot be sparse.*starts anew in each round"):
             build()
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # of FedJAX's evaluator
+def test_a_sparse_optimizer_of_clients_is_refused_however_it_was_wrapped():
+    sparse, dense = wrapped_sparse(), fedjax.optimizers.sgd(0.1)
+    loss = fedjax.model_per_example_loss(cases.model())
+    algorithms, padded = fedjax.algorithms, fedjax.PaddedBatchHParams(batch_size=16)
+    for name, algorithm in {
+        "federated_averaging": algorithms.fed_avg.federated_averaging(fedjax.grad(loss), sparse, dense, cases.BATCHES),
+        "fed_prox": algorithms.fed_prox.fed_prox(loss, sparse, dense, cases.BATCHES, 0.1),
+        "agnostic_federated_averaging": algorithms.agnostic_fed_avg.agnostic_federated_averaging(
+            loss, sparse, dense, cases.BATCHES, padded, [0.5, 0.5], 0.1
+        ),
+        "hyp_cluster": algorithms.hyp_cluster.hyp_cluster(loss, sparse, dense, padded, cases.BATCHES),
+        "federated_averaging: ": cases.masked(cases.server("magnitude"), sparse),
+    }.items():
+        params = [cases.params()] if name == "hyp_cluster" else cases.params()
+        with pytest.raises(ValueError, match=rf"{name.strip(': ')}: client_optimizer: cannot be sparse"):
+            algorithm.apply(algorithm.init(params), cases.clients())
+    centers = algorithms.hyp_cluster.ModelKMeansInitializer(cases.model(), sparse)
+    with pytest.raises(ValueError, match="ModelKMeansInitializer: client_optimizer: cannot be sparse"):
+        centers.cluster_params(2, jax.random.PRNGKey(0), cases.clients(), cases.BATCHES, padded)
+
+
+def two_label_clients():
+    """Two clients of the labels 0 and 1, two of 2 and 3."""
+    whole = {name: [] for name in ("x", "y")}
+    for _, data in cases.digits(8).clients():
+        for name, values in data.all_examples().items():
+            if name in whole:
+                whole[name].append(values)
+    examples = {name: np.concatenate(values) for name, values in whole.items()}
+    for i, labels in enumerate([(0, 1), (0, 1), (2, 3), (2, 3)]):
+        own = np.flatnonzero(np.isin(examples["y"], labels))[i % 2 :: 2][:10]
+        dataset = fedjax.ClientDataset({name: values[own] for name, values in examples.items()})
+        yield b"%d" % i, dataset, jax.random.PRNGKey(i)
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # of FedJAX's evaluator
+def test_clusters_of_hyp_cluster_are_exactly_sparse():
+    optimizer = cases.server("magnitude")
+    loss, padded = fedjax.model_per_example_loss(cases.model()), fedjax.PaddedBatchHParams(batch_size=16)
+    algorithm = fedjax.algorithms.hyp_cluster.hyp_cluster(
+        loss, fedjax.optimizers.sgd(0.1), optimizer, padded, cases.BATCHES
+    )
+
+    def expecting(labels):
+        bias = np.zeros(10, np.float32)
+        bias[labels] = 5
+        return cases.params() | {"linear_1": cases.params()["linear_1"] | {"b": jnp.asarray(bias)}}
+
+    state = algorithm.init([expecting([0, 1]), expecting([2, 3]), expecting([9])])
+    clients = list(two_label_clients())
+    for _ in range(cases.ROUNDS):
+        state, told = algorithm.apply(state, clients)
+        assert [int(one["cluster_id"]) for one in told.values()] == [0, 0, 1, 1]
+    kernels = [np.asarray(params["linear"]["w"]) for params in state.cluster_params]
+    masks = [masks["linear"]["w"] for masks in optimizer.masks(state)]
+    assert [int(np.count_nonzero(kernel)) for kernel in kernels[:2]] == [941, 941]
+    for kernel, mask in zip(kernels[:2], masks[:2], strict=True):
+        np.testing.assert_array_equal(kernel != 0, mask)
+    assert not np.array_equal(*masks[:2])
+    # A cluster without clients takes no step, and its schedule waits.
+    assert [int(jaxpruner_fedjax.server.find_state(one).count) for one in state.opt_states] == [3, 3, 0]
+    np.testing.assert_array_equal(kernels[2], cases.params()["linear"]["w"])
+
+
+def test_rounds_of_mask_updates_lose_the_clients_work_and_it_is_told(caplog):
+    params = {"w": jnp.arange(1.0, 41.0).reshape(8, 5)}
+    settings = {"algorithm": "rigl", "sparsity": 0.5, "update_start_step": 0, "update_end_step": 4}
+
+    def moved(**more):
+        optimizer = jaxpruner_fedjax.server_optimizer(optax.sgd(0.1), **settings, **more)
+        opt_state, now, steps = optimizer.init(params), params, []
+        for _ in range(6):
+            before, (opt_state, now) = now, optimizer.apply(params, opt_state, now)
+            kept = (np.asarray(before["w"]) != 0) & (np.asarray(now["w"]) != 0)
+            steps.append(bool((np.asarray(before["w"] != now["w"]) & kept).any()))
+        return steps
+
+    assert moved(update_freq=2) == [False, True, False, True, False, True]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "one of 2 rounds" in told
+    assert "what the clients trained in it is dropped" in told
+    caplog.clear()
+    assert moved(update_freq=2, skip_gradients=False) == [True] * 6
+    assert not caplog.records
+
+
+def test_saliency_keeps_zeros_where_nothing_else_has_a_score():
+    """Weights that no client's data reached score 0, as pruned ones do: masks hold 80 %, values more."""
+    params = {"w": jnp.ones((2, 10))}
+    first = jnp.zeros(20).at[16:].set(1.0).reshape(2, 10)
+    optimizer = jaxpruner_fedjax.server_optimizer(
+        optax.sgd(0.1), algorithm="saliency", sparsity=0.8, update_start_step=0, update_end_step=1
+    )
+    opt_state, params = optimizer.apply({"w": first}, optimizer.init(params), params)
+    assert np.flatnonzero(params["w"]).tolist() == [16, 17, 18, 19]
+    opt_state, params = optimizer.apply({"w": first.at[1, 7:].set(0.0)}, opt_state, params)
+    mask = optimizer.updater.current_masks(jaxpruner_fedjax.server.find_state(opt_state), params)["w"]
+    assert int(mask.sum()) == 4
+    assert np.flatnonzero(params["w"]).tolist() == [16]
 
 
 @pytest.mark.parametrize(

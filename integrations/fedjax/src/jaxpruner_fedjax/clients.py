@@ -22,7 +22,7 @@ import jaxpruner
 from jaxpruner import selection, trees
 from jaxpruner.selection import counts
 from jaxpruner_fedjax.communication import ClientUpdates, leaf_traffic
-from jaxpruner_fedjax.server import SparseOptimizer, refuse_sparse_client
+from jaxpruner_fedjax.server import SparseOptimizer, dense_client
 
 
 def federated_averaging(
@@ -53,7 +53,7 @@ def federated_averaging(
     Raises:
       ValueError: for optimizers and algorithms that cannot be combined so.
     """
-    refuse_sparse_client(client_optimizer, "federated_averaging")
+    client_optimizer = dense_client(client_optimizer, "federated_averaging")
     check_combination(server_optimizer, updates)
     train = create_train_for_each_client(grad_fn, client_optimizer)
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import fedjax
+import jax
 import optax
+from absl import logging
 
 import jaxpruner
 from jaxpruner.training.projection import SparseState, find_state
@@ -32,7 +34,13 @@ class SparseOptimizer(fedjax.optimizers.Optimizer):
         return find_state(server_state.opt_state)
 
     def masks(self, server_state: Any) -> Any:
-        """The boolean masks of a server state, shaped like its parameters; None where not pruned."""
+        """The boolean masks of a server state, shaped like its parameters; None where not pruned.
+
+        Of `hyp_cluster`, whose state has parameters for each cluster: a list of them.
+        """
+        if hasattr(server_state, "cluster_params"):
+            clusters = zip(server_state.opt_states, server_state.cluster_params, strict=True)
+            return [self.updater.current_masks(find_state(opt_state), params) for opt_state, params in clusters]
         return self.updater.current_masks(self.sparse_state(server_state), server_state.params)
 
 
@@ -68,7 +76,31 @@ def server_optimizer(
     elif hasattr(updater, "items") and not config:
         updater = jaxpruner.create_updater_from_config(updater)
     stock = fedjax.optimizers.create_optimizer_from_optax(jaxpruner.sparsify(inner, updater, **config))
+    if (period := _dropping_period(updater)) is not None:
+        logging.warning(
+            "server_optimizer: one of %d rounds between the first and the last mask update is lost. %s",
+            period,
+            why_rounds_are_lost(updater),
+        )
     return SparseOptimizer(stock.init, stock.apply, updater=updater)
+
+
+# The period of mask updates in the paper's federated experiment; rounds lost less often need no warning.
+_USUAL_PERIOD = 10
+
+
+def _dropping_period(updater: jaxpruner.BaseUpdater) -> int | None:
+    """How often a round is lost, where that is oftener than usual."""
+    period = getattr(updater.scheduler, "update_freq", None)
+    return period if updater.skip_gradients and period is not None and period < _USUAL_PERIOD else None
+
+
+def why_rounds_are_lost(updater: jaxpruner.BaseUpdater) -> str:
+    """What happens in the rounds of mask updates of a method that skips gradients, and what to do."""
+    return (
+        f"{type(updater).__name__} takes no server step in a round of mask updates, so what the clients trained in it "
+        "is dropped. Update masks less often (update_freq), or give skip_gradients=False, which takes the step too."
+    )
 
 
 _NO_SERVER_STEP = (
@@ -89,6 +121,7 @@ _REFUSED = (
     ("fed_prox", "fed_prox", "client_optimizer", _STARTS_ANEW),
     ("agnostic_fed_avg", "agnostic_federated_averaging", "client_optimizer", _STARTS_ANEW),
     ("hyp_cluster", "hyp_cluster", "client_optimizer", _STARTS_ANEW),
+    ("hyp_cluster", "ModelKMeansInitializer.__init__", "client_optimizer", _STARTS_ANEW),
 )
 
 
@@ -97,32 +130,61 @@ def guard() -> None:
 
     They are the stock functions in all else. Importing `jaxpruner_fedjax` does it.
     """
-    for module_name, name, argument, reason in _REFUSED:
-        module = sys.modules.get(f"fedjax.algorithms.{module_name}")
-        build = getattr(module, name, None)
+    for module_name, path, argument, reason in _REFUSED:
+        *classes, name = path.split(".")
+        owner = sys.modules.get(f"fedjax.algorithms.{module_name}")
+        for class_name in classes:
+            owner = getattr(owner, class_name, None)
+        build = getattr(owner, name, None)
         if build is not None and not hasattr(build, "_refuses_sparse"):
-            setattr(module, name, _refusing(build, argument, reason))
+            where = f"{path.removesuffix('.__init__')}: {argument}"
+            setattr(owner, name, _refusing(build, argument, where, reason))
 
 
-def refuse_sparse(optimizer: Any, where: str, reason: str) -> None:
-    """Raises a ValueError if an optimizer is a sparse one."""
+def dense_client(optimizer: Any, algorithm: str) -> fedjax.optimizers.Optimizer:
+    """The optimizer of the clients of an algorithm, which may not be a sparse one (`dense_only`)."""
+    return dense_only(optimizer, f"{algorithm}: client_optimizer", _STARTS_ANEW)
+
+
+def dense_only(optimizer: Any, where: str, reason: str) -> fedjax.optimizers.Optimizer:
+    """The optimizer, with a ValueError as soon as it is, or turns out to be, a sparse one.
+
+    What an optimizer is shows in its state, however it was made and whatever it was wrapped in
+    (`fedjax.optimizers.create_optimizer_from_optax(jaxpruner.sparsify(...))`): a sparse one keeps masks there. Clients
+    make their states where JAX traces them, before anything is trained.
+    """
+    refusal = f"{where}: cannot be sparse, because {reason}"
     if isinstance(optimizer, SparseOptimizer):
-        raise ValueError(f"{where}: cannot be sparse, because {reason}")
+        raise ValueError(refusal)
+
+    def init(params: Any) -> Any:
+        return checked(optimizer.init(params))
+
+    def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        return optimizer.apply(grads, checked(opt_state), params)
+
+    def checked(opt_state: Any) -> Any:
+        if holds_masks(opt_state):
+            raise ValueError(refusal)
+        return opt_state
+
+    return fedjax.optimizers.Optimizer(init, apply)
 
 
-def refuse_sparse_client(optimizer: Any, algorithm: str) -> None:
-    """Raises a ValueError if the optimizer of the clients is a sparse one."""
-    refuse_sparse(optimizer, f"{algorithm}: client_optimizer", _STARTS_ANEW)
+def holds_masks(opt_state: Any) -> bool:
+    """Whether a sparse state is anywhere in an optimizer's state."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparseState))
+    return any(isinstance(node, SparseState) for node in nodes)
 
 
-def _refusing(build: Callable, argument: str, reason: str) -> Callable:
+def _refusing(build: Callable, argument: str, where: str, reason: str) -> Callable:
     signature = inspect.signature(build)
 
     @functools.wraps(build)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        refuse_sparse(given.get(argument), f"{build.__name__}: {argument}", reason)
-        return build(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        given.arguments[argument] = dense_only(given.arguments[argument], where, reason)
+        return build(*given.args, **given.kwargs)
 
     checked._refuses_sparse = True
     return checked
