@@ -16,20 +16,24 @@ import time
 import federated_cases as cases
 import jax
 import numpy as np
+import optax
 import pytest
 from federated_cases import fedjax
 from tensorboardX.proto.event_pb2 import Event
 
 import jaxpruner_fedjax
-from jaxpruner_fedjax.experiment import Config, build, run
+from jaxpruner_fedjax.experiment import Config, build, reached, run
 from jaxpruner_fedjax.sampling import PARAMS, branch_key
+from jaxpruner_fedjax.settings import check
 from jaxpruner_fedjax.tasks import EMNIST_FILES, EMNIST_URL, load_task
+from jaxpruner_fedjax.train import SparsitiesParser
 
 SETTINGS = {
     "task": "federated_cases:task", "num_rounds": 24, "num_clients_per_round": 3, "batch_size": 16,
     "algorithm": "magnitude", "use_packed_masks": True,
     "update_start_round": 2, "update_end_round": 16, "update_freq": 2,
     "checkpoint_frequency": 4, "eval_frequency": 4, "masked_clients": True, "top_k": 0.2,
+    "exclude": ["linear_1/w"], "custom_sparsity_map": {"*/w": 0.8},
 }  # fmt: skip
 
 
@@ -39,14 +43,20 @@ def config(root: pathlib.Path, **more) -> Config:
 
 def command(root: pathlib.Path, **more) -> list[str]:
     settings = dataclasses.asdict(config(root, **more)).items()
-    flags = [f"--{name}={str(value).lower()}" for name, value in settings if value is not None]
+    flags = [f"--{name}={as_flag(value)}" for name, value in settings if value is not None]
     return [sys.executable, "-m", "jaxpruner_fedjax.train", *flags]
+
+
+def as_flag(value) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{pattern}={sparsity}" for pattern, sparsity in value.items())
+    return ",".join(value) if isinstance(value, list) else str(value).lower()
 
 
 def environment(compiled: pathlib.Path) -> dict[str, str]:
     """Where subprocesses find the task, and what others have compiled."""
     return os.environ | {
-        "PYTHONPATH": str(pathlib.Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -99,6 +109,8 @@ def test_killed_and_resumed_is_the_same_to_the_bit(whole, tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "continues after round" in resumed.stderr
     assert "round 24 of 24: bytes_down" in resumed.stderr
+    last = resumed.stderr.strip().splitlines()[-1]
+    assert last.endswith("done: asked 80 %, reached 80 % of the 4704 weights that may be pruned")
     assert (tmp_path / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
     (name, saved), (other_name, other) = final(tmp_path), final(whole)
     assert name == other_name == "checkpoint_00000024"
@@ -135,12 +147,121 @@ def test_a_finished_training_is_not_repeated_and_may_be_prolonged(whole):
     [
         ({"sparsity": 0.9}, r"written with sparsity=0.8 \(now 0.9\); give the same settings, or another root_dir"),
         ({"seed": 7, "top_k": None}, r"seed=0 \(now 7\), top_k=0.2 \(now None\)"),
+        (
+            {"use_packed_masks": False},
+            r"use_packed_masks=True \(now False\); give the same settings, or another root_dir",
+        ),
+        ({"algorithm": "saliency"}, r"algorithm='magnitude' \(now 'saliency'\)"),
+        ({"algorithm": "no_prune"}, r"algorithm='magnitude' \(now 'no_prune'\)"),
+        ({"custom_sparsity_map": {"*/w": 0.7}}, r"custom_sparsity_map={'\*/w': 0.8} \(now {'\*/w': 0.7}\)"),
         ({"num_rounds": 20}, "num_rounds: 20, but 24 are done"),
     ],
 )
 def test_another_training_is_not_continued(whole, more, message):
     with pytest.raises(ValueError, match=message):
         build(config(whole, **more))
+
+
+def test_a_dense_training_is_not_continued_sparse(tmp_path):
+    few = {"num_rounds": 1, "update_start_round": 0, "update_end_round": 0, "masked_clients": False, "top_k": None}
+    run(build(config(tmp_path, algorithm="no_prune", **few)))
+    with pytest.raises(ValueError, match=r"algorithm='no_prune' \(now 'magnitude'\)"):
+        build(config(tmp_path, **few))
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"config": {}}), pickle.dumps([1])])
+def test_a_checkpoint_that_is_none(content, tmp_path):
+    (tmp_path / "checkpoint_00000004").write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint_00000004: cannot be read as a checkpoint.*give another root_dir"):
+        build(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "message"),
+    [
+        ("num_rounds num_clients_per_round batch_size num_epochs eval_batch_size update_freq", [0, -1, 1.5, "1"],
+         "not a whole number of 1 or more"),
+        ("checkpoint_frequency eval_frequency", [-1, 0.5], "not a whole number of rounds; give 0 for after the last"),
+        ("update_start_round update_end_round", [-1, 2.5], "not a round; they count from 0"),
+        ("seed", [-1, 2**32, 0.5], "not a seed"),
+        ("server_learning_rate server_epsilon client_learning_rate", [-0.1, 0.0, float("nan"), float("inf"), "x"],
+         "not a step size; give a number above 0"),
+        ("server_momentum server_beta1 server_beta2 client_momentum", [-0.1, 1, 1.5, float("nan")], r"not in \[0, 1\)"),
+        ("backend server_optimizer", ["tpu", None], "not known; use one of (jit, debug|adam, yogi)"),
+        ("use_packed_masks masked_clients skip_gradients", ["no", 2], "not true or false"),
+        ("exclude", ["linear/w", [1], [""]], "not a sequence of paths"),
+    ],
+)  # fmt: skip
+def test_values_that_make_no_sense(names, values, message, tmp_path):
+    for name in names.split():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name}: .* is {message}"):
+                check(config(tmp_path, **{name: value}))
+
+
+def test_every_setting_has_a_rule_and_the_largest_seed_works(tmp_path):
+    check(config(tmp_path, seed=2**32 - 1))
+    assert branch_key(2**32 - 1, PARAMS).shape == (2,)
+    assert drawn(2**32 - 1, 0) != drawn(2**31, 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"server_momentum": 0.9}, "server_momentum: 0.9 has no use for server_optimizer='adam'.*use sgd"),
+        ({"server_beta1": 0.5, "server_optimizer": "sgd"}, "server_beta1: 0.5 has no use.*use adam or yogi"),
+        ({"server_epsilon": 0.5, "server_optimizer": "sgd"}, "server_epsilon: .*use adam or yogi or adagrad"),
+    ],
+)
+def test_settings_that_another_server_optimizer_has(more, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        check(config(tmp_path, **more))
+
+
+def targets(root, **more):
+    experiment = build(config(root, masked_clients=False, **more))
+    tree = experiment.server.updater.get_target_sparsities(experiment.state.params)
+    return {name: leaves["w"] for name, leaves in tree.items()}
+
+
+def test_layers_that_a_structure_does_not_fit_are_excluded(tmp_path):
+    structure = {"sparsity_type": "nm_2,5", "sparsity": 0.6, "custom_sparsity_map": None}
+    with pytest.raises(ValueError, match=r"linear/w: axis -1 of \(784, 6\) is not a multiple of m=5; .*with --exclude"):
+        targets(tmp_path, **structure, exclude=None)
+    assert targets(tmp_path, **structure, exclude=["*ear/w"]) == {"linear": None, "linear_1": 0.6}
+
+
+def test_layers_of_a_sparsity_of_their_own(tmp_path):
+    given = {"exclude": None, "custom_sparsity_map": {"*_1/w": 0.5}}
+    assert targets(tmp_path, **given) == {"linear": 0.8, "linear_1": 0.5}
+    assert targets(tmp_path, **given, algorithm="global_magnitude")["linear_1"] == 0.5
+
+
+def test_sparsities_on_the_command_line():
+    parse = SparsitiesParser().parse
+    assert parse("a/*=0.5, b=c/w=0.25") == {"a/*": 0.5, "b=c/w": 0.25}
+    for text, message in {"a": "not of the form", "=1": "not of the form", "a=x": "float", "a=0,a=1": "twice"}.items():
+        with pytest.raises(ValueError, match=message):
+            parse(text)
+
+
+def test_what_was_asked_and_what_was_reached(tmp_path, caplog):
+    caplog.set_level("INFO", "absl")
+    experiment = build(config(tmp_path, num_rounds=17))
+    experiment.rounds = 17  # as if it had ended without a mask update
+    run(experiment)
+    assert caplog.records[-1].levelname == "WARNING"
+    assert caplog.records[-1].getMessage().startswith("done: asked 80 %, reached 0 %")
+    dense = jaxpruner_fedjax.server_optimizer(optax.sgd(0.1), algorithm="no_prune")
+    assert str(reached(dense, experiment.state)) == "done: nothing is pruned"
+
+
+def test_rounds_that_rigl_loses_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO", "absl")
+    experiment = build(config(tmp_path, algorithm="rigl", masked_clients=False, checkpoint_frequency=0))
+    experiment.rounds = 24
+    run(experiment)
+    assert "8 of 24 rounds are lost. RigL takes no server step" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -153,13 +274,23 @@ def test_another_training_is_not_continued(whole, more, message):
         ({"task": "federated_cases:nothing"}, "has no attribute 'nothing'"),
         ({"task": "federated_cases:digits"}, r"returns \(<.*return \(training data, test data, model\)"),
         ({"task": "federated_cases:pair"}, r"returns \(int, int\); return"),
-        ({"seed": -1}, "seed: -1 is negative"),
+        ({"task": ":thing"}, "Empty module name"),
+        ({"task": ".a:thing"}, "the 'package' argument is required"),
+        ({"task": "federated_cases:ROUNDS"}, "is no function"),
         ({"root_dir": __file__}, "root_dir: .*test_training.py is a file"),
+        ({"root_dir": __file__ + "/in/it"}, "root_dir: .*test_training.py is a file"),
+        (
+            {"exclude": ["*/b"]},
+            r"exclude: '\*/b' names no parameter of two or more axes, which are linear/w, linear_1/w",
+        ),
+        ({"exclude": ["*"], "custom_sparsity_map": None}, "exclude: leaves none of the 4 parameters.*exclude fewer"),
+        (
+            {"custom_sparsity_map": {"conv/w": 0.5}},
+            "custom_sparsity_map: 'conv/w' matches no parameter that exclude leaves",
+        ),
+        ({"custom_sparsity_map": {"linear/w": 1.0}}, "custom_sparsity_map: linear/w: sparsity 1.0 is outside"),
         ({"algorithm": "set", "task": "no.such:thing"}, "masked clients cannot be combined with SET"),
-        ({"num_rounds": 0}, "num_rounds: 0 is less than 1"),
         ({"num_clients_per_round": 5}, "5 clients a round cannot be taken from 4"),
-        ({"backend": "tpu"}, "backend: 'tpu' is not known"),
-        ({"server_optimizer": "lion"}, "server_optimizer: 'lion' is not known"),
         ({"algorithm": "rig"}, "algorithm: 'rig' is not known"),
         ({"sparsity": 1.0}, "Default sparsity"),
         ({"update_start_round": 250, "update_end_round": 750}, "update_end_round: 750 is past the last round"),
@@ -167,7 +298,7 @@ def test_another_training_is_not_continued(whole, more, message):
         ({"update_end_round": 7, "update_freq": 4}, "end at round 4"),
         ({"update_start_round": 5, "update_end_round": 7, "update_freq": 4}, "end at round 8"),
         ({"update_end_round": 24}, "update_end_round: 24 is past the last round, which is 23"),
-        ({"update_start_round": 18}, "end_step"),
+        ({"update_start_round": 18}, "update_end_round: 16 comes before update_start_round=18"),
         ({"algorithm": "rigl"}, "masked clients cannot be combined with RigL"),
         ({"top_k": 2.0}, "top_k: 2.0 is outside"),
         ({"sparsity_type": "nm_3,7"}, "not a multiple of m=7"),
@@ -181,7 +312,7 @@ def test_mistakes_are_told_before_anything_starts(more, message, tmp_path):
 
 
 def test_the_command_tells_mistakes_in_one_line(tmp_path):
-    mistaken = command(tmp_path / "root", algorithm="rig")
+    mistaken = command(tmp_path / "root", algorithm="rig", skip_gradients=True)
     done = subprocess.run(mistaken, capture_output=True, text=True, env=environment(tmp_path), check=False)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("train: algorithm: 'rig' is not known")

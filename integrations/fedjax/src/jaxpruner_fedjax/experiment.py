@@ -3,75 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import fedjax
 import jax
-import optax
+import numpy as np
 from absl import logging
 
 import jaxpruner
+from jaxpruner import trees
 from jaxpruner_fedjax.clients import check_combination, federated_averaging
 from jaxpruner_fedjax.communication import ClientUpdates, Ledger
 from jaxpruner_fedjax.recording import Recorder, Saved, load_checkpoint, save_checkpoint
 from jaxpruner_fedjax.sampling import PARAMS, branch_key, sample_clients
-from jaxpruner_fedjax.server import SparseOptimizer, server_optimizer
+from jaxpruner_fedjax.server import SparseOptimizer, server_optimizer, why_rounds_are_lost
+from jaxpruner_fedjax.settings import (
+    Config,
+    check,
+    check_excluded,
+    in_settings,
+    inner_optimizer,
+    sparsity_config,
+)
 from jaxpruner_fedjax.tasks import load_task
 
 MASKS_NEVER_CHANGE = ("no_prune", "preserve", "static_sparse")  # whatever the rounds of updates
-
-
-def option(default: Any, text: str) -> Any:
-    """A field with what `--help` says of it."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The settings of a training; defaults are those of the paper's experiment."""
-
-    task: str | None = option(None, "A task of FedJAX such as EMNIST_CONV, or module:function")
-    cache_dir: str | None = option(None, "Where FedJAX keeps data (default ~/.cache/fedjax)")
-    root_dir: str | None = option(None, "Root directory of experiment outputs")
-    num_rounds: int = option(1000, "Number of federated training rounds")
-    num_clients_per_round: int = option(50, "Clients that take part in a round")
-    checkpoint_frequency: int = option(50, "Checkpoint frequency in rounds; 0: after the last only")
-    eval_frequency: int = option(50, "Evaluation frequency in rounds; 0: after the last only")
-    seed: int = option(0, "Decides parameters, clients, shuffling, dropout and masks")
-    backend: str = option("jit", "How FedJAX goes through the clients: jit, debug or pmap; they differ by rounding")
-    server_optimizer: str = option("adam", "adam, yogi, adagrad or sgd")
-    server_learning_rate: float = option(10**-2.5, "Server step size")
-    server_momentum: float = option(0.0, "Momentum of sgd")
-    server_beta1: float = option(0.9, "Adam and Yogi beta 1")
-    server_beta2: float = option(0.999, "Adam and Yogi beta 2")
-    server_epsilon: float = option(1e-4, "Adam, Yogi and Adagrad epsilon")
-    client_learning_rate: float = option(10**-1.5, "Client step size (sgd)")
-    client_momentum: float = option(0.0, "Client momentum")
-    batch_size: int = option(32, "Batch size of clients")
-    num_epochs: int = option(1, "Epochs of clients in a round")
-    eval_batch_size: int = option(256, "Batch size of the evaluation")
-    algorithm: str = option("magnitude", f"One of {', '.join(jaxpruner.all_algorithm_names())}")
-    sparsity: float = option(0.8, "Final fraction of zeros")
-    dist_type: str = option("uniform", "uniform or erk")
-    sparsity_type: str = option("unstructured", "unstructured, nm_2,4, block_4,4 or channel_-1")
-    update_start_round: int = option(250, "First round of mask updates, from 0")
-    update_end_round: int = option(750, "Last round of mask updates, a multiple of update_freq unless it is the first")
-    update_freq: int = option(10, "Masks are updated in rounds that it divides")
-    use_packed_masks: bool = option(False, "Keep a bit a weight instead of a byte")
-    masked_clients: bool = option(False, "Clients train and send only what lies on the masks")
-    top_k: float | None = option(None, "Share of the changes that clients send")
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """What decides the numbers of a round, so that a checkpoint is not continued with something else.
-
-        Not `backend`: it changes no number but by rounding, and may change with the machine. To the same bits a
-        training continues only with the same one.
-        """
-        free = ("cache_dir", "root_dir", "num_rounds", "checkpoint_frequency", "eval_frequency", "backend")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
 
 @dataclasses.dataclass
@@ -97,8 +54,17 @@ def build(config: Config) -> Experiment:
       ValueError: for settings that make no sense, alone or together.
       FileNotFoundError: if the data are missing and cannot be fetched.
     """
-    _check(config)
-    server = server_optimizer(_inner(config), _sparsity(config))
+    check(config)
+    if config.algorithm not in MASKS_NEVER_CHANGE:
+        _check_rounds(config)
+    try:
+        return _build(config)
+    except ValueError as error:
+        raise ValueError(in_settings(str(error))) from error
+
+
+def _build(config: Config) -> Experiment:
+    server = server_optimizer(inner_optimizer(config), sparsity_config(config))
     updates = ClientUpdates(masked=config.masked_clients, top_k=config.top_k)
     check_combination(server, updates)  # before data are loaded
     train, test, model = load_task(config.task, config.cache_dir)
@@ -114,7 +80,9 @@ def build(config: Config) -> Experiment:
             algorithm = fedjax.algorithms.fed_avg.federated_averaging(*parts)
         else:
             algorithm = federated_averaging(*parts, updates)
-    state = algorithm.init(model.init(branch_key(config.seed, PARAMS)))
+    params = model.init(branch_key(config.seed, PARAMS))
+    check_excluded(config, params)
+    state = algorithm.init(params)
     ledger = Ledger(train.client_ids(), state.params, updates)
     experiment = Experiment(config, train, test, model, server, algorithm, ledger, state)
     if (saved := load_checkpoint(config.root_dir, config.numbers)) is not None:
@@ -135,6 +103,7 @@ def run(experiment: Experiment) -> Any:
         *(f"test_{n}" for n in experiment.model.eval_metrics),
         "sparsity",
     ]
+    _tell_lost_rounds(experiment)
     with Recorder(config.root_dir, columns, first) as recorder:
         for round_num in range(first, config.num_rounds):
             row = _round(experiment, round_num)
@@ -149,7 +118,54 @@ def run(experiment: Experiment) -> Any:
             shown = ", ".join(f"{name} {value:.6g}" for name, value in row.items())
             left = each * (config.num_rounds - done)
             logging.info("round %d of %d: %s; %.2f s a round, %.0f s left", done, config.num_rounds, shown, each, left)
+    told = reached(experiment.server, experiment.state)
+    logging.log(logging.WARNING if told.falls_short else logging.INFO, "%s", told)
     return experiment.state
+
+
+class Reached(NamedTuple):
+    """The sparsity of the parameters that are pruned, all together.
+
+    Attributes:
+      weights: how many they are.
+      asked: the final sparsity.
+      sparsity: the share that is zero.
+    """
+
+    weights: int
+    asked: float
+    sparsity: float
+
+    @property
+    def falls_short(self) -> bool:
+        """Whether more was asked, beyond what whole weights of small parameters round away."""
+        return self.sparsity < self.asked - 0.005
+
+    def __str__(self) -> str:
+        if not self.weights:
+            return "done: nothing is pruned"
+        asked = f"asked {100 * self.asked:.4g} %, reached {100 * self.sparsity:.4g} %"
+        return f"done: {asked} of the {self.weights} weights that may be pruned"
+
+
+def reached(server: SparseOptimizer, state: Any) -> Reached:
+    """What was asked of a server, and what its parameters are."""
+    targets = jax.tree.leaves(server.updater.get_target_sparsities(state.params), is_leaf=trees.is_unpruned)
+    leaves = zip(jax.tree.leaves(state.params), targets, strict=True)
+    pruned = [(param, target) for param, target in leaves if not trees.is_unpruned(target)]
+    weights = sum(param.size for param, _ in pruned)
+    if not weights:
+        return Reached(0, 0.0, 0.0)
+    asked = sum(param.size * float(target) for param, target in pruned) / weights
+    zeros = weights - sum(np.count_nonzero(param) for param, _ in pruned)
+    return Reached(weights, asked, zeros / weights)
+
+
+def _tell_lost_rounds(experiment: Experiment) -> None:
+    updater, rounds = experiment.server.updater, experiment.config.num_rounds
+    if updater.skip_gradients:
+        lost = sum(bool(updater.scheduler.should_update_mask(i)) for i in range(rounds))
+        logging.info("%d of %d rounds are lost. %s", lost, rounds, why_rounds_are_lost(updater))
 
 
 def evaluate(experiment: Experiment) -> dict[str, float]:
@@ -177,23 +193,6 @@ def _due(frequency: int, done: int, config: Config) -> bool:
     return done == config.num_rounds or (frequency > 0 and done % frequency == 0)
 
 
-def _check(config: Config) -> None:
-    for name in ("task", "root_dir"):
-        if not getattr(config, name):
-            raise ValueError(f"{name}: missing; give --{name}.")
-    for name in ("num_rounds", "num_clients_per_round", "batch_size", "num_epochs", "eval_batch_size", "update_freq"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}: {getattr(config, name)} is less than 1.")
-    if config.seed < 0:
-        raise ValueError(f"seed: {config.seed} is negative; give 0 or more.")
-    if os.path.exists(config.root_dir) and not os.path.isdir(config.root_dir):
-        raise ValueError(f"root_dir: {config.root_dir} is a file; give a folder, which need not exist.")
-    if config.backend not in ("jit", "debug", "pmap"):
-        raise ValueError(f"backend: {config.backend!r} is not known; use jit, debug or pmap.")
-    if config.algorithm not in MASKS_NEVER_CHANGE:
-        _check_rounds(config)
-
-
 def _check_rounds(config: Config) -> None:
     start, end, freq = config.update_start_round, config.update_end_round, config.update_freq
     if end >= config.num_rounds:
@@ -207,31 +206,3 @@ def _check_rounds(config: Config) -> None:
             f"update_end_round: {end} is not a multiple of update_freq={freq}, so no masks would be made then, "
             f"when the final sparsity is due; end at round {last if last >= start else last + freq}."
         )
-
-
-def _sparsity(config: Config) -> dict[str, Any]:
-    return {
-        "algorithm": config.algorithm,
-        "sparsity": config.sparsity,
-        "dist_type": config.dist_type,
-        "sparsity_type": config.sparsity_type,
-        "update_start_step": config.update_start_round,
-        "update_end_step": config.update_end_round,
-        "update_freq": config.update_freq,
-        "use_packed_masks": config.use_packed_masks,
-        "rng_seed": config.seed,
-    }
-
-
-def _inner(config: Config) -> optax.GradientTransformation:
-    rate, betas = config.server_learning_rate, {"b1": config.server_beta1, "b2": config.server_beta2}
-    match config.server_optimizer:
-        case "adam":
-            return optax.adam(rate, **betas, eps=config.server_epsilon)
-        case "yogi":
-            return optax.yogi(rate, **betas, eps=config.server_epsilon)
-        case "adagrad":
-            return optax.adagrad(rate, eps=config.server_epsilon)
-        case "sgd":
-            return optax.sgd(rate, momentum=config.server_momentum or None)
-    raise ValueError(f"server_optimizer: {config.server_optimizer!r} is not known; use adam, yogi, adagrad or sgd.")

@@ -59,13 +59,19 @@ def load_checkpoint(root_dir: str | Path, config: Mapping[str, Any]) -> Saved | 
     found = _checkpoints(Path(root_dir))
     if not found:
         return None
-    with found[-1].open("rb") as file:
-        content = pickle.load(file)
+    try:
+        content = pickle.loads(found[-1].read_bytes())
+        saved = Saved(*content["saved"])
+        content["config"].items()
+    except Exception as error:  # a pickle raises anything
+        raise ValueError(
+            f"{found[-1]}: cannot be read as a checkpoint ({error!r}); give another root_dir, or remove it and "
+            "start anew."
+        ) from error
     differ = [name for name in config if content["config"].get(name) != config[name]]
     if differ:
         told = ", ".join(f"{name}={content['config'].get(name)!r} (now {config[name]!r})" for name in differ)
         raise ValueError(f"{found[-1]}: written with {told}; give the same settings, or another root_dir.")
-    saved = Saved(*content["saved"])
     return saved._replace(state=jax.tree.map(jnp.asarray, saved.state))
 
 

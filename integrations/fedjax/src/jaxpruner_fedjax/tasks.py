@@ -31,7 +31,9 @@ def load_task(name: str, cache_dir: str | None = None) -> Task:
     if function:
         try:
             make: Any = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
+            if not callable(make):
+                raise TypeError(f"{function!r} of {module!r} is no function")
+        except (ImportError, AttributeError, TypeError, ValueError) as error:  # the latter two: of ".name" and ""
             raise ValueError(
                 f"task {name!r}: {error}; give module:function of a function that can be imported."
             ) from error

@@ -11,16 +11,42 @@ checkpoint, bit for bit, however it was stopped.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from absl import app, flags, logging
 
 from jaxpruner_fedjax.experiment import Config, build, run
+
+
+class SparsitiesParser(flags.ArgumentParser):
+    """`pattern=number,...` as a mapping."""
+
+    syntactic_help = "path or pattern=sparsity, with commas between"
+
+    def parse(self, argument: Any) -> dict[str, float]:
+        """The mapping; absl tells a ValueError with the name of the flag."""
+        sparsities = {}
+        for part in argument.split(","):
+            pattern, is_pair, sparsity = part.rpartition("=")
+            if not (is_pair and pattern.strip()):
+                raise ValueError(f"{part!r} is not of the form pattern=sparsity")
+            if pattern.strip() in sparsities:
+                raise ValueError(f"{pattern.strip()!r} is given twice")
+            sparsities[pattern.strip()] = float(sparsity)
+        return sparsities
+
+
+def _define_sparsities(name: str, default: Any, text: str) -> None:
+    flags.DEFINE(SparsitiesParser(), name, default, text)
+
 
 _DEFINE = {
     "int": flags.DEFINE_integer,
     "float": flags.DEFINE_float,
     "str": flags.DEFINE_string,
     "bool": flags.DEFINE_bool,
+    "Sequence[str]": flags.DEFINE_list,
+    "Mapping[str, float]": _define_sparsities,
 }
 
 
@@ -34,7 +60,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Builds the experiment, or says what is wrong with it; then trains."""
     if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]!r} is no flag.")
+        raise SystemExit(f"train: {argv[1]!r} is no flag; --help lists them.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)  # progress
     config = Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
