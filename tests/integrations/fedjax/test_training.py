@@ -245,11 +245,37 @@ def test_sparsities_on_the_command_line():
             parse(text)
 
 
+def standardised(params, batch, rng):
+    kernel = params["linear"]["w"]
+    return batch["x"].reshape(len(batch["x"]), -1) @ (kernel - kernel.mean(0))
+
+
+def test_a_server_that_leaves_its_masks_is_told_at_the_first_evaluation(tmp_path):
+    experiment = build(config(tmp_path, num_rounds=2, update_start_round=0, update_end_round=0))
+    apply = experiment.algorithm.apply
+
+    def moved(state, clients):
+        state, told = apply(state, clients)
+        return state.replace(params=jax.tree.map(lambda p: p + 1, state.params)), told
+
+    experiment.algorithm = fedjax.FederatedAlgorithm(experiment.algorithm.init, moved)
+    with pytest.raises(ValueError, match="linear/w: "):
+        run(experiment)
+
+
+def test_the_last_update_is_the_one_that_the_end_allows(tmp_path):
+    schedule = build(config(tmp_path, update_end_round=17)).server.updater.scheduler
+    assert schedule.last_update_step == 16
+    assert float(schedule.get_sparsity_at_step(0.8, 16)) == pytest.approx(0.8, abs=1e-7)
+
+
 def test_what_was_asked_and_what_was_reached(tmp_path, caplog):
     caplog.set_level("INFO", "absl")
     experiment = build(config(tmp_path, num_rounds=17))
     experiment.rounds = 17  # as if it had ended without a mask update
+    experiment.model = experiment.model.replace(apply_for_train=standardised)
     run(experiment)
+    assert "linear/w: pruned, but shifted before they are multiplied" in caplog.text
     assert caplog.records[-1].levelname == "WARNING"
     assert caplog.records[-1].getMessage().startswith("done: asked 80 %, reached 0 %")
     dense = jaxpruner_fedjax.server_optimizer(optax.sgd(0.1), algorithm="no_prune")
@@ -293,11 +319,22 @@ def test_rounds_that_rigl_loses_are_counted(tmp_path, caplog):
         ({"num_clients_per_round": 5}, "5 clients a round cannot be taken from 4"),
         ({"algorithm": "rig"}, "algorithm: 'rig' is not known"),
         ({"sparsity": 1.0}, "Default sparsity"),
-        ({"update_start_round": 250, "update_end_round": 750}, "update_end_round: 750 is past the last round"),
-        ({"update_end_round": 17}, "17 is not a multiple of update_freq=2.*end at round 16"),
-        ({"update_end_round": 7, "update_freq": 4}, "end at round 4"),
-        ({"update_start_round": 5, "update_end_round": 7, "update_freq": 4}, "end at round 8"),
-        ({"update_end_round": 24}, "update_end_round: 24 is past the last round, which is 23"),
+        (
+            {"update_start_round": 250, "update_end_round": 750},
+            r"update_start_round: the first mask update is at round 250, and the training has 24 rounds",
+        ),
+        (
+            {"update_end_round": 7, "update_freq": 4},
+            "one multiple only of 4 lies between update_start_round=2 and update_end_round=7",
+        ),
+        (
+            {"update_start_round": 5, "update_end_round": 7, "update_freq": 4},
+            "no multiple of 4 lies between update_start_round=5 and update_end_round=7",
+        ),
+        (
+            {"update_end_round": 24},
+            r"update_end_round: the last mask update is at round 24, and the training has 24 rounds \(the last, .* is 23\)",
+        ),
         ({"update_start_round": 18}, "update_end_round: 16 comes before update_start_round=18"),
         ({"algorithm": "rigl"}, "masked clients cannot be combined with RigL"),
         ({"top_k": 2.0}, "top_k: 2.0 is outside"),

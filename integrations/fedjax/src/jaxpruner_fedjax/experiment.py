@@ -28,8 +28,6 @@ from jaxpruner_fedjax.settings import (
 )
 from jaxpruner_fedjax.tasks import load_task
 
-MASKS_NEVER_CHANGE = ("no_prune", "preserve", "static_sparse")  # whatever the rounds of updates
-
 
 @dataclasses.dataclass
 class Experiment:
@@ -55,8 +53,6 @@ def build(config: Config) -> Experiment:
       FileNotFoundError: if the data are missing and cannot be fetched.
     """
     check(config)
-    if config.algorithm not in MASKS_NEVER_CHANGE:
-        _check_rounds(config)
     try:
         return _build(config)
     except ValueError as error:
@@ -65,6 +61,7 @@ def build(config: Config) -> Experiment:
 
 def _build(config: Config) -> Experiment:
     server = server_optimizer(inner_optimizer(config), sparsity_config(config))
+    jaxpruner.check_schedule(server.updater, config.num_rounds)
     updates = ClientUpdates(masked=config.masked_clients, top_k=config.top_k)
     check_combination(server, updates)  # before data are loaded
     train, test, model = load_task(config.task, config.cache_dir)
@@ -104,12 +101,17 @@ def run(experiment: Experiment) -> Any:
         "sparsity",
     ]
     _tell_lost_rounds(experiment)
+    _tell_shifted(experiment)
+    is_checked = False
     with Recorder(config.root_dir, columns, first) as recorder:
         for round_num in range(first, config.num_rounds):
             row = _round(experiment, round_num)
             done = round_num + 1
             if _due(config.eval_frequency, done, config):
                 row |= evaluate(experiment)
+                if not is_checked:
+                    jaxpruner.check_sparse(experiment.state.params, experiment.state.opt_state)
+                    is_checked = True
             recorder.write(done, row)
             if _due(config.checkpoint_frequency, done, config):
                 saved = Saved(done, experiment.state, experiment.ledger.held, experiment.bytes_total)
@@ -168,6 +170,24 @@ def _tell_lost_rounds(experiment: Experiment) -> None:
         logging.info("%d of %d rounds are lost. %s", lost, rounds, why_rounds_are_lost(updater))
 
 
+def _tell_shifted(experiment: Experiment) -> None:
+    """Names pruned parameters whose zeros the model does away with before it multiplies."""
+    params, state = experiment.state.params, experiment.state
+    client = next(experiment.train.shuffled_clients(buffer_size=1, seed=0))[1]
+    batch = next(iter(client.batch(batch_size=1)))
+    forward = experiment.model.apply_for_train
+    shifted = jaxpruner.shifted_parameters(forward, params, batch, jax.random.PRNGKey(0))
+    masks = jax.tree.leaves(experiment.server.masks(state), is_leaf=trees.is_unpruned)
+    names = [trees.leaf_name(path) for path, _ in trees.named_leaves(params)]
+    pruned = {name for name, mask in zip(names, masks, strict=True) if mask is not None}
+    if told := [name for name in shifted if name in pruned]:
+        logging.warning(
+            "%s: pruned, but shifted before they are multiplied (weight standardisation), so no zero is left there; "
+            "keep them dense with --exclude.",
+            ", ".join(told),
+        )
+
+
 def evaluate(experiment: Experiment) -> dict[str, float]:
     """Test metrics of the model, and the sparsity of its parameters of two or more axes."""
     params = experiment.state.params
@@ -191,18 +211,3 @@ def _round(experiment: Experiment, round_num: int) -> dict[str, float]:
 
 def _due(frequency: int, done: int, config: Config) -> bool:
     return done == config.num_rounds or (frequency > 0 and done % frequency == 0)
-
-
-def _check_rounds(config: Config) -> None:
-    start, end, freq = config.update_start_round, config.update_end_round, config.update_freq
-    if end >= config.num_rounds:
-        raise ValueError(
-            f"update_end_round: {end} is past the last round, which is {config.num_rounds - 1} (rounds count from 0), "
-            "so the masks would never reach the final sparsity; end earlier, or train longer."
-        )
-    if start < end and end % freq:
-        last = end - end % freq
-        raise ValueError(
-            f"update_end_round: {end} is not a multiple of update_freq={freq}, so no masks would be made then, "
-            f"when the final sparsity is due; end at round {last if last >= start else last + freq}."
-        )

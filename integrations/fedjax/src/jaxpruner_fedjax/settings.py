@@ -96,7 +96,7 @@ class Config:
         None, ANY, "Parameters with a sparsity of their own, such as '*/conv2_d/w=0.5,*/linear/w=0.9'"
     )
     update_start_round: int = option(250, ROUND, "First round of mask updates, from 0")
-    update_end_round: int = option(750, ROUND, "Last round of mask updates, a multiple of update_freq")
+    update_end_round: int = option(750, ROUND, "No mask updates after this round; the last one has the final sparsity")
     update_freq: int = option(10, COUNT, "Masks are updated in rounds that it divides")
     skip_gradients: bool | None = option(
         None, SWITCH, "Whether the server takes no step in rounds of mask updates (default: with rigl and set only)"
@@ -190,6 +190,8 @@ def check_excluded(config: Config, params: Any) -> None:
 # Keys of the core and how settings of this trainer are called.
 _ROUNDS = {"update_start_step": "update_start_round", "update_end_step": "update_end_round"}
 _IN_SETTINGS = _ROUNDS | {
+    "mask update is at step": "mask update is at round",
+    " steps (the last": " rounds (the last, counted from 0,",
     "filter_fn: selects none": "exclude: leaves none",
     "choose a filter_fn that takes some": "exclude fewer",
     "filter_fn selects": "exclude leaves",
