@@ -303,3 +303,18 @@ def test_saliency_keeps_zeros_where_nothing_else_has_a_score():
 def test_bad_configurations(arguments, config, message):
     with pytest.raises(ValueError, match=message):
         jaxpruner_fedjax.server_optimizer(optax.sgd(0.1), *arguments, **config)
+
+
+def test_a_server_state_of_another_configuration_is_not_continued():
+    params, grads = cases.params(), cases.params()
+    dense = optax.adam(0.01).init(params)
+    magnitude, packed, hidden = (cases.server(*of) for of in (("magnitude",), ("magnitude", True), ("magnitude_ste",)))
+    for optimizer, opt_state, message in [
+        (magnitude, dense, "holds no masks.*made by a dense server"),
+        (magnitude, packed.init(params), "use_packed_masks=False now, .*use_packed_masks=True"),
+        (packed, magnitude.init(params), "use_packed_masks=True now, .*use_packed_masks=False"),
+        (hidden, magnitude.init(params), "state of another algorithm"),
+        (magnitude, hidden.init(params), "straight-through algorithm, and algorithm is MagnitudePruning now"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.apply(grads, opt_state, params)

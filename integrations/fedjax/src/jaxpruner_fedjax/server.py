@@ -82,7 +82,16 @@ def server_optimizer(
             period,
             why_rounds_are_lost(updater),
         )
-    return SparseOptimizer(stock.init, stock.apply, updater=updater)
+
+    def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        if not holds_masks(opt_state):
+            raise ValueError(
+                "opt_state: holds no masks, so it was made by a dense server; start from its parameters with "
+                "algorithm.init(params), or go on with the optimizer that it was made by."
+            )
+        return stock.apply(grads, opt_state, params)
+
+    return SparseOptimizer(stock.init, apply, updater=updater)
 
 
 # The period of mask updates in the paper's federated experiment; rounds lost less often need no warning.
