@@ -65,10 +65,10 @@ PRESETS = {
     ),
     "smoke": Preset(
         dataset="digits",
-        rounds=4,
+        rounds=6,
         clients=1,
         client_learning_rate=0.1,
-        prune_every=1,
+        prune_every=2,
         model="logistic",
         checkpoint_every=1,
     ),
