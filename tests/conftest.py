@@ -23,6 +23,14 @@ def compiled_programs_do_not_pile_up():
         gc.collect()
 
 
+@pytest.fixture(autouse=True)
+def no_gin_configuration_is_left():
+    """A configuration that a host's test has parsed locks gin, and the next host cannot even be imported."""
+    yield
+    if "gin" in sys.modules:
+        sys.modules["gin"].clear_config()
+
+
 @pytest.fixture(scope="session")
 def compiled_in():
     """`with compiled_in(folder)`: programs are kept there, for tests whose hosts make the same ones again and again."""

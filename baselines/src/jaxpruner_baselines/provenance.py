@@ -35,10 +35,14 @@ def commit() -> str:
         return "unknown"
 
 
-@functools.cache
 def versions() -> dict[str, str]:
+    return _versions(tuple(package for module, package in _HOSTS.items() if module in sys.modules))
+
+
+@functools.cache
+def _versions(hosts: tuple[str, ...]) -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in (*_PACKAGES, *(package for module, package in _HOSTS.items() if module in sys.modules)):
+    for package in (*_PACKAGES, *hosts):
         try:
             installed = importlib.metadata.distribution(package)
             origin = json.loads(installed.read_text("direct_url.json") or "{}").get("vcs_info", {})
