@@ -189,9 +189,8 @@ class BaseUpdater:
 
     def get_target_sparsities(self, params: Any) -> Any:
         """The checked final sparsity of each leaf, None where it is not pruned."""
-        layers = self.layers(params)
-        targets = self.sparsity_distribution_fn(layers)
-        self._check_targets(params, layers, targets)
+        targets = self.sparsity_distribution_fn(self.layers(params))
+        self._check_targets(params, targets)
         return targets
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
@@ -395,7 +394,7 @@ class BaseUpdater:
     def __hash__(self) -> int:
         return hash((type(self), equality.comparable(vars(self))))
 
-    def _check_targets(self, params: Any, layers: Any, targets: Any) -> None:
+    def _check_targets(self, params: Any, targets: Any) -> None:
         fit.check_masks_field(self)
         marked = trees.map_pruned(lambda p, _: p, params, targets)
         pruned = dict(trees.named_leaves(marked))

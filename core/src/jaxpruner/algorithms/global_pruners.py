@@ -39,9 +39,10 @@ class _GlobalPruning(BaseUpdater):
     normalization_eps: float = 1e-8
 
     def get_target_sparsities(self, params):
-        layers = self.layers(params)
-        targets = sparsity_distributions.uniform(layers, self.sparsity, self.filter_fn, self.custom_sparsity_map)
-        self._check_targets(params, layers, targets)
+        targets = sparsity_distributions.uniform(
+            self.layers(params), self.sparsity, self.filter_fn, self.custom_sparsity_map
+        )
+        self._check_targets(params, targets)
         shared = trees.map_named(
             lambda path, p, t: None if t is None or self._competes_alone(path) else p, params, targets
         )

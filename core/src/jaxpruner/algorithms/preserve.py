@@ -34,9 +34,8 @@ class PreserveSparsity(BaseUpdater):
 
     def get_target_sparsities(self, params):
         # The sparsity is that of the masks, known at count 0 only.
-        layers = self.layers(params)
-        targets = sparsity_distributions.uniform(layers, 0.0, self.filter_fn)
-        self._check_targets(params, layers, targets)
+        targets = sparsity_distributions.uniform(self.layers(params), 0.0, self.filter_fn)
+        self._check_targets(params, targets)
         return targets
 
     def update_state(self, sparse_state, params, grads, **kwargs):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxpruner import scores, trees
+from jaxpruner import scores
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, elementwise_scores
 from jaxpruner.training import projection, transformation
@@ -40,14 +40,8 @@ class _StraightThrough(BaseUpdater):
 
     def pre_forward_update(self, params: Any, opt_state: Any) -> Any:
         """The masked parameters, for the forward pass."""
-        state = projection.find_state(opt_state)
-        first = self.scheduler.start_step
-        masks = projection.when(
-            True if not first else state.count >= first,
-            lambda: trees.to_state(self.update_state(state, params, None).masks),
-            lambda: state.masks,
-        )
-        return self.apply_masks(params, self.current_masks(state._replace(masks=masks), params))
+        state = projection.remasked(self, None, {}, projection.find_state(opt_state), params)
+        return self.apply_masks(params, self.current_masks(state, params))
 
     def post_gradient_update(self, params: Any, sparse_state: Any) -> Any:
         """The parameters as they are: dense weights stay dense."""

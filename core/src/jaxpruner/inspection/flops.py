@@ -111,9 +111,8 @@ def _course(updater: BaseUpdater | None, params: Any, steps: int) -> tuple[np.nd
 
     updates = at_each(updater.scheduler.should_update_mask, bool)
     masks = updater.get_initial_masks(params, updater.get_target_sparsities(params))
-    if updater.masks is not None or not all(
-        mask.all() for mask in jax.tree.leaves(masks)
-    ):  # sparse from the start, and as sparse to the end
+    # Sparse from the start, and as sparse to the end.
+    if updater.masks is not None or not all(mask.all() for mask in jax.tree.leaves(masks)):
         return np.ones(steps), updates & updater.regrows
     if updater.straight_through:  # a mask in every step, in force in the same
         level, last = (

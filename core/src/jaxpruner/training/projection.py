@@ -92,7 +92,7 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
     due = False
     count = state.count if isinstance(state.count, jax.core.Tracer) else int(state.count)
     if updater.straight_through:
-        remask = functools.partial(_remasked, updater, grads, extra_args)
+        remask = functools.partial(remasked, updater, grads, extra_args)
     else:
         due = updater.scheduler.should_update_mask(count)
         made = when(
@@ -160,10 +160,10 @@ def project(
     return end_step(step, proposed)
 
 
-def _remasked(
+def remasked(
     updater: Algorithm, grads: Any, extra_args: dict[str, Any], state: SparseState, weights: Any
 ) -> SparseState:
-    """The state with masks of these weights, at the sparsity that the schedule has for the count of the state."""
+    """The state of a straight-through method with masks of these weights, at the sparsity scheduled for its count."""
     first = updater.scheduler.start_step
     made = when(
         True if not first else state.count >= first,
