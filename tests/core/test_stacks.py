@@ -116,3 +116,16 @@ def test_stacks_that_are_none():
     params = {"layers": {"kernel": jnp.ones((4, 8, 10))}}
     with pytest.raises(ValueError, match=r"layers/kernel: axis -1 of \(8, 10\) is not a multiple of m=4"):
         trained("magnitude", params, stack_axes={"layers/*": 0}, sparsity_type="nm_2,4", sparsity=0.5)
+
+
+def test_blocks_of_a_stack_are_pruned_further():
+    """Zeros of a checkpoint, scattered over blocks, say nothing against the rest of a block."""
+    changes = {"sparsity_type": "block_4,4", "initial_sparsity": "from_params"}
+    zeroed = [kernel.at[0, ::2].set(0.0) for kernel in KERNELS]
+    alone = {f"layer_{i}": {"kernel": kernel} for i, kernel in enumerate(zeroed)}
+    expected, _ = trained("magnitude", alone, **changes)
+    together = {"layers": {"kernel": jnp.stack(zeroed)}}
+    masks, _ = trained("magnitude", together, stack_axes={"layers/*": 0}, **changes)
+    for i in range(3):
+        np.testing.assert_array_equal(masks["layers"]["kernel"][i], expected[f"layer_{i}"]["kernel"])
+        assert masks["layers"]["kernel"][i].any()

@@ -357,10 +357,10 @@ class BaseUpdater:
         ours = type(self).__module__.split(".")[0] == __name__.split(".")[0]
         fields = {field.name for field in dataclasses.fields(self)}
         parts = (self.scheduler, getattr(self, "drop_fraction_fn", self.scheduler))
-        is_hashable = not isinstance(self.rng_seed, jax.core.Tracer)
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.rng_seed, self.masks)))
         return (
             ours
-            and is_hashable
+            and not is_traced
             and not self.custom_topk
             and set(vars(self)) <= fields
             and all(type(part).__module__ == sparsity_schedules.__name__ for part in parts)
@@ -381,9 +381,8 @@ class BaseUpdater:
 
     def _pruned_last(self, path: trees.KeyPath, score: Any, mask: Any) -> Any:
         """Scores that rank what is pruned below all; where units are of several weights, their zeros do."""
-        if trees.is_unpruned(mask) or isinstance(
-            self.structure(path, score), sparsity_types.Block | sparsity_types.Channel
-        ):
+        pooled = sparsity_types.Block | sparsity_types.Channel
+        if trees.is_unpruned(mask) or isinstance(self.structure(path, score).of_layer, pooled):
             return score
         filled = Scores.of(score).filled(~mask, jnp.nan)
         return filled if _own_mark(self.create_masks, "reads_unevaluated") else as_array(filled)

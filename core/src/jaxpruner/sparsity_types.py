@@ -64,6 +64,11 @@ class SparsityType(abc.ABC):
         """How many units of a leaf of this shape are kept or pruned."""
         return math.prod(shape)
 
+    @property
+    def of_layer(self) -> SparsityType:
+        """The structure of one layer: this one, unless it is of a stack of them."""
+        return self
+
     def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
         """The structure of one leaf: this one, unless it depends on what the leaf is called."""
         del path, shape
@@ -317,6 +322,10 @@ class Stacked(SparsityType):
 
     structure: SparsityType
     axis: int
+
+    @property
+    def of_layer(self):
+        return self.structure
 
     def check_shape(self, shape):
         check_axis(self.axis, shape)

@@ -135,8 +135,7 @@ def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> s
         return None
     pruned = dict(trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)))
     for path, target in trees.named_leaves(targets):
-        structure = updater.structure(path, pruned[path])
-        structure = structure.structure if isinstance(structure, sparsity_types.Stacked) else structure
+        structure = updater.structure(path, pruned[path]).of_layer
         if not isinstance(structure, sparsity_types.NByM) or isinstance(target, jax.core.Tracer) or target == 0:
             continue
         given = 1 - structure.n / structure.m
