@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import fedjax
-import jax
 import optax
 from absl import logging
 
 import jaxpruner
-from jaxpruner.training.projection import SparseState, find_state
+from jaxpruner.training.projection import SparseState, find_state, find_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +181,7 @@ def dense_only(optimizer: Any, where: str, reason: str) -> fedjax.optimizers.Opt
 
 def holds_masks(opt_state: Any) -> bool:
     """Whether a sparse state is anywhere in an optimizer's state."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparseState))
-    return any(isinstance(node, SparseState) for node in nodes)
+    return bool(find_states(opt_state))
 
 
 def _refusing(build: Callable, argument: str, where: str, reason: str) -> Callable:
