@@ -200,3 +200,19 @@ def test_explicit_axes(algorithm, structure, packed):
     single = jax.device_put(host, jax.devices()[0])
     expected = jax.jit(tx.update)(single, jax.jit(tx.init)(single), single)[1].masks
     np.testing.assert_array_equal(new.masks["w"], expected["w"])
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no explicit axes")
+@pytest.mark.parametrize(("algorithm", "packed"), [("rigl", True), ("set", False), ("static_sparse", False)])
+def test_explicit_axes_eagerly_on_a_mesh_that_is_not_set(algorithm, packed):
+    """Random masks are drawn where the parameters lie, and are those of one device."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    tx = sparse(algorithm=algorithm, use_packed_masks=packed)
+    host = {"w": np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)}
+    params = jax.device_put(host, NamedSharding(mesh, PartitionSpec("data", "model")))
+    state = tx.init(params)
+    assert state.masks["w"].sharding.is_equivalent_to(params["w"].sharding, 2)
+    _, new = tx.update(params, state, params)
+    single = jax.device_put(host, jax.devices()[0])
+    _, expected = tx.update(single, tx.init(single), single)
+    np.testing.assert_array_equal(new.masks["w"], expected.masks["w"])
