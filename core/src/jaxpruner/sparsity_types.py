@@ -104,7 +104,7 @@ class _Units(SparsityType):
     def _masking(self, scores, sparsity) -> selection.Choosing:
         self.check_shape(scores.shape)
         units = self._unit_scores(scores)
-        (kept,) = yield Competition([units], counts.keep_count(units.size, sparsity))
+        (kept,) = yield Competition([units], counts.Share(units.size, sparsity))
         return self.expand(kept, scores.shape)
 
     def _regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
@@ -112,7 +112,7 @@ class _Units(SparsityType):
         number = selection.count_true(active)
         # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
         drop = Scores.of(self._unit_scores(drop_scores)).filled(~active, jnp.nan)
-        (kept,) = yield Competition([drop], counts.keep_count(number, drop_fraction))
+        (kept,) = yield Competition([drop], counts.Share(number, drop_fraction))
         survivors = active & kept
         grow = Scores.of(self._unit_scores(grow_scores)).filled(survivors, jnp.inf)
         (grown,) = yield Competition([grow], number)
@@ -292,7 +292,7 @@ class NByM(SparsityType):
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
         drop = Scores.of(drop_scores).filled(~mask, jnp.nan)
-        survivors = mask & selection.top_k_mask(drop, counts.keep_count(selection.count_true(mask), drop_fraction))
+        survivors = mask & selection.top_k_mask(drop, counts.Share(selection.count_true(mask), drop_fraction))
         # Each group refills the places it lost. A leaf that is dense stays dense.
         refilled = self.mask(jnp.where(survivors, jnp.inf, grow_scores), 0.5)
         return jnp.where(jnp.all(mask), mask, refilled)

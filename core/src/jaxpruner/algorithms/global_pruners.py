@@ -92,7 +92,7 @@ class _GlobalPruning(BaseUpdater):
         )
 
     def _select(self, leaves: list[Any], sparsity: Any) -> list[Any]:
-        keep = counts.keep_count(sum(leaf.size for leaf in leaves), sparsity)
+        keep = counts.Share(sum(leaf.size for leaf in leaves), sparsity)
         scales = [self._scale(leaf) for leaf in leaves] if self.use_normalization else None
         return selection.top_k_masks(leaves, keep, scales)
 

@@ -9,6 +9,7 @@ rounding it through a float32.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,13 @@ class Count(NamedTuple):
 
     hi: UInt32[Array, "*shape"]
     lo: UInt32[Array, "*shape"]
+
+
+class Share(NamedTuple):
+    """What a sparsity keeps of a number of entries, :func:`keep_count` of the two, before it is counted."""
+
+    size: int | Count
+    sparsity: float | Float[Array, ""]
 
 
 def from_int(value: int) -> Count:
@@ -117,12 +125,50 @@ def keep_count(size: int | Count, sparsity: float | Float[Array, ""]) -> Count:
     Returns:
       ``k`` as a :class:`Count`.
     """
+    if _is_on_host(size, sparsity):
+        return from_int(_host_keep_count(size, float(sparsity)))
+    return _traced_keep_count(size if isinstance(size, Count) else from_int(size), jnp.asarray(sparsity))
+
+
+def stacked(members: Sequence[Count | Share]) -> Count:
+    """Counts as one of shape (n,). The shares among them are counted together, and equal ones once."""
+    distinct: dict[Any, tuple[int, Count | Share]] = {}
+    index = [distinct.setdefault(_identity(member), (len(distinct), member))[0] for member in members]
+    words: list[Any] = [None] * len(distinct)
+    together: list[tuple[int, Share]] = []
+    for i, member in distinct.values():
+        if isinstance(member, Count):
+            words[i] = member
+        elif _is_on_host(*member) or jnp.result_type(member.sparsity) == jnp.float64:
+            words[i] = keep_count(*member)
+        else:
+            together.append((i, member))
+    if together:
+        sizes = _stack([s.size if isinstance(s.size, Count) else from_int(s.size) for _, s in together])
+        kept = _traced_keep_count(sizes, jnp.stack([jnp.asarray(s.sparsity, jnp.float32) for _, s in together]))
+        if len(together) == len(distinct):
+            return take(kept, np.asarray(index))
+        for j, (i, _) in enumerate(together):
+            words[i] = take(kept, j)
+    return take(_stack(words), np.asarray(index))
+
+
+def _stack(members: Sequence[Count]) -> Count:
+    return Count(*(jnp.stack(words) for words in zip(*members, strict=True)))
+
+
+def _identity(member: Count | Share) -> Any:
+    return tuple(
+        part if isinstance(part, (int, float)) else _identity(part) if isinstance(part, tuple) else id(part)
+        for part in member
+    )
+
+
+def _is_on_host(size: int | Count, sparsity: Any) -> bool:
     is_host_float = isinstance(sparsity, (int, float)) or (
         isinstance(sparsity, np.ndarray) and sparsity.dtype == np.float64
     )
-    if is_host_float and not isinstance(size, Count):
-        return from_int(_host_keep_count(size, float(sparsity)))
-    return _traced_keep_count(size if isinstance(size, Count) else from_int(size), jnp.asarray(sparsity))
+    return is_host_float and not isinstance(size, Count)
 
 
 @functools.partial(jax.jit, inline=True)  # eager calls are one program instead of some fifty

@@ -7,9 +7,10 @@ function, the order of its values, the comparisons and their sums into one pass 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,17 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from jaxpruner.selection.counts import Count
+from jaxpruner.selection.threshold_search import Column, index_floor
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Num, UInt32
 
     Method = Literal["sample", "split"]
 
-_ROWS = 64
+# A leaf whose reads take longer than their compilation.
+_LARGE = 1 << 19
+# Of a read: the number of entries that a row has if any divides those of the leaf, else the number of rows.
+_LONGEST_ROW, _SHORTEST_ROW, _ROWS = 2048, 512, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,13 +106,20 @@ def _identity(x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
     return x
 
 
-class Leaf(NamedTuple):
-    """The scores of a leaf as the search reads them, ranked in ``rank_dtype``."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["operands", "one"],
+    meta_fields=["fn", "shape", "rank_dtype", "method"],
+)
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """The scores of a leaf as a search by this method reads them, ranked in ``rank_dtype``."""
 
     fn: Callable[..., Any]
     operands: tuple[Array, ...]
     shape: tuple[int, ...]
     rank_dtype: np.dtype
+    method: Method
     one: UInt32[Array, ""]
 
     @property
@@ -119,6 +130,8 @@ class Leaf(NamedTuple):
         return order_preserving_keys(self.fn(*self.operands).astype(self.rank_dtype))
 
     def flat_index(self) -> UInt32[Array, "*shape"]:
+        if self.method == "sample":
+            return lax.iota(jnp.uint32, self.size).reshape(self.shape)
         index = jnp.zeros(self.shape, jnp.uint32)
         for axis in range(len(self.shape)):
             stride = self.one * jnp.uint32(math.prod(self.shape[axis + 1 :]))
@@ -132,17 +145,21 @@ class Leaf(NamedTuple):
         the search, and computes and stores them ahead of its loop.
         """
         operands, one, to = _pin((self.operands, self.one, to))
-        return self._replace(operands=operands, one=one), to
+        return dataclasses.replace(self, operands=operands, one=one), to
 
-    def sample(self, stride: int) -> Int[Array, " s"]:
-        """The keys of every ``stride``-th entry."""
-        operands = tuple(x.reshape(-1)[::stride] if x.ndim else x for x in self.operands)
-        return self._replace(operands=operands).keys().reshape(-1)
 
-    def zero(self) -> Int[Array, ""]:
-        """A zero that varies over the mesh axes the scores do, as the state of a loop in shard_map must."""
-        empty = [lax.slice_in_dim(x.reshape(x.shape or 1), 0, 0) for x in self.operands]
-        return sum(jnp.sum(x).astype(jnp.int32) for x in empty)
+def varying_axes(x: Any) -> Any:
+    """The axes of a shard_map that an operand varies over, as its type names them; None where types do not tell."""
+    kind = jax.typeof(x) if hasattr(jax, "typeof") else None
+    return getattr(kind, "manual_axis_type", getattr(kind, "vma", None))  # its newer and its older name
+
+
+def varying_zero(leaves: Sequence[Leaf]) -> Int[Array, ""]:
+    """A zero that varies over the mesh axes any of the leaves does, as the state of a loop in shard_map must."""
+    operands = [x for leaf in leaves for x in leaf.operands]
+    operands = {id(x) if varying_axes(x) is None else varying_axes(x): x for x in operands}  # one of each kind
+    empty = [lax.slice_in_dim(x.reshape(x.shape or 1), 0, 0) for x in operands.values()]
+    return sum(jnp.sum(x).astype(jnp.int32) for x in empty)
 
 
 @custom_vmap  # optimization_barrier itself has no batching rule in the oldest supported jax
@@ -158,32 +175,76 @@ def _pin_batched(axis_size: int, in_batched: list[Any], arrays: Any) -> tuple[An
 def prepare(scores: Scores, rank_dtype: np.dtype, method: Method) -> Leaf:
     """Lays a leaf out for the search."""
     shape, operands = scores.shape, scores.operands
-    if method == "sample" and shape:
-        # Rows let one read run on several cores; on a single device the reshape moves nothing.
-        rows = math.gcd(scores.size, _ROWS)
-        shape = (rows, scores.size // rows)
-        operands = tuple(x.reshape(shape) if x.ndim else x for x in operands)
-    return Leaf(scores.fn, operands, shape, rank_dtype, jnp.uint32(1))
+    if method == "sample":
+        # Rows let one read run on several cores, and short ones stay in the cache while they are compared with one
+        # threshold after the other; on a single device the reshape moves nothing.
+        lengths = (length for length in range(_LONGEST_ROW, _SHORTEST_ROW, -1) if scores.size % length == 0)
+        length = next(lengths, scores.size // math.gcd(scores.size, _ROWS))
+        shape = (scores.size // length, length)
+        operands = tuple(x.reshape(shape) if x.shape == scores.shape else x for x in operands)
+    return Leaf(scores.fn, operands, shape, rank_dtype, method, jnp.uint32(1))
 
 
-def count(
-    values: Callable[[Leaf], Int[Array, "*shape"]], leaf: Leaf, thresholds: Int[Array, " t"], method: Method
-) -> Count:
-    """For each threshold, the number of entries whose value is at or above it, in one read of the leaf."""
-    leaf, thresholds = leaf.pinned(thresholds)
-    read = values(leaf)
-    flags = [(read >= t).astype(jnp.uint32) for t in thresholds]
+# Leaves of one shape share each of these programs: they are traced once, and their kernels compiled once.
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def count_leaf(leaf: Leaf, row: Int[Array, " n"], skips: bool) -> UInt32[Array, " t"]:
+    """The number of entries at or above each threshold of a row (`threshold_search.Rows`).
+
+    One read of the leaf; none if `skips` and the row says that it need not be read.
+    """
+
+    def read(leaf, row):
+        leaf, row = leaf.pinned(row)
+        keys, floor = leaf.keys(), index_floor(row.dtype)
+        # The same as `floor + size - index`.
+        indices = jnp.asarray(floor + leaf.size, row.dtype) - leaf.flat_index().astype(row.dtype)
+        indices = lax.select(keys == row[Column.KEY], indices, lax.full_like(keys, floor))
+        return count(lax.select(row[Column.IS_TIED] != 0, indices, keys), row[len(Column) :], leaf.method)
+
+    def nothing(leaf, row):
+        del leaf
+        none = row[len(Column) :]
+        return (none ^ none).astype(jnp.uint32)
+
+    return lax.cond(row[Column.IS_READ] != 0, read, nothing, leaf, row) if skips else read(leaf, row)
+
+
+@jax.jit
+def mask_leaf(leaf: Leaf, row: Int[Array, " n"]) -> Bool[Array, "*shape"]:
+    """The mask of a leaf from what a search found (`threshold_search.Rows`)."""
+    leaf, row = leaf.pinned(row)
+    keys, key = leaf.keys(), row[Column.KEY]
+    return (keys > key) | ((keys == key) & (leaf.flat_index() < row[Column.END].astype(jnp.uint32)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def sample(leaf: Leaf, stride: int) -> Int[Array, " s"]:
+    """The keys of every ``stride``-th entry."""
+    operands = tuple(x.reshape(-1)[::stride] if x.ndim else x for x in leaf.operands)
+    return dataclasses.replace(leaf, operands=operands).keys().reshape(-1)
+
+
+def count(values: Int[Array, "*shape"], thresholds: Int[Array, " t"], method: Method) -> UInt32[Array, " t"]:
+    """For each of an even number of thresholds, the number of values at or above it, in one read."""
     if method == "sample":
         # On XLA's CPU backend a reduction of several operands is one fused loop. A reduction of one operand stores
         # the comparison and is done in stages. (Sharded, it is the other way round: only sums of one operand become
-        # all-reduces.)
-        zeros = (jnp.uint32(0),) * len(flags)
-        axes = tuple(range(1, len(leaf.shape)))
-        rows = lax.reduce(tuple(flags), zeros, lambda a, b: tuple(map(jnp.add, a, b)), axes)
-        found = jnp.sum(jnp.stack(rows).reshape(len(rows), -1), 1, dtype=jnp.uint32)
-    else:
-        found = jnp.stack([jnp.sum(flag, dtype=jnp.uint32) for flag in flags])
-    return Count(jnp.zeros_like(found), found)
+        # all-reduces.) An operand for each threshold is the fastest; two operands that share them are half as much to
+        # compile, which counts for more in a small leaf.
+        operands = 2 if values.size < _LARGE else thresholds.size
+        shape = (*values.shape[:-1], thresholds.size // operands, values.shape[-1])
+        axis = values.ndim
+        spread = lax.broadcast_in_dim(values, shape, (*range(axis - 1), axis))
+        reached = [
+            (spread >= lax.broadcast_in_dim(t, shape, (axis - 1,))).astype(jnp.uint32)
+            for t in lax.split(thresholds, (thresholds.size // operands,) * operands)
+        ]
+        zeros = (jnp.uint32(0),) * operands
+        rows = lax.reduce(tuple(reached), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,))
+        return jnp.concatenate(rows, -1).sum(tuple(range(axis - 1)), dtype=jnp.uint32)
+    return jnp.stack([jnp.sum((values >= t).astype(jnp.uint32), dtype=jnp.uint32) for t in thresholds])
 
 
 def common_rank_dtype(dtypes: list[np.dtype]) -> np.dtype:
@@ -220,6 +281,5 @@ def order_preserving_keys(x: Num[Array, "*shape"]) -> Int[Array, "*shape"]:
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
         return raw ^ lowest
     # Negative floats are sign and magnitude: the lowest integer plus the magnitude.
-    keys = jnp.where(raw < 0, lowest - raw, raw)
-    infinity = jnp.asarray(np.array(np.inf, x.dtype).view(bits), dtype)
-    return jnp.where(jnp.abs(keys) > infinity, lowest, keys)
+    lowest = jnp.full_like(raw, lowest)
+    return lax.select(lax.ne(x, x), lowest, lax.select(raw < 0, lowest - raw, raw))

@@ -13,6 +13,7 @@ between devices for each read.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,9 +28,11 @@ from jaxpruner.selection.counts import Count
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Num, UInt, UInt32
 
-    # Ascending thresholds of each search to the number of entries of each leaf at or above them. What it says of
-    # the leaves of a search that is closed does not matter.
-    Counter = Callable[["Searches", Int[Array, "searches t"]], Count]
+    # For each leaf what it is asked and what was found of it: integers of the dtype of its keys, in the order of
+    # `Column`, then ascending thresholds.
+    Rows = tuple[Int[Array, " n"], ...]
+    # From such rows the number of entries of each leaf at or above its thresholds. Where IS_READ is 0, any number.
+    Counter = Callable[[Rows], UInt32[Array, "leaves t"]]
 
 # Thresholds of one read, in a search by splitting: evenly spaced ones.
 _SPLITS = 3
@@ -100,6 +103,34 @@ class Searches(NamedTuple):
     partial: Int[Array, " searches"]
 
 
+class Column(enum.IntEnum):
+    """What a row says of a leaf, before its thresholds.
+
+    Attributes:
+      IS_READ: whether it has to be read.
+      IS_TIED: whether the thresholds are of indices (`index_floor`), of the entries with the key.
+      KEY: the key above which all is kept.
+      END: the flat index before which entries with the key are kept, a uint32 in the bits of a key.
+    """
+
+    IS_READ = 0
+    IS_TIED = 1
+    KEY = 2
+    END = 3
+
+
+class _Reading(NamedTuple):
+    """What a loop carries from read to read.
+
+    A row of its own for each leaf, not a table: nothing that knows a leaf by its number then enters its read, and
+    leaves of one shape are read by one program, which XLA compiles once.
+    """
+
+    searches: Searches
+    thresholds: Int[Array, "searches t"]
+    rows: Rows
+
+
 def start(field: Field, keep: Count, key_dtype: np.dtype) -> Searches:
     """Searches that know nothing yet."""
     shape = (field.search[-1] + 1,)
@@ -117,29 +148,29 @@ def start(field: Field, keep: Count, key_dtype: np.dtype) -> Searches:
     )
 
 
-def split(field: Field, count: Counter, count_open: Counter, searches: Searches) -> Searches:
+def split(field: Field, count: Counter, count_needed: Counter, searches: Searches) -> Rows:
     """Splits brackets in four with every read, down to one threshold.
 
     The number of reads is static, half the bits of a key, and half those of an index if there are ties.
+
+    Returns:
+      What was found for each leaf.
     """
 
-    def read(count):
-        def body(_, searches):
-            thresholds = jax.vmap(lambda lo, last: _even_thresholds(lo, last, _SPLITS))(searches.lo, searches.last)
-            return _proceed(field, searches, thresholds, count(searches, thresholds))
+    def choose(searches):
+        return jax.vmap(lambda lo, last: _even_thresholds(lo, last, _SPLITS))(searches.lo, searches.last)
 
-        return body
+    def reads(count, size):
+        return lambda state: lax.fori_loop(
+            0, _reads_of(size), lambda _, state: _read(field, count, choose, state), state
+        )
 
-    searches = lax.fori_loop(0, _reads_of(field.highest - field.lowest), read(count), searches)
-    return lax.cond(
-        jnp.any(is_open(field, searches)),
-        lambda searches: lax.fori_loop(0, _reads_of(max(field.sizes)), read(count_open), searches),
-        lambda searches: searches,
-        searches,
-    )
+    state = reads(count, field.highest - field.lowest)(_ask(field, searches, choose(searches)))
+    is_open_yet = jnp.any(is_open(field, state.searches))
+    return lax.cond(is_open_yet, reads(count_needed, max(field.sizes)), lambda state: state, state).rows
 
 
-def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Array, "searches t"]) -> Searches:
+def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Array, "searches t"]) -> Rows:
     """Narrows brackets by interpolation between their exact counts, until each is closed.
 
     Args:
@@ -147,12 +178,13 @@ def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Arr
       count: counts entries.
       searches: where to start.
       first: the thresholds of the first read.
+
+    Returns:
+      What was found for each leaf.
     """
 
-    def read(state):
-        searches, thresholds = state
-        searches = _proceed(field, searches, thresholds, count(searches, thresholds))
-        return searches, jax.vmap(_interpolated_thresholds)(
+    def choose(searches):
+        return jax.vmap(_interpolated_thresholds)(
             searches.lo,
             searches.last,
             field.total(searches.at_least),
@@ -160,7 +192,11 @@ def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Arr
             searches.wanted,
         )
 
-    return lax.while_loop(lambda state: jnp.any(is_open(field, state[0])), read, (searches, first))[0]
+    return lax.while_loop(
+        lambda state: jnp.any(is_open(field, state.searches)),
+        lambda state: _read(field, count, choose, state),
+        _ask(field, searches, first),
+    ).rows
 
 
 def is_open(field: Field, searches: Searches) -> Bool[Array, " searches"]:
@@ -168,17 +204,26 @@ def is_open(field: Field, searches: Searches) -> Bool[Array, " searches"]:
     return ~counts.equal(field.total(searches.at_least), searches.wanted) & (searches.lo != searches.last)
 
 
-def sampled_thresholds(size: int, wanted: Count, sample: Int[Array, " s"]) -> Int[Array, " t"]:
-    """For the first read of one search: keys around a quantile of a sorted sample of its `size` entries.
+def sampled_thresholds(
+    totals: Num[np.ndarray, " n"], wanted: Count, sizes: Int[np.ndarray, " n"], samples: Int[Array, "n s"]
+) -> Int[Array, "n t"]:
+    """For the first read of n searches: keys around the quantiles of sorted samples.
 
     Each comes with its successor, to recognise a value that many entries share.
+
+    Args:
+      totals: the number of entries of each search.
+      wanted: how many of them to keep.
+      sizes: the number of entries of each sample, which are the last of its row.
+      samples: the sorted samples.
     """
-    density = counts.to_float(wanted) / float(size)
-    deviation = jnp.sqrt(sample.size * density * (1 - density)) + 1
-    ranks = sample.size * (1 - density) + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32) * deviation
-    keys = sample[jnp.clip(ranks.astype(jnp.int32), 0, sample.size - 1)]
+    density = counts.to_float(wanted) / totals
+    deviation = jnp.sqrt(sizes * density * (1 - density)) + 1
+    ranks = (sizes * (1 - density))[:, None] + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32) * deviation[:, None]
+    ranks = jnp.clip(ranks.astype(jnp.int32), 0, sizes[:, None] - 1)
+    keys = jnp.take_along_axis(samples, ranks + (samples.shape[1] - sizes[:, None]), 1)
     highest = jnp.iinfo(keys.dtype).max
-    return jnp.sort(jnp.concatenate([keys, jnp.minimum(keys, highest - 1) + 1]))
+    return jnp.sort(jnp.concatenate([keys, jnp.minimum(keys, highest - 1) + 1], 1), 1)
 
 
 def index_floor(key_dtype: np.dtype) -> int:
@@ -186,15 +231,29 @@ def index_floor(key_dtype: np.dtype) -> int:
     return int(jnp.iinfo(key_dtype).min)
 
 
-def results(field: Field, searches: Searches) -> tuple[Int[Array, " leaves"], UInt32[Array, " leaves"]]:
-    """For each leaf, the key above which all is kept, and the flat index before which ties with it are."""
-    sizes = jnp.asarray(field.sizes, jnp.uint32)
+def _read(field: Field, count: Counter, choose: Callable[[Searches], Any], state: _Reading) -> _Reading:
+    """One read of all leaves that are asked something."""
+    found = count(state.rows)
+    was_read = jnp.stack([row[Column.IS_READ] for row in state.rows]) != 0
+    found = Count(jnp.zeros_like(found), jnp.where(was_read[:, None], found, 0))
+    searches = _proceed(field, state.searches, state.thresholds, found)
+    return _ask(field, searches, choose(searches))
+
+
+def _ask(field: Field, searches: Searches, thresholds: Int[Array, "searches t"]) -> _Reading:
+    sizes, leaf = jnp.asarray(field.sizes, jnp.uint32), jnp.arange(len(field.sizes))
+    is_tied, partial = field.per_leaf(searches.is_tied), field.per_leaf(searches.partial)
     keys = field.per_leaf(jnp.where(searches.is_tied, searches.key, searches.lo))
+    # Of a search among ties, only the leaf that keeps a part of its own is read.
+    is_read = field.per_leaf(is_open(field, searches)) & (~is_tied | (partial == leaf))
     found = field.per_leaf((searches.lo - index_floor(searches.lo.dtype)).astype(jnp.uint32))
     partial_end = jnp.where(field.per_leaf(searches.wanted.lo) == 0, 0, sizes - found + 1)
-    leaf, partial = jnp.arange(len(sizes)), field.per_leaf(searches.partial)
     tied_ends = jnp.where(leaf < partial, sizes, jnp.where(leaf == partial, partial_end, 0))
-    return keys, jnp.where(field.per_leaf(searches.is_tied), tied_ends, sizes)
+    ends = jnp.where(is_tied, tied_ends, sizes)
+    columns = {Column.IS_READ: is_read, Column.IS_TIED: is_tied, Column.KEY: keys, Column.END: ends}
+    table = jnp.stack([columns[column].astype(keys.dtype) for column in Column], 1)
+    table = jnp.concatenate([table, field.per_leaf(thresholds)], 1)
+    return _Reading(searches, thresholds, tuple(table))
 
 
 def _reads_of(width: int) -> int:

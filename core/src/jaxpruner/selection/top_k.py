@@ -24,17 +24,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpruner.selection import counts, score_reading, threshold_search
-from jaxpruner.selection.counts import Count
+from jaxpruner.selection.counts import Count, Share
 from jaxpruner.selection.score_reading import Leaf, Scores, order_preserving_keys
-from jaxpruner.selection.threshold_search import Field, Searches
+from jaxpruner.selection.threshold_search import Field
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Num
+    from jaxtyping import Array, Bool, Float, Int, Num
 
     from jaxpruner.selection.score_reading import Method
+    from jaxpruner.selection.threshold_search import Rows
 
 __all__ = [
     "Competition",
@@ -49,6 +51,8 @@ __all__ = [
 
 # A sample of about one entry in 256, within these limits.
 _SAMPLED_SHARE, _MIN_SAMPLE, _MAX_SAMPLE = 256, 1024, 16384
+# All samples of a selection take no more than this part of its largest search, if each has its minimum.
+_ALL_SAMPLES = 16
 
 T = TypeVar("T")
 
@@ -59,7 +63,8 @@ class Competition:
 
     Attributes:
       leaves: the scores, arrays or :class:`Scores`, of fewer than ``2**32`` entries each.
-      keep: how many entries to keep, between 0 and the number of all entries; may be traced.
+      keep: how many entries to keep, between 0 and the number of all entries, or the share of a number that gives it;
+        may be traced.
       scales: a divisor per leaf, or None; a leaf is ranked by ``leaf * (1 / scale)``, evaluated as it is read.
 
     Raises:
@@ -67,7 +72,7 @@ class Competition:
     """
 
     leaves: Sequence[Num[Array, "*shape"] | Scores]
-    keep: Count
+    keep: Count | Share
     scales: Sequence[Float[Array, ""] | None] | None = None
 
     def __post_init__(self):
@@ -92,7 +97,7 @@ def top_k_mask(
 
 def top_k_masks(
     leaves: Sequence[Num[Array, "*shape"] | Scores],
-    keep: Count,
+    keep: Count | Share,
     scales: Sequence[Float[Array, ""] | None] | None = None,
     *,
     method: Method | None = None,
@@ -159,7 +164,7 @@ def select(competitions: Sequence[Competition], *, method: Method | None = None)
         found = _select(
             tuple(tuple(leaf.fn for leaf in scores) for _, _, scores in members),
             [[leaf.operands for leaf in scores] for _, _, scores in members],
-            [competitions[i].keep for i, _, _ in members],
+            counts.stacked([competitions[i].keep for i, _, _ in members]),
             rank_dtype,
             method or _default_method(),
         )
@@ -181,9 +186,7 @@ def count_true(mask: Bool[Array, "*shape"]) -> Count:
 def _count_true(fn: Callable[..., Any], operands: tuple[Array, ...], method: Method) -> Count:
     scores = Scores(fn, operands)
     leaf = score_reading.prepare(scores, score_reading.common_rank_dtype([scores.dtype]), method)
-    # Counted twice, and both used: see `score_reading.count` on reductions of one operand.
-    twice = score_reading.count(Leaf.keys, leaf, jnp.ones(2, jnp.int32), method)
-    return Count(jnp.min(twice.hi), jnp.min(twice.lo))
+    return Count(jnp.uint32(0), score_reading.count(leaf.keys(), jnp.ones(2, jnp.int32), method)[0])
 
 
 def _default_method() -> Method:
@@ -198,12 +201,10 @@ def _scaled(competition: Competition) -> list[Scores]:
 def _place(scores: list[Scores]) -> Any:
     """What keeps leaves out of one program or loop: other devices, or other axes of a shard_map that they vary over."""
     operands = [x for leaf in scores for x in leaf.operands]
-    types = [jax.typeof(x) for x in operands] if hasattr(jax, "typeof") else []
-    varying = {getattr(t, "manual_axis_type", getattr(t, "vma", None)) for t in types}  # its newer and its older name
     devices = [
         x.sharding.device_set for x in operands if not isinstance(x, jax.core.Tracer) and getattr(x, "committed", False)
     ]
-    return frozenset(varying), frozenset().union(*devices)
+    return frozenset(map(score_reading.varying_axes, operands)), frozenset().union(*devices)
 
 
 def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | None) -> Scores:
@@ -220,7 +221,7 @@ def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | No
 def _select(
     fns: tuple[tuple[Callable[..., Any], ...], ...],
     operands: list[list[tuple[Array, ...]]],
-    keeps: list[Count],
+    keep: Count,
     rank_dtype: Any,
     method: Method,
 ) -> list[list[Bool[Array, ...]]]:
@@ -232,63 +233,58 @@ def _select(
         lowest=score_reading.key_range(rank_dtype)[0],
         highest=score_reading.key_range(rank_dtype)[1],
     )
-    searches = _search(field, leaves, jax.tree.map(lambda *words: jnp.stack(words), *keeps), method)
+    rows = _search(field, leaves, keep, method)
     masks: list[list[Any]] = [[] for _ in fns]
-    for i, (threshold, end) in enumerate(zip(*threshold_search.results(field, searches), strict=True)):
-        leaf, (threshold, end) = leaves[i].pinned((threshold, end))
-        keys = leaf.keys()
-        mask = (keys > threshold) | ((keys == threshold) & (leaf.flat_index() < end))
-        masks[field.search[i]].append(mask.reshape(scores[i].shape))
+    for search, leaf, row, of_scores in zip(field.search, leaves, rows, scores, strict=True):
+        masks[search].append(score_reading.mask_leaf(leaf, row).reshape(of_scores.shape))
     return masks
 
 
-def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Searches:
+def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Rows:
     searches = threshold_search.start(field, keep, score_reading.key_dtype(leaves[0].rank_dtype))
     # All searches vary over the mesh axes that any leaf does: they share a loop.
-    zero = sum(leaf.zero() for leaf in leaves)
+    zero = score_reading.varying_zero(leaves)
     searches = jax.tree.map(lambda x: x ^ zero.astype(x.dtype), searches)
 
-    def read(i, searches, thresholds):
-        search = field.search[i]
-
-        def values(leaf):
-            keys = leaf.keys()
-            is_tie = (searches.partial[search] == i) & (keys == searches.key[search])
-            floor = threshold_search.index_floor(keys.dtype)
-            backwards = (jnp.uint32(leaf.size) - leaf.flat_index()).astype(keys.dtype)
-            index = jnp.where(is_tie, floor + backwards, floor)
-            return jnp.where(searches.is_tied[search], index, keys)
-
-        return score_reading.count(values, leaves[i], thresholds[search], method)
-
-    def count(searches, thresholds):
-        return _stack([read(i, searches, thresholds) for i in range(len(leaves))])
-
-    def count_open(searches, thresholds):
-        def nothing(searches, thresholds):
-            zeros = (thresholds[0] ^ thresholds[0]).astype(jnp.uint32)
-            return Count(zeros, zeros)
-
-        open_leaves = field.per_leaf(threshold_search.is_open(field, searches))
-        return _stack([
-            lax.cond(open_leaves[i], functools.partial(read, i), nothing, searches, thresholds)
-            for i in range(len(leaves))
+    def count(rows, skips):
+        return jnp.stack([
+            score_reading.count_leaf(leaf, row, skips) for leaf, row in zip(leaves, rows, strict=True)
         ])  # fmt: skip
 
+    every, needed = functools.partial(count, skips=False), functools.partial(count, skips=True)
     if method == "split":
         # On accelerators a branch costs more than a read that was not needed. XLA's CPU backend stores the comparisons
         # of a sharded leaf, in one buffer for all leaves only if each has a branch of its own.
         is_cpu = jax.default_backend() == "cpu"
-        return threshold_search.split(field, count_open if is_cpu else count, count_open, searches)
-    first = []
-    for search in range(field.search[-1] + 1):
-        group = [leaf for i, leaf in enumerate(leaves) if field.search[i] == search]
-        total = sum(leaf.size for leaf in group)
-        stride = max(1, total // min(max(total // _SAMPLED_SHARE, _MIN_SAMPLE), _MAX_SAMPLE))
-        sample = jnp.sort(jnp.concatenate([leaf.sample(stride) for leaf in group]))
-        first.append(threshold_search.sampled_thresholds(total, counts.take(keep, search), sample))
-    return threshold_search.interpolate(field, count_open, searches, jnp.stack(first))
+        return threshold_search.split(field, needed if is_cpu else every, needed, searches)
+    return threshold_search.interpolate(field, needed, searches, _first_thresholds(field, leaves, keep))
 
 
-def _stack(found: Sequence[Count]) -> Count:
-    return jax.tree.map(lambda *words: jnp.stack(words), *found)
+def _first_thresholds(field: Field, leaves: list[Leaf], keep: Count) -> Int[Array, "searches t"]:
+    """Those around the quantiles of samples. Samples of about one length are sorted together."""
+    number = field.search[-1] + 1
+    groups = [[leaf for i, leaf in enumerate(leaves) if field.search[i] == search] for search in range(number)]
+    totals = [sum(leaf.size for leaf in group) for group in groups]
+    # Together no more than a part of the largest, however many there are.
+    most = min(_MAX_SAMPLE, max(totals) // (_ALL_SAMPLES * number))
+    alike: dict[int, list[tuple[int, Any]]] = {}
+    for search, (group, total) in enumerate(zip(groups, totals, strict=True)):
+        stride = max(1, total // max(min(total // _SAMPLED_SHARE, most), _MIN_SAMPLE))
+        sample = [score_reading.sample(leaf, stride) for leaf in group]
+        sample = sample[0] if len(sample) == 1 else jnp.concatenate(sample)
+        alike.setdefault((sample.size - 1).bit_length(), []).append((search, sample))
+    order, first = [], []
+    for bits, members in alike.items():
+        searches, samples = zip(*members, strict=True)
+        sizes = np.asarray([sample.size for sample in samples])
+        fill = [jnp.pad(sample, ((1 << bits) - sample.size, 0), constant_values=field.lowest) for sample in samples]
+        order += searches
+        first.append(
+            threshold_search.sampled_thresholds(
+                np.asarray(totals, np.float32)[list(searches)],
+                counts.take(keep, np.asarray(searches)),
+                sizes,
+                jnp.sort(jnp.stack(fill), axis=1),
+            )
+        )
+    return jnp.concatenate(first)[np.argsort(order)]

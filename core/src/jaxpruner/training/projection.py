@@ -164,7 +164,7 @@ def remasked(
     updater: Algorithm, grads: Any, extra_args: dict[str, Any], state: SparseState, weights: Any
 ) -> SparseState:
     """The state of a straight-through method with masks of these weights, at the sparsity scheduled for its count."""
-    first = updater.scheduler.start_step
+    first, weights = updater.scheduler.start_step, trees.numbers_only(weights)
     made = when(
         True if not first else state.count >= first,
         lambda: _made(updater, state, weights, grads, extra_args),
