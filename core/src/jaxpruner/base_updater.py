@@ -329,7 +329,7 @@ class BaseUpdater:
         key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
         key = jax.random.fold_in(key, jnp.asarray(step, jnp.int32) + 1)
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten([jax.random.fold_in(key, i) for i in range(len(leaves))])
+        return treedef.unflatten(list(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(leaves)))))
 
     def _scores(self, params: Any, sparse_state: SparseState | None, grads: Any, **kwargs) -> Any:
         """What `calculate_scores` gives, unevaluated unless someone overrode it or what reads it."""

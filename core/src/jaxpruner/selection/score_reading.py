@@ -185,7 +185,7 @@ def prepare(scores: Scores, rank_dtype: np.dtype, method: Method) -> Leaf:
     return Leaf(scores.fn, operands, shape, rank_dtype, method, jnp.uint32(1))
 
 
-# Leaves of one shape share each of these programs: they are traced once, and their kernels compiled once.
+# Leaves of one shape share each of these programs: it is traced once, and its kernels are compiled once.
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -219,11 +219,19 @@ def mask_leaf(leaf: Leaf, row: Int[Array, " n"]) -> Bool[Array, "*shape"]:
     return (keys > key) | ((keys == key) & (leaf.flat_index() < row[Column.END].astype(jnp.uint32)))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def sample(leaf: Leaf, stride: int) -> Int[Array, " s"]:
-    """The keys of every ``stride``-th entry."""
-    operands = tuple(x.reshape(-1)[::stride] if x.ndim else x for x in leaf.operands)
-    return dataclasses.replace(leaf, operands=operands).keys().reshape(-1)
+def samples(leaves: Sequence[Leaf], strides: Sequence[int]) -> list[tuple[list[int], Int[Array, "n s"]]]:
+    """The keys of every ``stride``-th entry of leaves, in rows for those that are alike: which ones, and their keys."""
+    alike: dict[Any, tuple[list[int], list[tuple[Array, ...]]]] = {}
+    for i, (leaf, stride) in enumerate(zip(leaves, strides, strict=True)):
+        operands = tuple(x.reshape(-1)[::stride] if x.ndim else x[None] for x in leaf.operands)
+        kind = leaf.fn, tuple((x.shape, x.dtype) for x in operands)
+        members, of_members = alike.setdefault(kind, ([], []))
+        members.append(i)
+        of_members.append(operands)
+    return [
+        (members, dataclasses.replace(leaves[members[0]], operands=tuple(map(jnp.stack, zip(*xs, strict=True)))).keys())
+        for members, xs in alike.values()
+    ]
 
 
 def count(values: Int[Array, "*shape"], thresholds: Int[Array, " t"], method: Method) -> UInt32[Array, " t"]:

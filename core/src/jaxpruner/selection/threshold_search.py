@@ -204,24 +204,22 @@ def is_open(field: Field, searches: Searches) -> Bool[Array, " searches"]:
     return ~counts.equal(field.total(searches.at_least), searches.wanted) & (searches.lo != searches.last)
 
 
-def sampled_thresholds(
-    totals: Num[np.ndarray, " n"], wanted: Count, sizes: Int[np.ndarray, " n"], samples: Int[Array, "n s"]
-) -> Int[Array, "n t"]:
-    """For the first read of n searches: keys around the quantiles of sorted samples.
+def sampled_thresholds(totals: Num[np.ndarray, " n"], wanted: Count, samples: Int[Array, "n s"]) -> Int[Array, "n t"]:
+    """For the first read of n searches: keys around the quantiles of samples.
 
     Each comes with its successor, to recognise a value that many entries share.
 
     Args:
       totals: the number of entries of each search.
       wanted: how many of them to keep.
-      sizes: the number of entries of each sample, which are the last of its row.
-      samples: the sorted samples.
+      samples: a sample of each.
     """
-    density = counts.to_float(wanted) / totals
-    deviation = jnp.sqrt(sizes * density * (1 - density)) + 1
-    ranks = (sizes * (1 - density))[:, None] + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32) * deviation[:, None]
-    ranks = jnp.clip(ranks.astype(jnp.int32), 0, sizes[:, None] - 1)
-    keys = jnp.take_along_axis(samples, ranks + (samples.shape[1] - sizes[:, None]), 1)
+    size = samples.shape[1]
+    density = counts.to_float(wanted) / totals.astype(np.float32)
+    deviation = jnp.sqrt(size * density * (1 - density)) + 1
+    ranks = (size * (1 - density))[:, None] + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32) * deviation[:, None]
+    ranks = jnp.clip(ranks.astype(jnp.int32), 0, size - 1)
+    keys = jnp.take_along_axis(jnp.sort(samples, 1), ranks, 1)
     highest = jnp.iinfo(keys.dtype).max
     return jnp.sort(jnp.concatenate([keys, jnp.minimum(keys, highest - 1) + 1], 1), 1)
 

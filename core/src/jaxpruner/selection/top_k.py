@@ -261,30 +261,25 @@ def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Ro
 
 
 def _first_thresholds(field: Field, leaves: list[Leaf], keep: Count) -> Int[Array, "searches t"]:
-    """Those around the quantiles of samples. Samples of about one length are sorted together."""
+    """Those around the quantiles of samples."""
     number = field.search[-1] + 1
-    groups = [[leaf for i, leaf in enumerate(leaves) if field.search[i] == search] for search in range(number)]
-    totals = [sum(leaf.size for leaf in group) for group in groups]
-    # Together no more than a part of the largest, however many there are.
-    most = min(_MAX_SAMPLE, max(totals) // (_ALL_SAMPLES * number))
-    alike: dict[int, list[tuple[int, Any]]] = {}
-    for search, (group, total) in enumerate(zip(groups, totals, strict=True)):
-        stride = max(1, total // max(min(total // _SAMPLED_SHARE, most), _MIN_SAMPLE))
-        sample = [score_reading.sample(leaf, stride) for leaf in group]
-        sample = sample[0] if len(sample) == 1 else jnp.concatenate(sample)
-        alike.setdefault((sample.size - 1).bit_length(), []).append((search, sample))
-    order, first = [], []
-    for bits, members in alike.items():
-        searches, samples = zip(*members, strict=True)
-        sizes = np.asarray([sample.size for sample in samples])
-        fill = [jnp.pad(sample, ((1 << bits) - sample.size, 0), constant_values=field.lowest) for sample in samples]
-        order += searches
-        first.append(
-            threshold_search.sampled_thresholds(
-                np.asarray(totals, np.float32)[list(searches)],
-                counts.take(keep, np.asarray(searches)),
-                sizes,
-                jnp.sort(jnp.stack(fill), axis=1),
-            )
-        )
-    return jnp.concatenate(first)[np.argsort(order)]
+    totals = np.bincount(field.search, weights=field.sizes)
+    # Together no more than a part of the largest search, however many there are.
+    most = np.clip(totals.max() / (_ALL_SAMPLES * number), _MIN_SAMPLE, _MAX_SAMPLE)
+    strides = np.maximum(1, totals // np.clip(totals / _SAMPLED_SHARE, _MIN_SAMPLE, most)).astype(int)
+    groups = [np.flatnonzero(np.asarray(field.search) == search) for search in range(number)]
+    alone = [group[0] for group in groups if len(group) == 1]
+
+    def sample(group):
+        return score_reading.samples([leaves[i] for i in group], [strides[field.search[i]] for i in group])
+
+    rows = [([field.search[alone[i]] for i in members], keys) for members, keys in sample(alone)]
+    for search, group in enumerate(groups):
+        if len(group) > 1:
+            rows.append(([search], jnp.concatenate([keys.reshape(1, -1) for _, keys in sample(group)], axis=1)))
+    first = [
+        threshold_search.sampled_thresholds(totals[searches], counts.take(keep, np.asarray(searches)), keys)
+        for searches, keys in rows
+    ]
+    order = np.argsort(np.concatenate([searches for searches, _ in rows]))
+    return jnp.concatenate(first)[order]
