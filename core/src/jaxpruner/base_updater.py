@@ -70,6 +70,11 @@ def map_choosing(choose: Callable[..., selection.Choosing], tree: Any, *rest: An
     return jax.tree.map(lambda i: chosen[i], places)
 
 
+def as_state(targets: Any) -> Any:
+    """Target sparsities as a state keeps them: an array for each leaf, since no buffer may be donated twice."""
+    return trees.to_state(jax.tree.map(lambda target: jnp.asarray(target, jnp.float32), targets))
+
+
 def _own_mark(method: Callable[..., Any], mark: str) -> Any:
     """A mark on a method of ours; `functools.wraps` copies marks to wrappers, which do not count."""
     return None if hasattr(method, "__wrapped__") else getattr(method, mark, None)
@@ -183,7 +188,7 @@ class BaseUpdater:
             masks = fit.given_masks(self.masks, params, targets)
         return SparseState(
             masks=mask_storage.encode_tree(self.storage, masks),
-            target_sparsities=trees.to_state(self._as_float32(params, targets)),
+            target_sparsities=as_state(self._as_float32(params, targets)),
             count=jnp.zeros((), jnp.int32),
         )
 
@@ -203,9 +208,15 @@ class BaseUpdater:
         Towards the sparsities of this configuration, whatever the state was made with.
         """
         targets = self._targets_at_hand(params, sparse_state)
-        sparsities = trees.map_pruned(
-            lambda target, _: self.sparsity_at(target, sparse_state.count), trees.from_state(targets), targets
-        )
+        now: dict[Any, Any] = {}  # equal targets, such as those of leaves of one shape, share the arithmetic
+
+        def sparsity(target, _):
+            key = float(target) if isinstance(target, np.floating) else id(target)
+            if key not in now:
+                now[key] = self.sparsity_at(target, sparse_state.count)
+            return now[key]
+
+        sparsities = trees.map_pruned(sparsity, targets, targets)
         scores = self._scores(params, sparse_state, grads, **kwargs)
         if self.masks is not None:
             before = self.current_masks(sparse_state, params)
@@ -213,7 +224,9 @@ class BaseUpdater:
             masks = trees.map_pruned(lambda mask, was: mask & was, self.create_masks(scores, sparsities), before)
         else:
             masks = self.create_masks(scores, sparsities)
-        return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=targets)
+        return sparse_state._replace(
+            masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=as_state(targets)
+        )
 
     def sparsity_at(self, target: Any, count: Any) -> Any:
         """The sparsity of a leaf, of the masks in force at a count."""
@@ -339,7 +352,7 @@ class BaseUpdater:
         return self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
 
     def _as_float32(self, params: Any, targets: Any) -> Any:
-        """Targets as the state keeps them: the float32 that keeps exactly as many weights."""
+        """Targets as the float32 that keep exactly as many weights."""
 
         def convert(path, param, target):
             if trees.is_unpruned(target):
@@ -347,7 +360,7 @@ class BaseUpdater:
             if isinstance(target, jax.core.Tracer):
                 return target.astype(jnp.float32)
             units = self.structure(path, param).num_units(jnp.shape(param))
-            return jnp.asarray(counts.float32_sparsity(units, target), jnp.float32)
+            return counts.float32_sparsity(units, target)
 
         return trees.map_named(convert, params, targets)
 
@@ -371,13 +384,14 @@ class BaseUpdater:
         return isinstance(self.masks, str)
 
     def _targets_at_hand(self, params: Any, sparse_state: SparseState) -> Any:
-        """The final sparsities of this configuration, as the state keeps them."""
+        """The final sparsities of this configuration as float32, None where a leaf is not pruned."""
         try:
             targets = self.get_target_sparsities(params)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-            return sparse_state.target_sparsities  # of a distribution that reads weights, which only `init` can do
+            # Of a distribution that reads weights, which only `init` can do.
+            return trees.from_state(sparse_state.target_sparsities)
         fit.check_pruned(targets, sparse_state)
-        return trees.to_state(self._as_float32(params, targets))
+        return self._as_float32(params, targets)
 
     def _pruned_last(self, path: trees.KeyPath, score: Any, mask: Any) -> Any:
         """Scores that rank what is pruned below all; where units are of several weights, their zeros do."""

@@ -109,8 +109,7 @@ class _GlobalPruning(BaseUpdater):
         total = sum(math.prod(jnp.shape(p)) for p in jax.tree.leaves(shared))
         common = counts.float32_sparsity(total, self.sparsity)
         own = super()._as_float32(params, targets)
-        # An array for each leaf: hosts donate the state, and no buffer may be donated twice.
-        return trees.map_pruned(lambda _, p: jnp.asarray(common, jnp.float32), own, shared, otherwise=lambda own: own)
+        return trees.map_pruned(lambda _, p: common, own, shared, otherwise=lambda own: own)
 
     def _competes_alone(self, path: trees.KeyPath) -> bool:
         return any(trees.matches(pattern, path) for pattern in self.custom_sparsity_map or {})

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxpruner import mask_storage, scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
-from jaxpruner.base_updater import BaseUpdater, elementwise_scores, map_choosing, require_grads
+from jaxpruner.base_updater import BaseUpdater, as_state, elementwise_scores, map_choosing, require_grads
 from jaxpruner.selection.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import CosineDecay
 
@@ -90,7 +90,9 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
             return jnp.where(jnp.all(jnp.isfinite(as_array(grow))), trees.laid_out_like(mask, new), mask)
 
         masks = map_choosing(regrow, masks, drop_scores, grow_scores)
-        return sparse_state._replace(masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=targets)
+        return sparse_state._replace(
+            masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=as_state(targets)
+        )
 
 
 @dataclasses.dataclass(eq=False)

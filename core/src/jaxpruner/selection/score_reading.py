@@ -176,10 +176,8 @@ def prepare(scores: Scores, rank_dtype: np.dtype, method: Method) -> Leaf:
     """Lays a leaf out for the search."""
     shape, operands = scores.shape, scores.operands
     if method == "sample":
-        # Rows let one read run on several cores, and short ones stay in the cache while they are compared with one
-        # threshold after the other; on a single device the reshape moves nothing.
-        lengths = (length for length in range(_LONGEST_ROW, _SHORTEST_ROW, -1) if scores.size % length == 0)
-        length = next(lengths, scores.size // math.gcd(scores.size, _ROWS))
+        # On a single device the reshape moves nothing.
+        length = row_length(scores.size)
         shape = (scores.size // length, length)
         operands = tuple(x.reshape(shape) if x.shape == scores.shape else x for x in operands)
     return Leaf(scores.fn, operands, shape, rank_dtype, method, jnp.uint32(1))
@@ -234,6 +232,22 @@ def samples(leaves: Sequence[Leaf], strides: Sequence[int]) -> list[tuple[list[i
     ]
 
 
+def row_length(size: int) -> int:
+    """The entries of one row of a leaf.
+
+    Rows let one read run on several cores, and short ones stay in the cache while they are compared with one threshold
+    after the other.
+    """
+    lengths = (length for length in range(_LONGEST_ROW, _SHORTEST_ROW, -1) if size % length == 0)
+    return next(lengths, size // math.gcd(size, _ROWS))
+
+
+def sums(operands: Sequence[UInt32[Array, "*shape"]], axes: Sequence[int]) -> tuple[UInt32[Array, "*rest"], ...]:
+    """The sums of several operands over some axes, in one reduction."""
+    zeros = (jnp.uint32(0),) * len(operands)
+    return tuple(lax.reduce(tuple(operands), zeros, lambda a, b: tuple(map(jnp.add, a, b)), tuple(axes)))
+
+
 def count(values: Int[Array, "*shape"], thresholds: Int[Array, " t"], method: Method) -> UInt32[Array, " t"]:
     """For each of an even number of thresholds, the number of values at or above it, in one read."""
     if method == "sample":
@@ -249,9 +263,7 @@ def count(values: Int[Array, "*shape"], thresholds: Int[Array, " t"], method: Me
             (spread >= lax.broadcast_in_dim(t, shape, (axis - 1,))).astype(jnp.uint32)
             for t in lax.split(thresholds, (thresholds.size // operands,) * operands)
         ]
-        zeros = (jnp.uint32(0),) * operands
-        rows = lax.reduce(tuple(reached), zeros, lambda a, b: tuple(map(jnp.add, a, b)), (axis,))
-        return jnp.concatenate(rows, -1).sum(tuple(range(axis - 1)), dtype=jnp.uint32)
+        return jnp.concatenate(sums(reached, (axis,)), -1).sum(tuple(range(axis - 1)), dtype=jnp.uint32)
     return jnp.stack([jnp.sum((values >= t).astype(jnp.uint32), dtype=jnp.uint32) for t in thresholds])
 
 

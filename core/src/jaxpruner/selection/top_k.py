@@ -33,7 +33,7 @@ from jaxpruner.selection.score_reading import Leaf, Scores, order_preserving_key
 from jaxpruner.selection.threshold_search import Field
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, Num
+    from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
     from jaxpruner.selection.score_reading import Method
     from jaxpruner.selection.threshold_search import Rows
@@ -176,17 +176,17 @@ def select(competitions: Sequence[Competition], *, method: Method | None = None)
 
 def count_true(mask: Bool[Array, "*shape"]) -> Count:
     """The number of True entries of a mask of fewer than ``2**32`` entries, in one read that stores nothing."""
-    scores = Scores.of(mask)
-    if not scores.size:
-        return counts.from_int(0)
-    return _count_true(scores.fn, scores.operands, _default_method())
+    return Count(jnp.uint32(0), _count_true(jnp.asarray(mask), _default_method()))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _count_true(fn: Callable[..., Any], operands: tuple[Array, ...], method: Method) -> Count:
-    scores = Scores(fn, operands)
-    leaf = score_reading.prepare(scores, score_reading.common_rank_dtype([scores.dtype]), method)
-    return Count(jnp.uint32(0), score_reading.count(leaf.keys(), jnp.ones(2, jnp.int32), method)[0])
+@functools.partial(jax.jit, static_argnums=1)
+def _count_true(mask: Bool[Array, "*shape"], method: Method) -> UInt32[Array, ""]:
+    if method == "split" or not mask.size:
+        return jnp.sum(mask, dtype=jnp.uint32)
+    rows = mask.reshape(-1, score_reading.row_length(mask.size)).astype(jnp.uint32)
+    # Counted twice, and both used: see `score_reading.count` on reductions of one operand.
+    twice = score_reading.sums(score_reading.sums((rows, rows), (1,)), (0,))
+    return jnp.minimum(*twice)
 
 
 def _default_method() -> Method:
