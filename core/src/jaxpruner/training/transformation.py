@@ -91,15 +91,15 @@ class _TrackedUpdate(_Parts):
             return reset_moments(inner, inner_state, apply_mask(step.params, step.masks), regrown)
 
         def skip():
+            kept = renew() if updater.regrows else inner_state
+            if not isinstance(step.is_mask_update, jax.core.Tracer):
+                return jax.tree.map(jnp.zeros_like, step.grads), kept
+            # Both branches give the same dtypes. Some optimizers widen their statistics in the first step they take.
             update_shapes, state_shapes = jax.eval_shape(take)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), update_shapes)
-            # Some optimizers widen their statistics in the first step they take.
-            kept = jax.tree.map(
-                lambda old, s: old if old.dtype == s.dtype else old.astype(s.dtype),
-                renew() if updater.regrows else inner_state,
-                state_shapes,
+            return zeros, jax.tree.map(
+                lambda old, s: old if old.dtype == s.dtype else old.astype(s.dtype), kept, state_shapes
             )
-            return zeros, kept
 
         if updater.skip_gradients:
             updates, inner_state = projection.when(step.is_mask_update, skip, take)
