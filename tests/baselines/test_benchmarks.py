@@ -41,6 +41,9 @@ ROWS = {
     "training step, all in, update_freq=100": 2,
     "straight-through step, mask made every step": 2,
     "the bare step against itself: the noise of these rows": 2,
+    **{f"trace and compile, 3 kernels, {name}": 1 for name in ("magnitude", "global_magnitude", "rigl")},
+    "eager step, dense masks, worst of 2 algorithms": 1,
+    "eager step, packed masks, worst of 2 algorithms": 1,
     "mask update, 50,000 float32": 3,
     "mask update, 50,000 bfloat16": 3,
 }

@@ -13,6 +13,7 @@ import sparse_cases as cases
 
 import jaxpruner
 
+
 @contextlib.contextmanager
 def compiles_nothing():
     compiled = []

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import provenance
-from jaxpruner_baselines.benchmarks import accelerators, masks, peers, sharding, steps
+from jaxpruner_baselines.benchmarks import accelerators, masks, overheads, peers, sharding, steps
 from jaxpruner_baselines.benchmarks.figures import Figure
 from jaxpruner_baselines.report import markdown_table, update_markdown
 from jaxpruner_baselines.results import Results, Row
@@ -30,6 +30,8 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
     "sharded_update": (sharding.sharded_update, sharding.Sizes(), sharding.QUICK),
     "training_steps": (steps.training_steps, steps.Sizes(), steps.QUICK),
+    "first_steps": (overheads.first_steps, overheads.Sizes(), overheads.QUICK),
+    "eager_steps": (overheads.eager_steps, overheads.Sizes(), overheads.QUICK),
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
     "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),
 }
@@ -67,7 +69,11 @@ def bench(
             measure, sizes, small = GROUPS[name]
             chosen = small if quick else sizes
             if repeats is not None:
-                own = {field.name for field in dataclasses.fields(chosen)} & {"repeats", "slow_repeats"}
+                own = {field.name for field in dataclasses.fields(chosen)} & {
+                    "repeats",
+                    "slow_repeats",
+                    "eager_repeats",
+                }
                 chosen = dataclasses.replace(chosen, **dict.fromkeys(own, repeats))
             started = time.monotonic()
             for event in measure(chosen):
