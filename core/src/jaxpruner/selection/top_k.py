@@ -51,7 +51,7 @@ __all__ = [
 
 # A sample of about one entry in 256, within these limits.
 _SAMPLED_SHARE, _MIN_SAMPLE, _MAX_SAMPLE = 256, 1024, 16384
-# All samples of a selection take no more than this part of its largest search, if each has its minimum.
+# All samples of a selection have no more entries than its largest search divided by this, or their minimum each.
 _ALL_SAMPLES = 16
 
 T = TypeVar("T")
