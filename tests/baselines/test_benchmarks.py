@@ -41,6 +41,17 @@ ROWS = {
     "training step, all in, update_freq=100": 2,
     "straight-through step, mask made every step": 2,
     "the bare step against itself: the noise of these rows": 2,
+    **{
+        f"Transformer, bfloat16: {row}": 1
+        for row in (
+            "training step between updates, dense masks",
+            "RigL's step, all in, update_freq=100",
+            "the bare step against itself: the noise of these rows",
+            "state of AdamW, dense masks",
+            "state of AdamW, packed masks",
+            "state of AdamW, straight-through, packed masks",
+        )
+    },
     **{f"trace and compile, 3 kernels, {name}": 1 for name in ("magnitude", "global_magnitude", "rigl")},
     "eager step, dense masks, worst of 2 algorithms": 1,
     "eager step, packed masks, worst of 2 algorithms": 1,
@@ -58,7 +69,7 @@ def test_quick_prints_and_writes_all_rows(tmp_path):
     assert list(table.columns) == COLUMNS
     assert table["method"].value_counts().to_dict() == ROWS
     for row, count in ROWS.items():
-        assert result.output.count(row) == count
+        assert result.output.count(f"│ {row} ") == count
     assert set(table["preset"]) == {"quick"}
     assert (table["value"] >= 0).all()
     assert table["value"][table["method"] == "whole update, gathers and other moves, 2 devices"].item() == 0

@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
     "sharded_update": (sharding.sharded_update, sharding.Sizes(), sharding.QUICK),
     "training_steps": (steps.training_steps, steps.Sizes(), steps.QUICK),
+    "network_steps": (steps.network_steps, steps.Several(), steps.SEVERAL_QUICK),
     "first_steps": (overheads.first_steps, overheads.Sizes(), overheads.QUICK),
     "eager_steps": (overheads.eager_steps, overheads.Sizes(), overheads.QUICK),
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
@@ -37,6 +38,8 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
 }
 # Too large for a CPU: left out there, unless they are asked for by name or with --quick.
 ACCELERATOR_GROUPS = ("accelerator_masks", "accelerator_steps")
+# Takes half an hour: left out unless asked for by name or with --quick.
+LONG_GROUPS = ("network_steps",)
 
 HEADER = ("row", "ours", "peer", "ratio", "reach", "met")
 
@@ -52,7 +55,8 @@ def bench(
 ) -> None:
     """Time the core against sorts, NumPy, PyTorch and a bare optimizer; read what sharded programs exchange."""
     on_cpu = jax.default_backend() == "cpu" and not quick
-    default = [name for name in GROUPS if not (on_cpu and name in ACCELERATOR_GROUPS)]
+    left_out = (() if quick else LONG_GROUPS) + (ACCELERATOR_GROUPS if on_cpu else ())
+    default = [name for name in GROUPS if name not in left_out]
     names = default if rows == "all" else [name.strip() for name in rows.split(",")]
     if unknown := [name for name in names if name not in GROUPS]:
         typer.echo(f"Unknown row {unknown[0]!r}. Valid: {', '.join(GROUPS)}.", err=True)
@@ -60,8 +64,12 @@ def bench(
     console = Console()
     if not peers.has_torch():
         console.print(peers.NO_TORCH, markup=False, soft_wrap=True)
-    if rows == "all" and len(default) < len(GROUPS):
+    if rows == "all" and on_cpu:
         console.print(f"No accelerator: {', '.join(ACCELERATOR_GROUPS)} are left out.", soft_wrap=True)
+    if rows == "all" and not quick:
+        console.print(
+            f"Left out because they take long, ask for them by name: {', '.join(LONG_GROUPS)}.", soft_wrap=True
+        )
     csv = Results(results / "benchmarks.csv")
     figures: list[Figure] = []
     with console.status("") as status:

@@ -1,4 +1,4 @@
-"""A whole training step of a vision transformer, sparse against the bare optimizer."""
+"""Whole training steps, sparse against the bare optimizer, and what its state takes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jaxpruner
-from jaxpruner_baselines.benchmarks.figures import Reach, alternate, timed
+from jaxpruner_baselines.benchmarks import networks
+from jaxpruner_baselines.benchmarks.figures import Figure, Reach, alternate, timed
 from jaxpruner_baselines.benchmarks.masks import Events
-from jaxpruner_baselines.vit import ViT
 
 UPDATE_FREQ = 100
 BARE = "bare optimizer"
@@ -24,27 +22,24 @@ AGAIN = "bare optimizer again"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A ViT, by default ViT-S/16 on 224x224 images: 196 tokens."""
-
-    image: int = 224
-    patch: int = 16
-    dim: int = 384
-    depth: int = 12
-    heads: int = 6
-    classes: int = 1000
-    batch: int = 8
-    dtype: str = "float32"  # of activations; parameters are float32
+    network: networks.Network = networks.VisionTransformer()
+    dtype: str = "float32"  # of activations
+    param_dtype: str = "float32"
     starts: int = 6
     repeats: int = 3  # from each start
 
 
-QUICK = Sizes(image=32, patch=8, dim=32, depth=1, heads=2, classes=10, batch=2, starts=2, repeats=2)
-VIT_B = Sizes(dim=768, heads=12, batch=256, dtype="bfloat16")
+SMALL_VIT = networks.VisionTransformer(image=32, patch=8, dim=32, depth=1, heads=2, classes=10, batch=2)
+QUICK = Sizes(SMALL_VIT, starts=2, repeats=2)
+VIT_B = Sizes(networks.VisionTransformer(dim=768, heads=12, batch=256), dtype="bfloat16")
 VIT_B_QUICK = dataclasses.replace(QUICK, dtype="bfloat16")
+
 
 # From count 1 on no mask is made before count 100; with a frequency of 1 every step makes one.
 _ALWAYS = {"update_start_step": 0, "update_end_step": 10**6}
 _PRUNER = _ALWAYS | {"algorithm": "magnitude"}
+# With a frequency of 2 every second step drops and grows weights, from the first that is timed on.
+_RIGL = {"algorithm": "rigl", "update_freq": 2, "update_start_step": 1, "update_end_step": 10**6}
 SIDES: dict[str, dict[str, Any] | None] = {
     BARE: None,
     AGAIN: None,  # what a ratio of 1 measures here
@@ -55,39 +50,55 @@ SIDES: dict[str, dict[str, Any] | None] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """The same rows for several networks and dtypes of parameters."""
+
+    networks: tuple[networks.Network, ...] = (
+        networks.VisionTransformer(), networks.ResNet(batch=4), networks.Transformer()
+    )  # fmt: skip
+    param_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    sides: tuple[str, ...] = (*SIDES, "RigL")
+    starts: int = 3
+    repeats: int = 3
+
+
+SEVERAL_QUICK = Several(
+    (networks.Transformer(vocabulary=64, dim=32, depth=2, heads=2, tokens=8, batch=2),),
+    ("bfloat16",),
+    (BARE, AGAIN, "dense masks", "RigL"),
+    starts=1,
+    repeats=2,
+)
+
+
+def optimizer(config: dict[str, Any] | None) -> optax.GradientTransformation:
+    tx = optax.adamw(1e-3)
+    return tx if config is None else jaxpruner.sparsify(tx, sparsity=0.8, **config)
+
+
 def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], Callable[[], Any]]:
     """Starts a training: gives a call that takes one step from where the last call ended, all buffers donated."""
-    model = ViT(sizes.patch, sizes.dim, sizes.depth, sizes.heads, sizes.classes, jnp.dtype(sizes.dtype))
-    tx = optax.adamw(1e-3)
-    if config is not None:
-        tx = jaxpruner.sparsify(tx, sparsity=0.8, **config)
-    rng = np.random.default_rng(0)
-    images = jax.device_put(rng.standard_normal((sizes.batch, sizes.image, sizes.image, 3), dtype=np.float32))
-    labels = jax.device_put(rng.integers(0, sizes.classes, sizes.batch))
+    problem, tx = sizes.network.problem(sizes.dtype), optimizer(config)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, images, labels):
+    def step(state, batch):
         params, opt_state = state
-
-        def loss_fn(params):
-            logits = model.apply(params, images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        grads = jax.grad(loss_fn)(params)
+        grads = jax.grad(problem.loss)(params, *batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     @jax.jit
-    def init(images):
-        params = model.init(jax.random.key(0), images)
+    def init(key):
+        params = jax.tree.map(lambda p: p.astype(sizes.param_dtype), problem.init(key))
         return params, tx.init(params)
 
     def start():
-        state = init(images)
+        state = init(jax.random.key(0))
 
         def call():
             nonlocal state
-            state = step(state, images, labels)
+            state = step(state, problem.batch)
             return state
 
         return call
@@ -97,25 +108,66 @@ def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], C
 
 def training_steps(sizes: Sizes) -> Events:
     """A step between mask updates, all in, and with a mask made every step."""
-    trainings = {name: training_step(sizes, config) for name, config in SIDES.items()}
+    yield from _steps(sizes, SIDES, "")
+
+
+def network_steps(sizes: Several) -> Events:
+    """The same of several networks and dtypes of parameters, RigL's too, and the bytes of the optimizer's state."""
+    for network in sizes.networks:
+        for param_dtype in sizes.param_dtypes:
+            one = Sizes(network, param_dtype=param_dtype, dtype=param_dtype, starts=sizes.starts, repeats=sizes.repeats)
+            name = f"{type(network).__name__}, {param_dtype}: "
+            configs = {side: (SIDES | {"RigL": _RIGL})[side] for side in sizes.sides}
+            yield from _steps(one, configs, name)
+            yield from _state_bytes(one, name)
+
+
+def _steps(sizes: Sizes, configs: dict[str, dict[str, Any] | None], prefix: str) -> Events:
+    trainings = {name: training_step(sizes, config) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in trainings}
     for i in range(sizes.starts):
-        yield f"start {i + 1} of {sizes.starts}"
+        yield f"{prefix}start {i + 1} of {sizes.starts}"
         # Where its buffers lie makes a side some percent faster or slower, for as long as it keeps them.
         sides = {name: start() for name, start in trainings.items()}
-        found = yield from alternate(sides, dict.fromkeys(sides, sizes.repeats))
+        found = yield from alternate(sides, {name: max(sizes.repeats, 1 + (name == "RigL")) for name in sides})
         for name, own in found.items():
-            times[name] += own
-    times["all in"] = [  # computed from the two kinds of step, not from 100 steps
-        ((UPDATE_FREQ - 1) * between + made) / UPDATE_FREQ
-        for between, made in zip(times["dense masks"], times["mask made"], strict=True)
-    ]
-    config = dataclasses.asdict(sizes)
-    for row, side, reach in (
+            times[name] += own[1::2] if name == "RigL" else own  # of RigL those that drop and grow
+
+    def all_in(made: str) -> list[float]:  # computed from the two kinds of step, not from 100 steps
+        pairs = zip(times["dense masks"], times[made], strict=False)
+        return [((UPDATE_FREQ - 1) * between + own) / UPDATE_FREQ for between, own in pairs]
+
+    for name, made in (("all in", "mask made"), ("RigL, all in", "RigL")):
+        if made in times:
+            times[name] = all_in(made)
+    rows = [
         ("training step between updates, dense masks", "dense masks", Reach(at_most=1.02)),
         ("training step between updates, packed masks", "packed masks", Reach(at_most=1.04)),
         (f"training step, all in, update_freq={UPDATE_FREQ}", "all in", Reach(at_most=1.03)),
+        (f"RigL's step, all in, update_freq={UPDATE_FREQ}", "RigL, all in", Reach(at_most=1.03)),
         ("straight-through step, mask made every step", "straight-through", Reach(at_most=1.25)),
         ("the bare step against itself: the noise of these rows", AGAIN, Reach()),
-    ):
-        yield timed(row, times, side, BARE, reach, config, faster=False)
+    ]
+    for row, side, reach in rows:
+        if side in times:
+            yield timed(f"{prefix}{row}", times, side, BARE, reach, dataclasses.asdict(sizes), faster=False)
+
+
+def _state_bytes(sizes: Sizes, prefix: str) -> Events:
+    """What the optimizer keeps, against what it keeps of a dense training."""
+    params = jax.eval_shape(sizes.network.problem(sizes.dtype).init, jax.random.key(0))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, sizes.param_dtype), params)
+
+    def megabytes(config):
+        leaves = jax.tree.leaves(jax.eval_shape(optimizer(config).init, params))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 1e6
+
+    bare = megabytes(None)
+    packed_ste = SIDES["straight-through"] | {"use_packed_masks": True}
+    for name, config in (("dense masks", SIDES["dense masks"]), ("packed masks", SIDES["packed masks"]),
+                         ("straight-through, packed masks", packed_ste)):  # fmt: skip
+        ours = megabytes(config)
+        yield Figure(
+            f"{prefix}state of AdamW, {name}", ours, BARE, bare, "MB", ours / bare, False, Reach(),
+            dataclasses.asdict(sizes) | {"repeats": [1, 1]},
+        )  # fmt: skip
