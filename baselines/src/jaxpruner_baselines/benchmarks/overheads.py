@@ -17,9 +17,9 @@ import optax
 import jaxpruner
 from jaxpruner_baselines.benchmarks.figures import Figure, Reach, alternate
 from jaxpruner_baselines.benchmarks.masks import Events
+from jaxpruner_baselines.benchmarks.steps import BARE
 from jaxpruner_baselines.methods import DENSE, all_methods
 
-BARE = "bare optimizer"
 SHAPES = ((256, 256), (256, 1024), (1024, 256), (256, 768), (512, 256), (3, 3, 64, 64))
 # Seconds that a first step may take beyond that of the bare optimizer, at LIMITED_KERNELS.
 LIMITS = {"magnitude": 8.0, "global_magnitude": 12.0, "rigl": 12.0}

@@ -77,9 +77,11 @@ def optimizer(config: dict[str, Any] | None) -> optax.GradientTransformation:
     return tx if config is None else jaxpruner.sparsify(tx, sparsity=0.8, **config)
 
 
-def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], Callable[[], Any]]:
+def training_step(
+    problem: networks.Problem, param_dtype: str, config: dict[str, Any] | None
+) -> Callable[[], Callable[[], Any]]:
     """Starts a training: gives a call that takes one step from where the last call ended, all buffers donated."""
-    problem, tx = sizes.network.problem(sizes.dtype), optimizer(config)
+    tx = optimizer(config)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
@@ -90,7 +92,7 @@ def training_step(sizes: Sizes, config: dict[str, Any] | None) -> Callable[[], C
 
     @jax.jit
     def init(key):
-        params = jax.tree.map(lambda p: p.astype(sizes.param_dtype), problem.init(key))
+        params = jax.tree.map(lambda p: p.astype(param_dtype), problem.init(key))
         return params, tx.init(params)
 
     def start():
@@ -123,7 +125,8 @@ def network_steps(sizes: Several) -> Events:
 
 
 def _steps(sizes: Sizes, configs: dict[str, dict[str, Any] | None], prefix: str) -> Events:
-    trainings = {name: training_step(sizes, config) for name, config in configs.items()}
+    problem = sizes.network.problem(sizes.dtype)
+    trainings = {name: training_step(problem, sizes.param_dtype, config) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in trainings}
     for i in range(sizes.starts):
         yield f"{prefix}start {i + 1} of {sizes.starts}"
