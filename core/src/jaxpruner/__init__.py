@@ -33,6 +33,9 @@ from jaxpruner.api import (
     sparsify,
 )
 from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.compaction.compact import Compact, Report, compact
+from jaxpruner.compaction.finding import find_groups
+from jaxpruner.compaction.groups import Group, Groups
 from jaxpruner.inspection.checks import check_schedule, check_sparse
 from jaxpruner.inspection.description import check_resumed, describe
 from jaxpruner.inspection.flops import shifted_parameters, summarize_flops
@@ -61,8 +64,11 @@ __all__ = [
     "ALGORITHM_REGISTRY",
     "SET",
     "BaseUpdater",
+    "Compact",
     "GlobalMagnitudePruning",
     "GlobalSaliencyPruning",
+    "Group",
+    "Groups",
     "MagnitudePruning",
     "NoPruning",
     "NoUpdateSchedule",
@@ -71,6 +77,7 @@ __all__ = [
     "PolynomialSchedule",
     "PreserveSparsity",
     "RandomPruning",
+    "Report",
     "RigL",
     "SaliencyPruning",
     "SparseState",
@@ -89,9 +96,11 @@ __all__ = [
     "check_resumed",
     "check_schedule",
     "check_sparse",
+    "compact",
     "create_updater_from_config",
     "describe",
     "end_step",
+    "find_groups",
     "init_projection",
     "mask_calculator",
     "project",

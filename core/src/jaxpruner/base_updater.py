@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from jaxpruner import (
+    coupled_structures,
     equality,
     mask_storage,
     selection,
@@ -148,6 +149,8 @@ class BaseUpdater:
     regrows: ClassVar[bool] = False
     # Whether dense weights are trained behind the masked ones.
     straight_through: ClassVar[bool] = False
+    # Whether one threshold is for all leaves.
+    is_global: ClassVar[bool] = False
     # Whether masks are made when the schedule says so; else they are what training starts with.
     follows_schedule: ClassVar[bool] = True
 
@@ -194,7 +197,7 @@ class BaseUpdater:
 
     def get_target_sparsities(self, params: Any) -> Any:
         """The checked final sparsity of each leaf, None where it is not pruned."""
-        targets = self.sparsity_distribution_fn(self.layers(params))
+        targets = fit.reached(self, self.sparsity_distribution_fn(self.layers(params)), params)
         self._check_targets(params, targets)
         return targets
 
@@ -249,6 +252,9 @@ class BaseUpdater:
 
     def create_masks(self, scores: Any, sparsities: Any) -> Any:
         """Boolean masks that keep the highest scores of each leaf, None where sparsity is None."""
+        if self._is_coupled:
+            units = dataclasses.replace(self, sparsity_type=sparsity_types.Unstructured())
+            return self.sparsity_type.masks(scores, sparsities, units)
 
         def create(path, score, sparsity):
             if trees.is_unpruned(sparsity):
@@ -290,6 +296,8 @@ class BaseUpdater:
     @property
     def storage(self) -> mask_storage.MaskStorage:
         """How the state keeps masks."""
+        if self._is_coupled:
+            return mask_storage.AxisStorage()
         return mask_storage.PackedStorage() if self.use_packed_masks else mask_storage.DenseStorage()
 
     def current_masks(self, sparse_state: SparseState, params: Any) -> Any:
@@ -378,6 +386,10 @@ class BaseUpdater:
             and set(vars(self)) <= fields
             and all(type(part).__module__ == sparsity_schedules.__name__ for part in parts)
         )
+
+    @property
+    def _is_coupled(self) -> bool:
+        return isinstance(self.sparsity_type, coupled_structures.Coupled)
 
     @property
     def _reads_params(self) -> bool:

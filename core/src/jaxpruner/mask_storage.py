@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpruner import trees
 
@@ -56,7 +57,33 @@ class PackedStorage:
         return packed_shape(shape)
 
 
-MaskStorage = DenseStorage | PackedStorage
+@dataclasses.dataclass(frozen=True)
+class AxisStorage:
+    """One bit an entry of each axis, for masks that keep whole slices along each axis.
+
+    Such a mask is true where all of its axes are: bits of the axes one after the other, packed like a mask of one axis.
+    """
+
+    def encode(self, mask: Bool[Array, "*s"]) -> UInt8[Array, " packed"]:
+        mask = jnp.asarray(mask, bool)
+        others = [tuple(a for a in range(mask.ndim) if a != axis) for axis in range(mask.ndim)]
+        return _pack(jnp.concatenate([mask.any(rest) for rest in others]) if mask.ndim else mask)
+
+    def decode(self, stored: UInt8[Array, " packed"], shape: tuple[int, ...]) -> Bool[Array, "*s"]:
+        if not shape:
+            return _unpack(stored, ())
+        bits = _unpack(stored, (sum(shape),))
+        mask = jnp.ones((), bool)
+        for axis, along in enumerate(jnp.split(bits, np.cumsum(shape)[:-1])):
+            mask = mask & jnp.expand_dims(along, [a for a in range(len(shape)) if a != axis])
+        return mask
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which the mask of a parameter of this shape is kept."""
+        return packed_shape((sum(shape),) if shape else ())
+
+
+MaskStorage = DenseStorage | PackedStorage | AxisStorage
 
 
 # One program where they are called eagerly; inlined elsewhere.
@@ -88,9 +115,21 @@ def _unpack(stored: UInt8[Array, "*packed"], shape: tuple[int, ...]) -> Bool[Arr
     return mask.reshape(shape)
 
 
-def storage_of(stored: Any) -> MaskStorage:
-    """How a mask was stored, by its dtype."""
-    return PackedStorage() if stored.dtype == jnp.uint8 else DenseStorage()
+def storage_of(stored: Any, shape: tuple[int, ...]) -> MaskStorage:
+    """How the mask of a parameter of this shape was stored, by its dtype and its own shape."""
+    if stored.dtype != jnp.uint8:
+        return DenseStorage()
+    return AxisStorage() if len(shape) > 1 and len(jnp.shape(stored)) == 1 else PackedStorage()
+
+
+def decode_stored(stored: Any, params: Any) -> Any:
+    """The boolean masks and None of a stored tree, however each was stored."""
+
+    def decode(param, mask):
+        shape = jnp.shape(param)
+        return storage_of(mask, shape).decode(mask, shape)
+
+    return trees.map_pruned(decode, params, stored)
 
 
 def packed_axis(shape: tuple[int, ...]) -> int:

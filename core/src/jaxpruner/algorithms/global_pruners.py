@@ -14,6 +14,7 @@ from jaxpruner.algorithms.pruners import MagnitudePruning, SaliencyPruning
 from jaxpruner.base_updater import BaseUpdater
 from jaxpruner.selection import counts
 from jaxpruner.selection.score_reading import as_array
+from jaxpruner.training import fit
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,10 +39,16 @@ class _GlobalPruning(BaseUpdater):
     use_normalization: bool = True
     normalization_eps: float = 1e-8
 
+    is_global = True
+
     def get_target_sparsities(self, params):
         targets = sparsity_distributions.uniform(
             self.layers(params), self.sparsity, self.filter_fn, self.custom_sparsity_map
         )
+        if self._is_coupled:
+            targets = fit.reached(self, targets, params)
+            self._check_targets(params, targets)
+            return targets
         self._check_targets(params, targets)
         shared = trees.map_named(
             lambda path, p, t: None if t is None or self._competes_alone(path) else p, params, targets
@@ -58,6 +65,8 @@ class _GlobalPruning(BaseUpdater):
           target_sparsity: the sparsity of all selected leaves together, or a tree with that of each
             leaf, in which the leaves of the custom map may differ.
         """
+        if self._is_coupled:
+            return super().create_masks(scores, target_sparsity)
         if jax.tree_util.treedef_is_leaf(jax.tree.structure(target_sparsity)):
             target_sparsity = self._spread(scores, target_sparsity)
         shared = trees.map_named(
@@ -103,6 +112,8 @@ class _GlobalPruning(BaseUpdater):
         return jnp.where(jnp.isfinite(norm), norm, 1)
 
     def _as_float32(self, params, targets):
+        if self._is_coupled:
+            return super()._as_float32(params, targets)
         shared = trees.map_named(
             lambda path, p, target: None if target is None or self._competes_alone(path) else p, params, targets
         )

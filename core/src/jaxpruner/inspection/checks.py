@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpruner import mask_storage, sparsity_schedules, sparsity_types, trees
+from jaxpruner import coupled_structures, mask_storage, sparsity_schedules, sparsity_types, trees
 from jaxpruner.training import projection
 
 if TYPE_CHECKING:
@@ -157,7 +157,8 @@ def warn_once(message: str) -> None:
 def _tell_of_zeros(updater: BaseUpdater, params: Any, targets: Any) -> None:
     """Weights that are all zero rank alike, so that masks made before they are trained keep the first of them."""
     first = 0 if updater.straight_through else updater.scheduler.first_update_step
-    if first != 0 or not updater.follows_schedule or updater.regrows:
+    is_coupled = isinstance(updater.sparsity_type, coupled_structures.Coupled)  # whose scores are of several leaves
+    if first != 0 or not updater.follows_schedule or updater.regrows or is_coupled:
         return
     for path, param in trees.named_leaves(trees.map_pruned(lambda p, t: p if t else None, params, targets)):
         if isinstance(param, jax.Array | np.ndarray) and not isinstance(param, jax.core.Tracer) and param.size:
@@ -212,7 +213,8 @@ def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
                 "parameters that this optimizer trains."
             )
         param = leaves[path]
-        mask = mask_storage.storage_of(stored).decode(stored, jnp.shape(param))
+        shape = jnp.shape(param)
+        mask = mask_storage.storage_of(stored, shape).decode(stored, shape)
         if outside := int(jnp.sum((param != 0) & ~mask)):
             raise ValueError(
                 f"{trees.leaf_name(path)}: {outside} of the {int(jnp.sum(~mask))} weights that its mask prunes are not "
@@ -230,6 +232,24 @@ def _require_as_asked(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
         targets = dict(trees.named_leaves(updater.get_target_sparsities(pruned)))
     except ValueError:
         return  # masks of a part of the parameters, whose budget is shared with others
+    if isinstance(updater.sparsity_type, coupled_structures.Coupled):
+        decoded = mask_storage.decode_stored(state.masks, pruned)
+        asked, held, slack = updater.sparsity_type.share_pruned(decoded, targets)
+        total = 1.0
+    else:
+        asked, held, slack, total = _weights(leaves, masks, targets, updater)
+    if asked - held > slack:
+        raise ValueError(
+            f"sparsity: asked {asked / total:.1%}, masks hold {held / total:.1%}, and the schedule is over (its last "
+            f"update is at step {last}, {count} are done). If the sparsity changed when the training was resumed, let "
+            "update_end_step be later."
+        )
+
+
+def _weights(
+    leaves: dict[trees.KeyPath, Any], masks: dict[trees.KeyPath, Any], targets: dict[trees.KeyPath, Any], updater: Any
+) -> tuple[float, float, float, float]:
+    """How many weights should be pruned and are, what rounding allows, and how many there are."""
     asked = held = slack = total = 0.0
     for path, target in targets.items():
         shape = jnp.shape(leaves[path])
@@ -238,9 +258,4 @@ def _require_as_asked(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
         total, asked, held = total + size, asked + float(target) * size, held + size - kept
         # Shares are rounded to a unit in each layer.
         slack += size / max(1, updater.structure(path, leaves[path]).num_units(shape)) + 1e-3 * size
-    if asked - held > slack:
-        raise ValueError(
-            f"sparsity: asked {asked / total:.1%}, masks hold {held / total:.1%}, and the schedule is over (its last "
-            f"update is at step {last}, {count} are done). If the sparsity changed when the training was resumed, let "
-            "update_end_step be later."
-        )
+    return asked, held, slack, total

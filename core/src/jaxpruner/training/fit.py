@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from jaxpruner import mask_storage, trees
+from jaxpruner import coupled_structures, mask_storage, trees
 from jaxpruner.training.projection import SparseState, StraightThroughState
 
 if TYPE_CHECKING:
@@ -29,17 +29,17 @@ def check_state(updater: Algorithm, state: SparseState, params: Any) -> None:
     def check(path: trees.KeyPath, mask: Any, param: Any) -> None:
         if trees.is_unpruned(mask) or not hasattr(mask, "dtype"):
             return
-        stored = mask_storage.storage_of(mask)
-        if stored != updater.storage:
-            packed = isinstance(updater.storage, mask_storage.PackedStorage)
+        expected, shape = updater.storage, jnp.shape(param)
+        if (mask.dtype == jnp.uint8) == isinstance(expected, mask_storage.DenseStorage):
+            packed = isinstance(expected, mask_storage.PackedStorage)
             raise ValueError(
                 f"{trees.leaf_name(path)}: use_packed_masks={packed} now, and the state was made with "
                 f"use_packed_masks={not packed} ({mask.dtype} masks); set it as it was then."
             )
-        if jnp.shape(mask) != stored.shape(jnp.shape(param)):
+        if jnp.shape(mask) != expected.shape(shape):
             raise ValueError(
                 f"{trees.leaf_name(path)}: the mask of the state, {mask.dtype}{list(jnp.shape(mask))}, is not one of a "
-                f"parameter of shape {jnp.shape(param)}; make the state anew with tx.init(params)."
+                f"parameter of shape {shape}, as this configuration keeps it; make the state anew with tx.init(params)."
             )
 
     trees.map_named(check, state.masks, params)
@@ -67,6 +67,41 @@ def check_masks_field(updater: Any) -> None:
         raise ValueError(
             f"masks: cannot be used with {name}. This is because it makes a mask in every step from dense weights, and "
             "would bring back what these prune; use a pruner such as magnitude."
+        )
+
+
+def reached(updater: Any, targets: Any, params: Any) -> Any:
+    """The sparsities of all leaves that masks reach, from those that were asked for."""
+    if not isinstance(updater.sparsity_type, coupled_structures.Coupled):
+        return targets
+    _check_coupled(updater)
+    return updater.sparsity_type.reach(targets, params)
+
+
+def _check_coupled(updater: Any) -> None:
+    """Raises a ValueError for what units of several parameters cannot be combined with."""
+    name = type(updater).__name__
+    if updater.regrows:
+        raise ValueError(
+            f"sparsity_type: cannot use {name} with groups. This is because a unit whose incoming and outgoing weights "
+            "are all zero has no gradient, so that what regrows would never learn; use magnitude or magnitude_ste."
+        )
+    for field, given in (("topk_fn", updater.custom_topk), ("stack_axes", updater.stack_axes is not None)):
+        if given:
+            raise ValueError(f"{field}: has no effect on groups, whose units are in several parameters; leave it out.")
+    if updater.masks is not None:
+        raise ValueError(
+            f"masks: cannot be used with groups in {name}. This is because masks of single weights are no masks of "
+            "units; remove what is dead first (jaxpruner.compact), and prune the small function."
+        )
+    if getattr(updater, "custom_sparsity_map", None) and updater.is_global:
+        raise ValueError(
+            f"custom_sparsity_map: cannot be used with groups in {name}, which ranks all units together; use the "
+            "algorithm that ranks each group, or groups.choose(...)."
+        )
+    if getattr(updater.sparsity_type, "budget", None) == "flops" and not updater.is_global:
+        raise ValueError(
+            f"budget: {name} prunes each group by itself, and FLOPs are a budget of all; use a global_ algorithm."
         )
 
 

@@ -124,7 +124,7 @@ def end_step(step: Step, proposed: Any) -> tuple[Any, SparseState]:
     state, masks, proposed = step.state, step.masks, trees.numbers_only(proposed)
     if step.remask is not None:
         state = step.remask(state, proposed)
-        masks = mask_storage.decode_tree(_storage(state.masks), state.masks, proposed)
+        masks = mask_storage.decode_stored(state.masks, proposed)
         state = state._replace(inner_state=state.inner_state._replace(weights=pruned_only(proposed, masks)))
     return apply_mask(proposed, masks), state
 
@@ -195,11 +195,6 @@ def _laid_out(new: SparseState, old: SparseState) -> tuple[Any, Any]:
     return masks, _laid_out_as(old.target_sparsities, new.target_sparsities)
 
 
-def _storage(masks: Any) -> mask_storage.MaskStorage:
-    leaves = jax.tree.leaves(masks)
-    return mask_storage.storage_of(leaves[0]) if leaves else mask_storage.DenseStorage()
-
-
 def _check_gradients(grads: Any, params: Any, masks: Any) -> None:
     """Each pruned leaf needs its gradient; others may lack theirs, as partial gradients of Equinox do."""
     if jax.tree.structure(grads) == jax.tree.structure(params):
@@ -259,7 +254,7 @@ def apply_state_masks(tree: Any, opt_state: Any) -> Any:
         if path not in masks:
             return leaf
         with trees.errors_at(path):
-            return apply_mask(leaf, masks[path], is_packed=_is_packed(masks[path], leaf))
+            return _masked(_storage(masks[path], leaf), leaf, masks[path])
 
     return trees.map_named(place, tree)
 
@@ -272,14 +267,14 @@ def state_masks(opt_state: Any) -> dict[trees.KeyPath, Any]:
     return {path: mask for state in states for path, mask in trees.named_leaves(state.masks)}
 
 
-def _is_packed(mask: Any, param: Any) -> bool:
-    storage = mask_storage.storage_of(mask)
+def _storage(mask: Any, param: Any) -> mask_storage.MaskStorage:
+    storage = mask_storage.storage_of(mask, jnp.shape(param))
     if jnp.shape(mask) != storage.shape(jnp.shape(param)):
         raise ValueError(
             f"the mask has shape {jnp.shape(mask)} and does not fit a parameter of shape {jnp.shape(param)}; stacked "
             "states are taken apart by jax.vmap."
         )
-    return isinstance(storage, mask_storage.PackedStorage)
+    return storage
 
 
 def find_states(opt_state: Any) -> list[SparseState]:

@@ -254,7 +254,7 @@ def reached(params: Any, opt_state: Any) -> float:
     leaves = dict(trees.named_leaves(params))
     kept = size = 0
     for path, stored in state_masks(opt_state).items():
-        mask = mask_storage.storage_of(stored).decode(stored, np.shape(leaves[path]))
+        mask = mask_storage.storage_of(stored, np.shape(leaves[path])).decode(stored, np.shape(leaves[path]))
         kept, size = kept + int(np.count_nonzero(mask)), size + mask.size
     return 1 - kept / max(1, size)
 

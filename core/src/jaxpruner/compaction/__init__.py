@@ -1,0 +1,1 @@
+"""Compaction: units that are pruned leave, in any function of JAX."""

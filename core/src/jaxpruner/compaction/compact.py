@@ -1,0 +1,380 @@
+"""`compact`: a function and its parameters without the units that are dead."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpruner import mask_storage, trees
+from jaxpruner.compaction import axes, finding, liveness
+from jaxpruner.compaction.evaluation import Evaluation
+from jaxpruner.compaction.groups import Group, Groups
+from jaxpruner.inspection import flops
+from jaxpruner.training.projection import find_states
+
+
+@dataclasses.dataclass(eq=False)
+class Compact:
+    """A function without its dead units; see :func:`compact`.
+
+    Attributes:
+      params: the parameters that are left, a tree like those of the whole function.
+      kept: the units that are left, by group: sorted indices. `compact(..., keep=small.kept)` of the whole function
+        makes the same small function again, for parameters that were saved.
+      constant_units: how many units of a group stay only because they give a constant, such as a bias behind a kernel
+        of zeros; by group.
+    """
+
+    params: Any
+    kept: dict[str, np.ndarray]
+    constant_units: dict[str, int]
+    _fn: Callable[..., Any] = dataclasses.field(repr=False)
+    _whole: Any = dataclasses.field(repr=False)  # the shapes of the parameters
+    _dense: Any = dataclasses.field(repr=False)  # the parameters, or their shapes
+    _example: tuple[Any, ...] = dataclasses.field(repr=False)
+    _masks: dict[trees.KeyPath, tuple[np.ndarray | None, ...]] = dataclasses.field(repr=False)
+    _groups: tuple[Group, ...] = dataclasses.field(repr=False)
+
+    def fn(self, params: Any, *args: Any) -> Any:
+        """The small function: what the whole one gives, from the small parameters.
+
+        For arguments of any shapes that the whole function takes; `jit`, `grad`, `vmap` and `jax.export` take it as
+        any other function. The whole function is traced for the shapes of the parameters that it knows, and evaluated
+        with the small ones.
+
+        Raises:
+          ValueError: for parameters of other shapes than `self.params`.
+        """
+        self._check_params(params)
+        leaves, treedef = jax.tree.flatten(args)
+        types = tuple(_Type.of(leaf) for leaf in leaves)
+        evaluation, results = self._evaluation(treedef, types)
+        given = [leaf for leaf in jax.tree.leaves(params) if finding.is_array(leaf)]
+        return jax.tree.unflatten(results, evaluation([*given, *leaves]))
+
+    @functools.cached_property
+    def _evaluations(self) -> dict[Any, tuple[Evaluation, Any]]:
+        return {}
+
+    def _evaluation(self, treedef: Any, types: tuple[_Type, ...]) -> tuple[Evaluation, Any]:
+        key = (treedef, types)
+        if key not in self._evaluations:
+            traced = finding.trace(self._fn, self._whole, *treedef.unflatten([each.spec for each in types]))
+            self._evaluations[key] = Evaluation(traced.found, self._units_in(traced.found)), traced.results
+        return self._evaluations[key]
+
+    def _units_in(self, found: finding.Found) -> dict[str, np.ndarray]:
+        """The units that are kept, by the groups of the function as it was read for other arguments."""
+        kept: dict[str, np.ndarray] = {}
+        along = {path: found.axes_of(dims) for path, dims in liveness.found_parameters(found)}
+        for path, masks in self._masks.items():
+            for made, mask in zip(along[path], masks, strict=True):
+                for name, part in axes.collect(made, np.ones(made.size, bool) if mask is None else mask, np.any):
+                    kept[name] = kept.get(name, False) | part
+        for path, masks in self._masks.items():
+            for axis, (made, mask) in enumerate(zip(along[path], masks, strict=True)):
+                if not np.array_equal(axes.spread(made, kept), np.ones(made.size, bool) if mask is None else mask):
+                    raise ValueError(
+                        f"{trees.leaf_name(path)}[{axis}]: for arguments of these shapes the function cannot do "
+                        "without units that were removed for the example; give the example that it is called with."
+                    )
+        return kept
+
+    def cut(self, tree: Any) -> Any:
+        """Any tree of what belongs to the parameters, such as an optimizer state, without what was removed.
+
+        A leaf belongs to the parameter whose path its own ends with; of statistics that lack one axis (factored second
+        moments of Adafactor) the other axes are cut. Masks of a sparse state are cut as they are stored.
+
+        Args:
+          tree: a tree for the whole parameters.
+
+        Raises:
+          ValueError: for a leaf of a parameter whose shape does not tell its axes.
+        """
+        states = find_states(tree)
+        shapes = {path: jnp.shape(leaf) for path, leaf in trees.named_leaves(self._whole) if path in self._masks}
+        stored = {id(mask) for state in states for mask in jax.tree.leaves(state.masks)}
+
+        def cut(path, leaf):
+            owner = None if trees.is_unpruned(leaf) else _owner(path, shapes)
+            if owner is None or not np.ndim(leaf):
+                return leaf
+            shape = shapes[owner]
+            if id(leaf) in stored and jnp.shape(leaf) != shape:
+                storage = mask_storage.storage_of(leaf, shape)
+                return storage.encode(self._cut(storage.decode(leaf, shape), self._masks[owner]))
+            return self._cut(leaf, _matching(leaf, shape, self._masks[owner], path))
+
+        return trees.map_named(cut, tree)
+
+    def _cut(self, array: Any, masks: Sequence[np.ndarray | None]) -> Any:
+        for axis, mask in enumerate(masks):
+            if mask is not None:
+                array = array.take(np.flatnonzero(mask), axis)
+        return array
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many units of each group are left, for who builds a smaller module by its configuration."""
+        return {name: len(units) for name, units in self.kept.items()}
+
+    def report(self) -> Report:
+        """What was removed, before and after; `print(small.report())` shows it."""
+        whole = flops.summarize_flops(self._fn, self._dense, *self._example)
+        small = flops.summarize_flops(self.fn, self.params, *self._example)
+        arrays = [leaf for leaf in jax.tree.leaves(self._whole) if finding.is_array(leaf)]
+        left = [leaf for leaf in jax.tree.leaves(self.params) if finding.is_array(leaf)]
+        return Report(
+            params=(_entries(arrays), _entries(left)),
+            bytes=(_bytes(arrays), _bytes(left)),
+            flops=(whole["_inference_flops"], small["_inference_flops"]),
+            units={group.name: (group.size, len(self.kept[group.name])) for group in self._groups},
+            constant_units=self.constant_units,
+        )
+
+    def _check_params(self, params: Any) -> None:
+        expected, given = trees.named_leaves(self.params), trees.named_leaves(params)
+        if [path for path, _ in expected] != [path for path, _ in given]:
+            raise ValueError(
+                f"params: a tree of {len(given)} leaves, and the small function takes the {len(expected)} of "
+                "small.params; give these, or what was trained from them."
+            )
+        for (path, mine), (_, leaf) in zip(expected, given, strict=True):
+            if finding.is_array(mine) and jnp.shape(leaf) != jnp.shape(mine):
+                raise ValueError(
+                    f"params: {trees.leaf_name(path)} has shape {jnp.shape(leaf)}, and the small function takes "
+                    f"{jnp.shape(mine)}; give small.params, or what was trained from them."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a function lost, each as (before, after).
+
+    Attributes:
+      params: parameters.
+      bytes: their bytes.
+      flops: FLOPs of the example's products.
+      units: the units of each group.
+      constant_units: see :class:`Compact`.
+    """
+
+    params: tuple[int, int]
+    bytes: tuple[int, int]
+    flops: tuple[float, float]
+    units: dict[str, tuple[int, int]]
+    constant_units: dict[str, int]
+
+    def __str__(self) -> str:
+        rows = [("parameters", *self.params), ("bytes", *self.bytes), ("FLOPs", *map(int, self.flops))]
+        lines = [f"{'':<52} {'before':>16} {'after':>16} {'ratio':>7}"]
+        for name, before, after in itertools.chain(rows, ((n, *pair) for n, pair in self.units.items())):
+            lines.append(f"{name[-52:]:<52} {before:>16,} {after:>16,} {after / max(before, 1):>7.3f}")
+        if all(before == after for before, after in self.units.values()):
+            lines.append("Nothing was removed: no unit is dead.")
+        for name, number in self.constant_units.items():
+            lines.append(f"{name}: {number} of its units give a constant and stay (a bias, say, behind zeros).")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Type:
+    """The shape and dtype of an argument."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    weak_type: bool
+
+    @classmethod
+    def of(cls, value: Any) -> _Type:
+        dtype = value.dtype if hasattr(value, "dtype") else jax.dtypes.result_type(value)
+        weak = getattr(getattr(value, "aval", value), "weak_type", not hasattr(value, "dtype"))
+        return cls(tuple(np.shape(value)), dtype, bool(weak))
+
+    @property
+    def spec(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, weak_type=self.weak_type)
+
+
+def compact(
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    keep: Mapping[str, Any] | None = None,
+    check: bool = True,
+) -> Compact:
+    """Removes the units that are dead from a function and its parameters.
+
+    A unit is dead if in the parameters all that it feeds is zero, or all that feeds it is zero and it gives zero. They
+    are found in networks that were pruned in any way, by `sparsity_type=groups` or weight by weight. The
+    result computes what `fn` does, with smaller products: nothing is masked.
+
+    Args:
+      fn: the forward pass, of any framework.
+      params: its parameters, as for :func:`find_groups`; arrays, or with `keep` their shapes, too.
+      *args: an example of what else it takes.
+      keep: the units to keep, by the name of their group, as indices or as a boolean vector; groups that are not named
+        stay whole. In place of those that are not dead.
+      check: whether both functions are run on the example and compared.
+
+    Returns:
+      The small function `fn`, its `params`, `cut` for optimizer states, `report`.
+
+    Raises:
+      ValueError: for a function that multiplies with none of the parameters, for units to keep of groups that are
+        frozen (with the reason) or not there, and if the results differ beyond rounding.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxpruner
+      >>> params = {"up": jnp.ones((4, 32)).at[:, 8:].set(0), "down": jnp.ones((32, 3))}
+      >>> small = jaxpruner.compact(lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"], params, jnp.ones((1, 4)))
+      >>> small.params["up"].shape, small.sizes
+      ((4, 8), {'up[1]': 8})
+      >>> small.fn(small.params, jnp.ones((2, 4))).shape
+      (2, 3)
+    """
+    traced = finding.trace(fn, params, *args)
+    found = traced.found
+    leaves = [leaf for leaf in jax.tree.leaves(params) if finding.is_array(leaf)]
+    is_known = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    if keep is None and not is_known:
+        raise ValueError("params: shapes tell nothing of zeros; give arrays, or the units to keep (keep=).")
+    units = liveness.needed_units(found, leaves) if keep is None else _given(found.groups, keep)
+    evaluation = Evaluation(found, units)
+    along = liveness.found_parameters(found)
+    masks = {
+        path: tuple(None if (mask := evaluation.mask(dim)).all() else mask for dim in dims) for path, dims in along
+    }
+
+    def cut(path, leaf):
+        if path not in masks or not finding.is_array(leaf):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(evaluation.shape(dict(along)[path]), leaf.dtype)
+        return evaluation.cut(jnp.asarray(leaf), dict(along)[path])
+
+    small = Compact(
+        params=trees.map_named(cut, params),
+        kept={name: np.flatnonzero(mask) for name, mask in units.items()},
+        constant_units=liveness.constant_units(found, leaves, units) if keep is None else {},
+        _fn=fn,
+        _whole=jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype) if finding.is_array(p) else p, params),
+        _dense=params,
+        _example=args,
+        _masks=masks,
+        _groups=found.groups.removable,
+    )
+    is_example = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
+    if check and is_known and is_example:
+        masked = iter(
+            liveness.kept_entries(leaf, found.axes_of(dims), units)
+            for leaf, (_, dims) in zip(leaves, along, strict=True)
+        )
+        whole = jax.tree.map(lambda leaf: next(masked) if finding.is_array(leaf) else leaf, params)
+        _check(small, fn, whole, args)
+    return small
+
+
+def _given(known: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    units = {group.name: np.ones(group.size, bool) for group in known.removable}
+    reasons = {group.name: group.reasons for group in known.frozen}
+    for name, chosen in keep.items():
+        chosen = np.asarray(chosen)
+        if name in reasons and chosen.size:
+            raise ValueError(f"keep: {name} cannot lose units, since it {reasons[name][0]}.")
+        if name not in units:
+            raise ValueError(f"keep: no group is called {name!r}; there are {', '.join(list(units)[:8])}.")
+        size = units[name].size
+        if chosen.dtype == bool and chosen.shape != (size,):
+            raise ValueError(f"keep: {name} has {size} units, and the mask has shape {chosen.shape}.")
+        indices = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+        if not indices.size or indices.min() < 0 or indices.max() >= size:
+            raise ValueError(f"keep: {name} has units 0 to {size - 1}; give one of them at least, and no others.")
+        units[name] = np.isin(np.arange(size), indices)
+    return units
+
+
+def _check(small: Compact, fn: Callable[..., Any], params: Any, args: Sequence[Any]) -> None:
+    leaves, treedef = jax.tree.flatten(params)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if finding.is_array(leaf)}
+
+    def whole(arrays, args):
+        return fn(treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)]), *args)
+
+    small_leaves, small_treedef = jax.tree.flatten(small.params)
+    small_arrays = {i: leaf for i, leaf in enumerate(small_leaves) if finding.is_array(leaf)}
+
+    def compacted(arrays, args):
+        params = small_treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(small_leaves)])
+        return small.fn(params, *args)
+
+    expected = trees.named_leaves(jax.jit(whole)(arrays, tuple(args)))
+    got = trees.named_leaves(jax.jit(compacted)(small_arrays, tuple(args)))
+    # Sums of other lengths round otherwise.
+    widths = [jnp.finfo(leaf.dtype).eps for leaf in arrays.values() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    for (path, a), (_, b) in zip(expected, got, strict=True):
+        if not trees.is_number(a):
+            continue
+        a, b = np.asarray(a), np.asarray(b)
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
+            difference, bound = float(np.sum(a != b)), 0.0
+        else:
+            a, b = a.astype(np.complex128), b.astype(np.complex128)
+            finite = np.isfinite(a)
+            difference = float(np.max(np.abs(a - b)[finite], initial=0.0))
+            bound = float(np.sqrt(max([*widths, jnp.finfo(jnp.float32).eps])) * np.max(np.abs(a[finite]), initial=0.0))
+            difference = np.inf if not np.array_equal(finite, np.isfinite(b)) else difference
+        if difference > bound:
+            raise ValueError(
+                f"compact: the small function differs by {difference:g} in {trees.leaf_name(path)} of what the "
+                f"function returns, beyond rounding ({bound:g}). Where it draws random numbers, they are others for "
+                "other sizes: give check=False. Else please report it, with the function."
+            )
+
+
+def _owner(path: trees.KeyPath, shapes: Mapping[trees.KeyPath, Any]) -> trees.KeyPath | None:
+    """The parameter whose path ends this one, or of parameters in a collection whose path this one ends."""
+    for start in range(len(path) + 1):
+        if path[start:] in shapes:
+            return path[start:]
+    # Trees of one collection of the parameters, such as those of ["params"].
+    for start in range(len(path)):
+        if owners := [known for known in shapes if known[1:] == path[start:]]:
+            return owners[0] if len(owners) == 1 else None
+    return None
+
+
+def _matching(leaf: Any, shape: tuple[int, ...], masks: Sequence[Any], path: trees.KeyPath) -> list[Any]:
+    """Which axes of a parameter a leaf of it has."""
+    if jnp.shape(leaf) == shape:
+        return list(masks)
+    if np.size(leaf) == 1 or all(mask is None for mask in masks):
+        return []
+    fitting = [
+        kept
+        for kept in itertools.combinations(range(len(shape)), np.ndim(leaf))
+        if tuple(shape[axis] for axis in kept) == jnp.shape(leaf)
+    ]
+    ways = {tuple(id(masks[axis]) for axis in kept): kept for kept in fitting}
+    if len(ways) != 1:
+        raise ValueError(
+            f"{trees.leaf_name(path)}: of shape {jnp.shape(leaf)}, which does not tell the axes of a parameter of "
+            f"shape {shape}; start its statistics anew with tx.init(small.params)."
+        )
+    return [masks[axis] for axis in next(iter(ways.values()))]
+
+
+def _entries(leaves: Sequence[Any]) -> int:
+    return sum(int(np.prod(np.shape(leaf), dtype=np.int64)) for leaf in leaves)
+
+
+def _bytes(leaves: Sequence[Any]) -> int:
+    return sum(int(np.prod(np.shape(leaf), dtype=np.int64)) * leaf.dtype.itemsize for leaf in leaves)

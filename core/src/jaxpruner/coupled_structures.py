@@ -1,0 +1,73 @@
+"""Structures over many leaves, whose units are kept or pruned in all of them together."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any
+
+from jaxpruner import trees
+from jaxpruner.sparsity_types import SparsityType
+
+
+class Coupled(SparsityType):
+    """A structure over many leaves: units that are in several parameters are kept or pruned in all of them together."""
+
+    def mask(self, scores, sparsity):
+        raise ValueError(_OF_A_TREE)
+
+    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+        raise ValueError(_OF_A_TREE)
+
+    def for_leaf(self, path, shape):
+        return _Part(self, path)
+
+    @abc.abstractmethod
+    def reach(self, targets: Any, params: Any) -> Any:
+        """The sparsity of the units of each leaf that masks reach, None elsewhere, from those that were asked for."""
+
+    @abc.abstractmethod
+    def masks(self, scores: Any, sparsities: Any, updater: Any) -> Any:
+        """A tree of masks, None where no unit is, from one of scores.
+
+        Args:
+          scores: one score a weight, a tree like the parameters.
+          sparsities: of the units, a tree as `reach` gives it.
+          updater: the algorithm for trees of units; its `create_masks` says which of them stay.
+        """
+
+    @abc.abstractmethod
+    def units_of(self, path: trees.KeyPath) -> int:
+        """How many units the leaf at this path decides on."""
+
+    @abc.abstractmethod
+    def share_pruned(self, masks: Any, targets: Any) -> tuple[float, float, float]:
+        """What was asked for, what boolean masks prune, and what rounding allows, as shares of the budget.
+
+        Args:
+          masks: a tree of boolean masks.
+          targets: the sparsity of each pruned leaf by its path.
+        """
+
+
+_OF_A_TREE = "groups: units are in several leaves, so that one leaf alone has no mask; give the tree of all parameters."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part(Coupled):
+    """What a structure over many leaves is to one of them."""
+
+    whole: Coupled
+    path: trees.KeyPath
+
+    def num_units(self, shape):
+        del shape
+        return self.whole.units_of(self.path)
+
+    def for_leaf(self, path, shape):
+        return self
+
+    def _of_a_tree(self, *args):
+        raise ValueError(_OF_A_TREE)
+
+    reach = masks = units_of = share_pruned = _of_a_tree
