@@ -58,15 +58,14 @@ class Measured:
 
 
 def randomized(params: Any) -> Any:
-    """Every entry positive and other than at the start: biases and statistics of norms, too, are not 0 and 1."""
+    """Every entry other than at the start: biases and statistics of norms, too, are not 0 and 1."""
     leaves, treedef = jax.tree.flatten(params)
     rng = np.random.default_rng(SEED)
 
     def one(leaf):
-        noise = np.abs(rng.standard_normal(leaf.shape, dtype=np.float32))
-        if leaf.ndim > 1:  # kernels keep their signs and scale
-            return leaf * (0.5 + noise)
-        return jnp.asarray(0.5 + 0.5 * noise, leaf.dtype)
+        noise = 0.5 + np.abs(rng.standard_normal(leaf.shape, dtype=np.float32))
+        # Kernels keep their signs and scale.
+        return jnp.asarray(np.asarray(leaf) * noise if leaf.ndim > 1 else 0.5 * noise, leaf.dtype)
 
     return treedef.unflatten([one(leaf) for leaf in leaves])
 
@@ -106,7 +105,7 @@ def halved(case: Case, groups: Any) -> Any:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     for _ in range(STEPS):
         params, state = step(params, state)
     return params
@@ -118,7 +117,8 @@ def largest_difference(expected: Any, got: Any) -> float:
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         if np.issubdtype(a.dtype, np.floating):
-            worst = max(worst, float(np.max(np.abs(a - b)) / (np.max(np.abs(a)) + 1e-12)))
+            difference = float(np.max(np.abs(a - b)) / (np.max(np.abs(a)) + 1e-12))
+            worst = max(worst, difference if np.isfinite(difference) else np.inf)
         else:
             worst = max(worst, float(np.mean(a != b)))
     return worst
@@ -127,8 +127,9 @@ def largest_difference(expected: Any, got: Any) -> float:
 def _gradient_difference(expected: Any, got: Any) -> float:
     """Relative to the largest gradient of all."""
     pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True))
-    largest = max(float(jnp.max(jnp.abs(a), initial=0.0)) for a, _ in pairs)
-    return max(float(jnp.max(jnp.abs(a - b), initial=0.0)) for a, b in pairs) / (largest + 1e-12)
+    largest = max(float(np.max(np.abs(a), initial=0.0)) for a, _ in pairs)
+    difference = max(float(np.max(np.abs(a - b), initial=0.0)) for a, b in pairs) / (largest + 1e-12)
+    return difference if np.isfinite(difference) else np.inf
 
 
 def measure(case: Case, repeats: int) -> Generator[str, None, Measured]:
@@ -151,7 +152,7 @@ def measure(case: Case, repeats: int) -> Generator[str, None, Measured]:
     if case.is_differentiable:
         whole_grads, expected = jax.jit(jax.grad(loss_of(case.fn, case.args), has_aux=True))(params)
         small_grads, got = jax.jit(jax.grad(loss_of(small.fn, case.args), has_aux=True))(small.params)
-        gradients = _gradient_difference(small.cut(whole_grads), small_grads)
+        gradients = _gradient_difference(small.cut(jax.device_get(whole_grads)), jax.device_get(small_grads))
     else:
         expected, got = whole_forward(params, *case.args), small_forward(small.params, *case.args)
     sides = {

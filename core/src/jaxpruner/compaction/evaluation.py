@@ -221,6 +221,12 @@ _PARAMETERS: dict[str, Callable[[Evaluation, rules.Step], dict[str, Any]]] = {
     "broadcast_in_dim": _of_result("shape"),
     "iota": _of_result("shape"),
     "reshape": _of_result("new_sizes"),
+    "tile": lambda evaluation, step: {
+        "reps": tuple(
+            evaluation.size(repeated) // evaluation.size(dim)
+            for repeated, dim in zip(step.outputs[0], step.inputs[0], strict=True)
+        )
+    },
     "dynamic_slice": _of_result("slice_sizes"),
     "split": lambda evaluation, step: {
         "sizes": tuple(evaluation.size(dims[step.equation.params["axis"]]) for dims in step.outputs)
