@@ -158,15 +158,14 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
             update_end_step=last,
             update_freq=preset.prune_every,
         )
-    params = jax.tree.map(jnp.copy, params)  # what an epoch takes is donated
-    state = params, tx.init(params)
+    state = _copied((params, jax.jit(tx.init)(params)))
     epoch_of = make_epoch(forward, tx)
     for epoch in range(preset.epochs):
         if is_pruned and epoch == round(preset.compact_at * preset.epochs):
             params, sparse_state = state
             small = jaxpruner.compact(forward, params, example)
             # From here on nothing is masked: the bare optimizer goes on with the moments of what is left.
-            state = small.params, small.cut(sparse_state).inner_state
+            state = _copied((small.params, small.cut(sparse_state).inner_state))
             forward = small.fn
             epoch_of = make_epoch(forward, optimizer(preset, steps))
         # From seed and epoch alone, so that all methods see the same batches.
@@ -198,6 +197,11 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
             "inference_flops_share": report.flops[1] / report.flops[0] if report else 1.0,
         },
     )
+
+
+def _copied(state: Any) -> Any:
+    """For an epoch, which takes its buffers for good."""
+    return jax.tree.map(jnp.copy, state)
 
 
 def _units_removed(report: jaxpruner.Report) -> float:
