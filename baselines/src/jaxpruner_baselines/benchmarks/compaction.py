@@ -26,7 +26,7 @@ class Sizes:
 
     networks: tuple[networks.Network, ...] = (networks.VisionTransformer(batch=2), networks.ResNet(image=128, batch=2))
     removed: tuple[float, ...] = (0.25, 0.5, 0.75)
-    repeats: int = 7
+    repeats: int = 5
 
 
 QUICK = Sizes(
