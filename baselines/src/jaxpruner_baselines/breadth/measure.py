@@ -62,8 +62,12 @@ def randomized(params: Any) -> Any:
 
     def one(leaf):
         noise = 0.5 + np.abs(rng.standard_normal(leaf.shape, dtype=np.float32))
-        # Kernels keep their signs and scale.
-        return jnp.asarray(np.asarray(leaf) * noise if leaf.ndim > 1 else 0.5 * noise, leaf.dtype)
+        if leaf.ndim < 2:
+            return jnp.asarray(0.5 * noise, leaf.dtype)
+        # Kernels keep their signs and scale; where a head starts at zero, nothing would reach the results.
+        if not np.any(kernel := np.asarray(leaf)):
+            kernel = rng.standard_normal(leaf.shape, dtype=np.float32) / np.sqrt(np.prod(leaf.shape[:-1]))
+        return jnp.asarray(kernel * noise, leaf.dtype)
 
     return treedef.unflatten([one(leaf) for leaf in leaves])
 
