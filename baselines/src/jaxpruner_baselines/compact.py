@@ -55,7 +55,7 @@ PRESETS = {
     "vit": Preset("vit"),
     "resnet": Preset("resnet", epochs=20),
     "vit_mnist": Preset("vit_mnist", "mnist_5k", epochs=20),
-    "short": Preset("vit", epochs=12),  # one run of it ends `suite`
+    "short": Preset("vit_short", epochs=30),  # one run of it ends `suite`
     "smoke": Preset("vit_smoke", epochs=4, prune_every=5, timed_images=8, repeats=1),
 }
 
@@ -83,6 +83,7 @@ class _ResNet(nn.Module):
 
 MODELS: dict[str, nn.Module] = {
     "vit": ViT(patch=2, dim=64, depth=3, heads=4, classes=10),
+    "vit_short": ViT(patch=2, dim=64, depth=1, heads=4, classes=10),
     "vit_mnist": ViT(patch=4, dim=64, depth=4, heads=4, classes=10),
     "vit_smoke": ViT(patch=4, dim=8, depth=1, heads=2, classes=10),
     "resnet": _ResNet(32),

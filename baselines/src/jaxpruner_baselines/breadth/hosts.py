@@ -50,9 +50,10 @@ def t5(size: Size) -> Case:
 
 
 def nature_dqn(size: Size) -> Case:
-    from dopamine.jax import networks
+    import jaxpruner_dopamine  # noqa: F401, which lets Dopamine be imported
 
-    import jaxpruner_dopamine  # noqa: F401, with which Dopamine can be imported
+    # isort: split
+    from dopamine.jax import networks
 
     network = networks.NatureDQNNetwork(num_actions=6)
     shape = 2 * size.batch, 84, 84, 4
