@@ -46,7 +46,7 @@ class Coupled(SparsityType):
 
         Args:
           masks: a tree of boolean masks.
-          targets: the sparsity of each pruned leaf by its path.
+          targets: the sparsity of each leaf that was chosen to be pruned, by its path.
         """
 
 

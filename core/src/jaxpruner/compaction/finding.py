@@ -95,7 +95,14 @@ def _owner(places: Sequence[Place], parameters: Mapping[trees.KeyPath, Sequence[
         shape = tuple(dim.size for dim in parameters[place.path])
         return len(shape) > 1 and place.axis not in sparsity_types.contracted_axes(place.path, shape)
 
-    return next(filter(gives, places), max(places, key=lambda place: len(parameters[place.path])))
+    def number_of_axes(place: Place) -> int:
+        return len(parameters[place.path])
+
+    if not (giving := list(filter(gives, places))):
+        return max(places, key=number_of_axes)
+    # Of attention, the kernel rather than a bias of (heads, width).
+    layer = giving[0].path[:-1]
+    return max((place for place in giving if place.path[:-1] == layer), key=number_of_axes)
 
 
 def _name(places: Mapping[Dim, Sequence[Place]], parameters: Mapping[trees.KeyPath, Sequence[Dim]]) -> dict[Dim, str]:

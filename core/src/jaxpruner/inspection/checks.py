@@ -198,7 +198,7 @@ def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None
         if not is_dense:
             _require_on_masks(leaves, state)
         if updater is not None:
-            _require_as_asked(leaves, state, updater)
+            _require_as_asked(params, state, updater)
 
 
 def _count(state: projection.SparseState) -> int:
@@ -222,12 +222,12 @@ def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
             )
 
 
-def _require_as_asked(leaves: dict[trees.KeyPath, Any], state: projection.SparseState, updater: BaseUpdater) -> None:
+def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseUpdater) -> None:
     last, count = _end(updater), _count(state)
     if not updater.follows_schedule or updater.regrows or updater.masks is not None or last is None or count <= last:
         return
     try:
-        asked, held, slack = shares_pruned(leaves, state, updater)
+        asked, held, slack = shares_pruned(params, state, updater)
     except ValueError:
         return  # masks of a part of the parameters, whose budget is shared with others
     if asked - held > slack:
@@ -238,21 +238,20 @@ def _require_as_asked(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
         )
 
 
-def shares_pruned(
-    leaves: dict[trees.KeyPath, Any], state: projection.SparseState, updater: BaseUpdater
-) -> tuple[float, float, float]:
+def shares_pruned(params: Any, state: projection.SparseState, updater: BaseUpdater) -> tuple[float, float, float]:
     """What was asked for, what masks prune and what rounding allows: shares of the weights, of groups of their budget.
 
     Args:
-      leaves: the parameters by their paths.
-      state: the state of its optimizer.
+      params: the parameters.
+      state: the state of their optimizer.
       updater: the algorithm.
     """
-    masks = dict(trees.named_leaves(state.masks))
+    leaves, masks = dict(trees.named_leaves(params)), dict(trees.named_leaves(state.masks))
     pruned = trees.map_named(lambda path, _: leaves[path] if path in masks else None, state.masks)
-    targets = dict(trees.named_leaves(updater.get_target_sparsities(pruned)))
     if isinstance(updater.sparsity_type, coupled_structures.Coupled):
-        return updater.sparsity_type.share_pruned(mask_storage.decode_stored(state.masks, pruned), targets)
+        chosen = dict(trees.named_leaves(updater.chosen_sparsities(trees.numbers_only(params))))
+        return updater.sparsity_type.share_pruned(mask_storage.decode_stored(state.masks, pruned), chosen)
+    targets = dict(trees.named_leaves(updater.get_target_sparsities(pruned)))
     asked, held, slack, total = _weights(leaves, masks, targets, updater)
     total = max(total, 1.0)
     return asked / total, held / total, slack / total

@@ -249,9 +249,7 @@ class _Watch:
             return
         jaxpruner.check_sparse(params, opt_state)
         if self.made.groups is not None:
-            asked, got, slack = checks.shares_pruned(
-                dict(trees.named_leaves(params)), find_states(opt_state)[0], self.made.groups
-            )
+            asked, got, slack = checks.shares_pruned(params, find_states(opt_state)[0], self.made.groups)
             tell = logging.warning if asked - got > slack else logging.info
             what = self.made.groups.sparsity_type.budget
             tell("sparsity: asked %.1f %% of the %s, reached %.1f %%.", 100 * asked, what, 100 * got)
