@@ -133,7 +133,7 @@ def _meet(a: Alive, b: Alive) -> Alive:
 
 # What moves entries, or sums or chooses among those that are zero together.
 _MOVES = frozenset([
-    "reshape", "transpose", "broadcast_in_dim", "squeeze", "slice", "split", "rev", "dynamic_slice", "gather",
+    "reshape", "transpose", "broadcast_in_dim", "tile", "squeeze", "slice", "split", "rev", "dynamic_slice", "gather",
     "cumsum", "cummax", "cummin", "cumprod", "reduce_sum", "reduce_max", "reduce_min", "reduce_window_max",
     "reduce_window_min", "reduce_window_sum", "sort", "optimization_barrier", "device_put",
 ])  # fmt: skip

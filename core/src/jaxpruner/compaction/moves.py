@@ -19,6 +19,13 @@ def _broadcast(step: Step) -> list[Dims]:
     return [tuple(outputs)]
 
 
+@rule("tile")
+def _tile(step: Step) -> list[Dims]:
+    # Entries repeat as a whole: the repeats are the major factor.
+    repeats = step.equation.params["reps"]
+    return [tuple(axes.product([Dim(times), dim]) for times, dim in zip(repeats, step.inputs[0], strict=True))]
+
+
 @rule("reshape")
 def _reshape(step: Step) -> list[Dims]:
     sizes, where = step.equation.params["new_sizes"], step.where
