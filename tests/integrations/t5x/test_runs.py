@@ -238,7 +238,6 @@ def test_a_decoder_only_model(tmp_path):
 
 
 def test_nothing_of_a_dense_checkpoint_is_dead(dense, tmp_path, capsys):
-    """No error; and of one that was pruned weight by weight what is dead leaves."""
     small = compact.compact(str(dense), str(tmp_path), batch_size=1)
     assert "Nothing was removed: no unit is dead." in capsys.readouterr().out
     assert small.report["report"]["params"][0] == small.report["report"]["params"][1]
