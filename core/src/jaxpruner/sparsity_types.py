@@ -110,12 +110,8 @@ class _Units(SparsityType):
     def _regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
         active = self.active_units(mask)
         number = selection.count_true(active)
-        # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
-        drop = Scores.of(self._unit_scores(drop_scores)).filled(~active, jnp.nan)
-        (kept,) = yield Competition([drop], counts.Share(number, drop_fraction))
-        survivors = active & kept
-        grow = Scores.of(self._unit_scores(grow_scores)).filled(survivors, jnp.inf)
-        (grown,) = yield Competition([grow], number)
+        drop, grow = Scores.of(self._unit_scores(drop_scores)), Scores.of(self._unit_scores(grow_scores))
+        (grown,) = yield selection.Regrowth(active, drop, grow, counts.Share(number, drop_fraction), number)
         return self.expand(grown, mask.shape)
 
     def _unit_scores(self, scores):

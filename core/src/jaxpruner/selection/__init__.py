@@ -5,6 +5,7 @@ from jaxpruner.selection.score_reading import Scores, order_preserving_keys
 from jaxpruner.selection.top_k import (
     Choosing,
     Competition,
+    Regrowth,
     count_true,
     select,
     together,
@@ -15,6 +16,7 @@ from jaxpruner.selection.top_k import (
 __all__ = [
     "Choosing",
     "Competition",
+    "Regrowth",
     "Scores",
     "count_true",
     "counts",
