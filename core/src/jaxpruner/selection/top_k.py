@@ -43,6 +43,7 @@ __all__ = [
     "Regrowth",
     "Scores",
     "count_true",
+    "is_one_cpu",
     "order_preserving_keys",
     "select",
     "together",
@@ -288,8 +289,13 @@ def _count_true(mask: Bool[Array, "*shape"], method: Method) -> UInt32[Array, ""
     return jnp.minimum(*twice)
 
 
+def is_one_cpu() -> bool:
+    """Whether there is one device, and it is a CPU: rows and blocks of an array are then at hand where they lie."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
 def _default_method() -> Method:
-    return "sample" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "split"
+    return "sample" if is_one_cpu() else "split"
 
 
 def _scaled(competition: Competition) -> list[Scores]:
