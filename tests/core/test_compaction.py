@@ -522,3 +522,17 @@ def test_transformations_of_the_small_function():
         small.params, jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 5"), jnp.float32)
     )
     close(expected, jax.export.deserialize(exported.serialize()).call(small.params, x))
+
+
+def test_the_state_of_groups_is_placed_on_a_mesh():
+    params = mlp_params()
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("model",))
+    columns = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shardings = jax.tree.map(lambda p: columns if p.ndim == 2 else whole, params)
+    groups = jaxpruner.find_groups(mlp, params, normal(2, 5))
+    tx = jaxpruner.sparsify(optax.adam(1e-3), updater_of(groups))
+    placed = jaxpruner.state_shardings(tx, jax.device_put(params, shardings))
+    assert placed.inner_state[0].mu["up"]["kernel"] == columns
+    assert placed.masks["up"]["kernel"] == whole
+    jax.jit(tx.init, out_shardings=placed)(params)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpruner import mask_storage
-from jaxpruner.mask_storage import DenseStorage, PackedStorage
+from jaxpruner.mask_storage import AxisStorage, DenseStorage, PackedStorage
 
 PROPERTY = settings(max_examples=15, deadline=None)
 STORAGES = [DenseStorage(), PackedStorage()]
@@ -25,6 +25,22 @@ SHAPES = st.lists(st.integers(0, 18), max_size=4).map(tuple)
 def masks(draw):
     shape = draw(SHAPES)
     return np.random.default_rng(draw(st.integers(0, 99))).random(shape) < draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+
+
+@PROPERTY
+@given(sizes=st.lists(st.integers(1, 18), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_masks_of_whole_slices_take_one_bit_an_entry_of_each_axis(sizes, seed):
+    draws = np.random.default_rng(seed)
+    mask = np.ones((), bool)
+    for axis, size in enumerate(sizes):
+        along = draws.random(size) < 0.6
+        along[draws.integers(size)] = True  # a mask of nothing does not tell its slices
+        mask = mask & np.expand_dims(along, [a for a in range(len(sizes)) if a != axis])
+    storage = AxisStorage()
+    stored = storage.encode(jnp.asarray(mask))
+    assert stored.shape == storage.shape(mask.shape) == (-(-sum(sizes) // 8),)
+    np.testing.assert_array_equal(storage.decode(stored, mask.shape), mask)
+    np.testing.assert_array_equal(mask_storage.storage_of(stored, mask.shape).decode(stored, mask.shape), mask)
 
 
 @PROPERTY

@@ -77,7 +77,7 @@ def product(factors: Sequence[Dim]) -> Dim:
 
 def concatenation(parts: Sequence[Dim]) -> Dim:
     """The axis of these one after the other."""
-    parts = [part for part in parts if part.size]
+    parts = [part for part in parts if part.size != 0]
     if len(parts) == 1:
         return parts[0]
     dim = Dim(sum(part.size for part in parts))
@@ -128,10 +128,10 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int], where: str) -> list[Dim] 
     for size in sizes:
         taken: list[Dim] = []
         missing = size
-        while missing > 1:
+        while missing != 1:
             pending[:1] = _factors(pending[0])  # it may have been divided where it came before
             factor = pending.pop(0)
-            if missing % factor.size:
+            if factor.size != missing and missing % factor.size:
                 # The major part of the factor goes here, the rest to the next axis.
                 if factor.size % missing or (divided := _divide(factor, missing, where)) is None:
                     for dim in dims:

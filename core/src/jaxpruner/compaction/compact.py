@@ -279,9 +279,7 @@ def compact(
     units = liveness.needed_units(found, leaves) if keep is None else _given(found.groups, keep)
     evaluation = Evaluation(found, units)
     along = liveness.found_parameters(found)
-    masks = {
-        path: tuple(None if (mask := evaluation.mask(dim)).all() else mask for dim in dims) for path, dims in along
-    }
+    masks = {path: tuple(evaluation.mask(dim) for dim in dims) for path, dims in along}
 
     def cut(path, leaf):
         if path not in masks or not finding.is_array(leaf):

@@ -25,28 +25,36 @@ class Evaluation:
     def __init__(self, found: Found, kept: Mapping[str, np.ndarray]):
         self._found = found
         self._kept = kept
-        self._masks: dict[Dim, np.ndarray] = {}
+        self._counts = {name: int(np.count_nonzero(mask)) for name, mask in kept.items()}
+        self._axes: dict[Dim, axes.Axis] = {}
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """The results for the arguments of the function, parameters first."""
         return self._run(self._found.reading, inputs)
 
-    def mask(self, dim: Dim) -> np.ndarray:
-        """Which entries of an axis stay."""
-        if dim.root not in self._masks:
-            self._masks[dim.root] = axes.spread(axes.resolve(dim, self._found.names), self._kept)
-        return self._masks[dim.root]
+    def axis(self, dim: Dim) -> axes.Axis:
+        """What an axis is made of."""
+        if dim.root not in self._axes:
+            self._axes[dim.root] = axes.resolve(dim, self._found.names)
+        return self._axes[dim.root]
+
+    def mask(self, dim: Dim) -> np.ndarray | None:
+        """Which entries of an axis stay; None if all do."""
+        axis = self.axis(dim)
+        if all(self._kept[name].all() for name in axes.groups_of(axis) & self._kept.keys()):
+            return None
+        return axes.spread(axis, self._kept)
 
     def cut(self, array: Any, dims: Sequence[Dim]) -> Any:
         """An array of the whole function with the entries that stay."""
         for axis, dim in enumerate(dims):
-            if not (mask := self.mask(dim)).all():
+            if (mask := self.mask(dim)) is not None:
                 array = array.take(np.flatnonzero(mask), axis)
         return array
 
     def size(self, dim: Dim) -> int:
         """The length of an axis."""
-        return int(np.count_nonzero(self.mask(dim)))
+        return axes.count(self.axis(dim), self._counts)
 
     def shape(self, dims: Sequence[Dim]) -> tuple[int, ...]:
         """The lengths of axes."""
@@ -182,17 +190,19 @@ def _slice(evaluation: Evaluation, step: rules.Step) -> dict[str, Any]:
     masks = [evaluation.mask(dim) for dim in step.inputs[0]]
 
     def before(positions):
-        return tuple(int(np.count_nonzero(mask[:at])) for mask, at in zip(masks, positions, strict=True))
+        return tuple(
+            at if mask is None else int(np.count_nonzero(mask[:at])) for mask, at in zip(masks, positions, strict=True)
+        )
 
     return {"start_indices": before(params["start_indices"]), "limit_indices": before(params["limit_indices"])}
 
 
 def _pad(evaluation: Evaluation, step: rules.Step) -> dict[str, Any]:
     def config(dim, config):
-        low, high, interior = config
-        if interior or min(low, high) < 0:
-            return config
+        low, high, _ = config
         mask = evaluation.mask(dim)
+        if mask is None:
+            return config
         return int(np.count_nonzero(mask[:low])), int(np.count_nonzero(mask[mask.size - high :])), 0
 
     configs = step.equation.params["padding_config"]

@@ -95,14 +95,7 @@ def _owner(places: Sequence[Place], parameters: Mapping[trees.KeyPath, Sequence[
         shape = tuple(dim.size for dim in parameters[place.path])
         return len(shape) > 1 and place.axis not in sparsity_types.contracted_axes(place.path, shape)
 
-    def number_of_axes(place: Place) -> int:
-        return len(parameters[place.path])
-
-    if not (giving := list(filter(gives, places))):
-        return max(places, key=number_of_axes)
-    # Of attention, the kernel rather than a bias of (heads, width).
-    layer = giving[0].path[:-1]
-    return max((place for place in giving if place.path[:-1] == layer), key=number_of_axes)
+    return max(places, key=lambda place: (gives(place), len(parameters[place.path])))
 
 
 def _name(places: Mapping[Dim, Sequence[Place]], parameters: Mapping[trees.KeyPath, Sequence[Dim]]) -> dict[Dim, str]:
@@ -172,8 +165,8 @@ def find_groups(fn: Callable[..., Any], params: Any, *args: Any) -> Groups:
       >>> groups = jaxpruner.find_groups(lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"], params, jnp.ones((1, 4)))
       >>> [(group.name, group.size, group.params) for group in groups.removable]
       [('up[1]', 32, 7)]
-      >>> groups.frozen[0].reasons
-      ('is an axis of an argument',)
+      >>> [group.reasons for group in groups.frozen]
+      [('is an axis of what the function returns',), ('is an axis of an argument',)]
     """
     return trace(fn, params, *args).found.groups
 

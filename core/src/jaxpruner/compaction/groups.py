@@ -128,13 +128,10 @@ class Groups(coupled_structures.Coupled):
         return f"Groups({len(self.removable)} removable, {len(self.frozen)} frozen{options})"
 
     def __str__(self) -> str:
-        lines = [f"{'removable':<48} {'units':>7} {'params/unit':>12} {'FLOPs/unit':>12}  places"]
+        lines = [f"{'removable':<48} {'units':>7} {'params/unit':>12} {'FLOPs/unit':>12} {'places':>7}"]
         for group in self.removable:
-            others = len(group.places) - 1
-            lines.append(
-                f"{_short(group.name):<48} {group.size:>7,} {group.params:>12,} {group.flops:>12,}  "
-                f"{group.places[0]}{f' and {others} more' if others else ''}"
-            )
+            numbers = f"{group.size:>7,} {group.params:>12,} {group.flops:>12,} {len(group.places):>7}"
+            lines.append(f"{_short(group.name):<48} {numbers}")
         if self.frozen:
             lines += ["", f"{'stays':<48} {'size':>7}  reason"]
             lines += [f"{_short(group.name):<48} {group.size:>7,}  {'; '.join(group.reasons)}" for group in self.frozen]

@@ -164,6 +164,7 @@ def _spec(atom: Any) -> jax.ShapeDtypeStruct:
 
 
 def is_differentiable(atom: Any) -> bool:
+    """Whether a value has a tangent: a floating or complex number."""
     return jax.dtypes.issubdtype(atom.aval.dtype, np.inexact)
 
 

@@ -61,15 +61,18 @@ def freeze(dims: Sequence[Dim], reason: str) -> None:
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:
+    """The shape of a value of a jaxpr."""
     return tuple(atom.aval.shape)
 
 
 def unify(first: Dims, second: Dims, where: str) -> None:
+    """Ties the axes of two values of one shape."""
     for a, b in zip(first, second, strict=True):
         axes.unify(a, b, where)
 
 
 def without(dims: Dims, removed: Sequence[int]) -> Dims:
+    """The axes but those at these positions."""
     return tuple(dim for axis, dim in enumerate(dims) if axis not in removed)
 
 
@@ -80,6 +83,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers the rule of primitives."""
+
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, rule))
         return rule
@@ -88,6 +93,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def unknown(step: Step) -> list[Dims]:
+    """The rule of all that has none: nothing that it touches may be shortened."""
     reason = f"meets {step.name}, which there is no rule for"
     for dims in step.inputs:
         freeze(dims, reason)
