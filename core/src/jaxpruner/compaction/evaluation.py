@@ -6,16 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpruner.compaction import axes, reading, rules
+from jaxpruner.compaction import axes, reading, rules, sparse_kernels
 from jaxpruner.compaction.axes import Dim
 from jaxpruner.compaction.finding import Found
-
-# (products with a parameter that is kept sparse are someone else's: called before the rule of the primitive.)
-Override = Callable[[Any, list[Any]], "list[Any] | None"]
 
 
 class Evaluation:
@@ -24,13 +20,11 @@ class Evaluation:
     Args:
       found: the function as it was read.
       kept: boolean vectors by group; other groups stay whole.
-      override: evaluates an equation in place of its primitive, or returns None.
     """
 
-    def __init__(self, found: Found, kept: Mapping[str, np.ndarray], override: Override | None = None):
+    def __init__(self, found: Found, kept: Mapping[str, np.ndarray]):
         self._found = found
         self._kept = kept
-        self._override = override
         self._masks: dict[Dim, np.ndarray] = {}
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
@@ -76,13 +70,13 @@ class Evaluation:
         return self.cut(value, dims) if dims else value
 
     def _step(self, step: rules.Step, operands: list[Any]) -> list[Any]:
-        if self._override and (results := self._override(step, operands)) is not None:
+        if (results := sparse_kernels.evaluate(step, operands)) is not None:
             return results
         if step.inner:
             return _CALLS.get(step.name, Evaluation._call)(self, step, operands)
         equation = step.equation
-        if step.name not in rules.RULES:  # all its axes are whole
-            return jax.extend.core.jaxpr_as_fun(reading.alone(equation))(*operands)
+        if step.name not in rules.RULES or step.name in _CALLS:  # all its axes are whole
+            return reading.bind(equation, operands)
         params = equation.params
         if step.name in _PARAMETERS:
             params = {**params, **_PARAMETERS[step.name](self, step)}

@@ -110,7 +110,7 @@ class Groups(coupled_structures.Coupled):
 
     def _named(self, pattern: str) -> list[Group]:
         def matching(groups):
-            return [group for group in groups if any(_matches(pattern, name) for name in _names(group))]
+            return [group for group in groups if _matches(pattern, group.name)]
 
         if not (found := matching(self.removable)):
             if frozen := matching(self.frozen):
@@ -307,10 +307,6 @@ class Groups(coupled_structures.Coupled):
 
 def _ends(path: trees.KeyPath, end: trees.KeyPath) -> bool:
     return path[len(path) - len(end) :] == end
-
-
-def _names(group: Group) -> list[str]:
-    return [group.name, *(str(place) for place in group.places), *(trees.leaf_name(p.path) for p in group.places)]
 
 
 def _matches(pattern: str, name: str) -> bool:

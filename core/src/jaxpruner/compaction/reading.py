@@ -107,12 +107,12 @@ def _closed(jaxpr: Any) -> Any:
 def _custom(step: Step) -> list[Dims]:
     params = step.equation.params
     closed = params["call_jaxpr"] if "call_jaxpr" in params else params["fun_jaxpr"]
-    step.inner = [read(closed, step.inputs)]
-    outputs = step.inner[0].outputs
     try:
         derivative = _derivative(step)
-    except Exception:  # what a user's rule may raise; it is raised again where it is differentiated
-        return outputs
+    except Exception:  # whatever a rule of a user's raises: it stays as it is, to be differentiated by its rule or not
+        return unknown(step)
+    step.inner = [read(closed, step.inputs)]
+    outputs = step.inner[0].outputs
     if derivative is not None:
         inputs = [dims for dims, atom in zip(step.inputs, step.equation.invars, strict=True) if is_differentiable(atom)]
         results = [dims for dims, a in zip(outputs, step.equation.outvars, strict=True) if is_differentiable(a)]
@@ -130,12 +130,11 @@ def _derivative(step: Step) -> Any:
     results = [i for i, atom in enumerate(equation.outvars) if is_differentiable(atom)]
     if not differentiable or not results:
         return None
-    one = jax.extend.core.jaxpr_as_fun(alone(equation))
 
     def of_operands(operands: Sequence[Any]) -> Callable[..., Any]:
         def of_differentiable(*values: Any) -> list[Any]:
             given = dict(zip(differentiable, values, strict=True))
-            outputs = one(*(given.get(i, operand) for i, operand in enumerate(operands)))
+            outputs = bind(equation, [given.get(i, operand) for i, operand in enumerate(operands)])
             return [outputs[i] for i in results]
 
         return of_differentiable
@@ -152,19 +151,12 @@ def _derivative(step: Step) -> Any:
     return jax.make_jaxpr(forward if is_forward else backward)(operands, directions)
 
 
-def alone(equation: Any) -> Any:
-    """A closed jaxpr of one equation."""
-    make = jax.extend.core.Var
-    inputs = [_variable(make, atom) for atom in equation.invars]
-    outputs = [_variable(make, atom) for atom in equation.outvars]
-    jaxpr = jax.extend.core.Jaxpr(
-        constvars=(), invars=inputs, outvars=outputs, eqns=[equation.replace(invars=inputs, outvars=outputs)]
-    )
-    return jax.extend.core.ClosedJaxpr(jaxpr, ())
-
-
-def _variable(make: Any, atom: Any) -> Any:
-    return make(atom.aval)
+def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """The results of an equation, with whatever it calls as it is."""
+    params = equation.primitive.get_bind_params(equation.params)
+    functions, params = ((), params) if isinstance(params, dict) else params  # apart, in an older JAX
+    results = equation.primitive.bind(*functions, *operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def _spec(atom: Any) -> jax.ShapeDtypeStruct:
