@@ -133,7 +133,7 @@ def test_each_agent_acts_the_same_without_its_dead_units(kind, monkeypatch):
     pruned = jax.jit(lambda params: agent.updater.instant_sparsify(params)[0])(cases.params_of(agent))
     setattr(agent, agent._params_attribute, pruned)
     network = compaction.compacted(agent)
-    assert all(left == whole // 2 for whole, left in network.small.report().units.values())
+    assert all(left <= whole // 2 for whole, left in network.small.report().units.values())
 
     def actions():
         before, agent.eval_mode = agent._rng, True

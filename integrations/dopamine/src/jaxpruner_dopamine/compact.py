@@ -20,7 +20,8 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from jaxpruner.compaction import files, speed
+from jaxpruner.compaction import files
+from jaxpruner.inspection import timing
 from jaxpruner_dopamine import compaction, train
 from jaxpruner_dopamine.experiment import Reproducible
 
@@ -108,7 +109,7 @@ def forward_seconds(agent: Any, network: compaction.CompactNetwork) -> dict[int,
         for name, whole, params in (("dense", fn, agent._params), ("compact", network.small.fn, network.small.params)):
             forward = jax.jit(jax.vmap(lambda p, s, a, whole=whole: whole(p, (s,), a), (None, 0, None)))
             calls[name] = lambda forward=forward, params=params, states=states: forward(params, states, arrays)
-        measured[batch] = speed.seconds_in_turn(calls)
+        measured[batch] = timing.alternate(calls, repeats=101)
     return measured
 
 
