@@ -15,6 +15,7 @@ import jaxpruner
 from jaxpruner import trees
 from jaxpruner_fedjax.clients import check_combination, federated_averaging
 from jaxpruner_fedjax.communication import ClientUpdates, Ledger
+from jaxpruner_fedjax.compaction import example_batch, find_groups
 from jaxpruner_fedjax.recording import Recorder, Saved, load_checkpoint, save_checkpoint
 from jaxpruner_fedjax.sampling import PARAMS, branch_key, sample_clients
 from jaxpruner_fedjax.server import SparseOptimizer, server_optimizer, why_rounds_are_lost
@@ -27,6 +28,8 @@ from jaxpruner_fedjax.settings import (
     sparsity_config,
 )
 from jaxpruner_fedjax.tasks import load_task
+
+GROUPS = "groups"  # a `sparsity_type`: the units of the task's model
 
 
 @dataclasses.dataclass
@@ -60,11 +63,15 @@ def build(config: Config) -> Experiment:
 
 
 def _build(config: Config) -> Experiment:
-    server = server_optimizer(inner_optimizer(config), sparsity_config(config))
+    asked, loaded = sparsity_config(config), None
+    if asked["sparsity_type"] == GROUPS:
+        loaded = load_task(config.task, config.cache_dir)
+        asked["sparsity_type"] = _groups(config, *loaded)
+    server = server_optimizer(inner_optimizer(config), asked)
     jaxpruner.check_schedule(server.updater, config.num_rounds)
     updates = ClientUpdates(masked=config.masked_clients, top_k=config.top_k)
     check_combination(server, updates)  # before data are loaded
-    train, test, model = load_task(config.task, config.cache_dir)
+    train, test, model = loaded or load_task(config.task, config.cache_dir)
     sample_clients(train, config.num_clients_per_round, config.seed, 0)  # says so if there are too few
     parts = (
         fedjax.model_grad(model),
@@ -88,6 +95,13 @@ def _build(config: Config) -> Experiment:
         experiment.rounds, experiment.state, ledger.held, experiment.bytes_total = saved
         logging.info("continues after round %d", saved.rounds)
     return experiment
+
+
+def _groups(config: Config, train: fedjax.FederatedData, test: fedjax.FederatedData, model: fedjax.Model) -> Any:
+    """The units of the model of a task."""
+    del train
+    shapes = jax.eval_shape(model.init, branch_key(config.seed, PARAMS))
+    return find_groups(model, shapes, example_batch(test))
 
 
 def run(experiment: Experiment) -> Any:
