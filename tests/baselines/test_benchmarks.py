@@ -56,6 +56,8 @@ ROWS = {
     **{f"trace and compile, 3 kernels, {name}": 1 for name in ("magnitude", "global_magnitude", "rigl")},
     "eager step, dense masks, worst of 2 algorithms": 1,
     "eager step, packed masks, worst of 2 algorithms": 1,
+    "compact VisionTransformer, forward pass, 50% removed": 1,
+    "compact VisionTransformer, training step, 50% removed": 1,
     "mask update, 50,000 float32": 3,
     "mask update, 50,000 bfloat16": 3,
 }

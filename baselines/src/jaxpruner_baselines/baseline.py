@@ -112,6 +112,8 @@ class Baseline:
     """Called with the preset before the first run; raises `NotReady` where something is missing."""
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
+    only: tuple[str, ...] = ()
+    """The methods that it has, where they are not the common ones."""
     also: tuple[str, ...] = ()
     """Further measures: numbers in `Outcome.details`, a column each."""
     cost: Cost | None = None
@@ -128,7 +130,7 @@ class Baseline:
 
     @property
     def methods(self) -> list[str]:
-        return [*all_methods(), *self.variants]
+        return [*(self.only or all_methods()), *self.variants]
 
     def run(self, preset: str, method: str, sparsity: float, seed: int) -> Run:
         sparsity = 0.0 if is_dense(method) else sparsity

@@ -1,4 +1,4 @@
-"""The command `jaxpruner-baselines`: list, run, suite, table, plot, bench."""
+"""The command `jaxpruner-baselines`: list, run, suite, table, plot, bench, breadth."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jaxpruner_baselines import registry, report, runner
 from jaxpruner_baselines import suite as suites
 from jaxpruner_baselines.baseline import Baseline, NotReady
 from jaxpruner_baselines.benchmarks.command import bench
+from jaxpruner_baselines.breadth.command import breadth
 from jaxpruner_baselines.methods import all_methods
 from jaxpruner_baselines.results import ResultsError
 
@@ -31,6 +32,7 @@ Preset = Annotated[str | None, typer.Option(help="Which size; default: the first
 Folder = Annotated[Path, typer.Option("--results", help="Folder of the CSV, plots and checkpoints.")]
 
 app.command("bench")(bench)
+app.command("breadth")(breadth)
 
 
 @app.command("list")
@@ -108,10 +110,31 @@ def suite(
     if suite_report.summarize(scale, results):
         table(SUITE, scale, results)
         plot(SUITE, scale, results)
+        _show_compact(scale, results)
     elif not failures:
         _fail("Nothing can run here, see above.")
     if failures:
         _fail("\n".join([*failures, f"{len(failures)} runs failed; the same command tries them again."]), exit_code=1)
+
+
+def _show_compact(scale: str, results: Path) -> None:
+    """A line about what is left once pruned units have left: one short run, at the scales that need no accelerator."""
+    preset = {"embedded": "short", "smoke": "smoke"}.get(scale)
+    if preset is None:
+        return
+    baseline = registry.get("compact")
+    plan = baseline.plan(preset, ["magnitude"], [0.5], [0])
+    for _, event in runner.events(baseline, runner.unfinished(baseline, plan, results), results):
+        if isinstance(event, runner.Failure):
+            console.print(f"compact: {event.message}", markup=False)
+            return
+    lines, _ = report.summarize(baseline, preset, runner.results_of(baseline, results))
+    line = next(line for line in lines if (line.method, line.sparsity) == (plan[0].method, plan[0].sparsity))
+    console.print(
+        f"Compact: a ViT without half of the units of each group, removed after training, is {line.cost:.2f} times as "
+        f"fast as the dense one, measured; accuracy {line.mean:.1%}.",
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -10,6 +10,7 @@ from jaxpruner_baselines.hush import hushed
 # name -> module:attribute; imported when asked for, as some need an extra.
 MODULES = {
     "digits_vit": "jaxpruner_baselines.digits_vit:BASELINE",
+    "compact": "jaxpruner_baselines.compact:BASELINE",
     "vit": "jaxpruner_baselines.scenic_images:VIT",
     "resnet": "jaxpruner_baselines.scenic_images:RESNET",
     "t5": "jaxpruner_baselines.t5:BASELINE",

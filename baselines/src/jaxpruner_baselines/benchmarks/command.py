@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import provenance
-from jaxpruner_baselines.benchmarks import accelerators, masks, overheads, peers, sharding, steps
+from jaxpruner_baselines.benchmarks import accelerators, compaction, masks, overheads, peers, sharding, steps
 from jaxpruner_baselines.benchmarks.figures import Figure
 from jaxpruner_baselines.report import markdown_table, update_markdown
 from jaxpruner_baselines.results import Results, Row
@@ -33,6 +33,7 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "network_steps": (steps.network_steps, steps.Several(), steps.SEVERAL_QUICK),
     "first_steps": (overheads.first_steps, overheads.Sizes(), overheads.QUICK),
     "eager_steps": (overheads.eager_steps, overheads.Sizes(), overheads.QUICK),
+    "compact_speed": (compaction.compact_speed, compaction.Sizes(), compaction.QUICK),
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
     "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),
 }
