@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
@@ -16,7 +15,7 @@ from absl import logging
 from dopamine.metrics import collector_dispatcher, statistics_instance
 
 import jaxpruner
-from jaxpruner.training.projection import pruned_only
+from jaxpruner.inspection import checks
 from jaxpruner_dopamine import checkpoints
 from jaxpruner_dopamine.sparsity import Clock, in_gin, sparsify
 
@@ -111,11 +110,9 @@ class SparseAgent:
         last, count = self.updater.scheduler.last_update_step, int(self.optimizer_state.count)
         if last is None or count > last:
             return None
-        pruned = pruned_only(self._params, self.optimizer_state.masks)
-        sizes = [leaf.size for leaf in jax.tree.leaves(pruned)]
-        targets = jax.tree.leaves(self.updater.get_target_sparsities(self._params))
+        asked, reached, _ = checks.shares_pruned(self._params, self.optimizer_state, self.updater)
         return (
-            f"sparsity: asked {np.average(targets, weights=sizes):.1%}, reached {self.sparsity()['total']:.1%}, for "
+            f"sparsity: asked {asked:.1%}, reached {reached:.1%}, for "
             f"the training ended after {count} gradient steps, and the last masks are made at gradient step {last}. "
             "Let sparsify.update_end_agent_step be earlier, or train longer; where episodes are short, gradient steps "
             "begin later than min_replay_history says."

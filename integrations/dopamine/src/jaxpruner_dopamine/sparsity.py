@@ -13,9 +13,10 @@ import gin
 import jax
 
 import jaxpruner
+from jaxpruner.coupled_structures import AllGroups
+from jaxpruner.structure_strings import parse_sparsity_type
 
 DENSE = "no_prune"
-GROUPS = "groups"  # the units of the agent's own network, as a structure
 # A branch of the seed's keys for masks. The agent splits its own keys from the same seed, by small numbers.
 _MASKS = 2**31 - 1
 # The core's keys, which count gradient steps, and what they are called here.
@@ -95,8 +96,9 @@ class Sparsity:
         key = jax.random.fold_in(jax.random.PRNGKey(seed), _MASKS)
         try:
             config = {"rng_seed": key} | dict(self.config) | schedule
-            if groups is not None and config.get("sparsity_type") == GROUPS:
-                config["sparsity_type"] = groups()
+            wanted = parse_sparsity_type(config.get("sparsity_type", "unstructured"))
+            if groups is not None and isinstance(wanted, AllGroups):
+                config["sparsity_type"] = wanted.of(groups())
             updater = jaxpruner.create_updater_from_config(config)
         except ValueError as error:
             raise ValueError(in_gin(error)) from error
