@@ -16,6 +16,7 @@ from dopamine.metrics import collector_dispatcher, statistics_instance
 
 import jaxpruner
 from jaxpruner.inspection import checks
+from jaxpruner.training.projection import pruned_only
 from jaxpruner_dopamine import checkpoints
 from jaxpruner_dopamine.sparsity import Clock, in_gin, sparsify
 
