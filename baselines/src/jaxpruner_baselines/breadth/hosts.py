@@ -52,6 +52,8 @@ def t5(size: Size) -> Case:
 def nature_dqn(size: Size) -> Case:
     from dopamine.jax import networks
 
+    import jaxpruner_dopamine  # noqa: F401, with which Dopamine can be imported
+
     network = networks.NatureDQNNetwork(num_actions=6)
     shape = 2 * size.batch, 84, 84, 4
     frames = jnp.asarray(np.random.default_rng(1).integers(0, 256, shape), jnp.float32)
