@@ -21,7 +21,8 @@ ROWS = {
     "mask update, 100,000 float32": 5 + 2 * HAS_TORCH,
     "RigL's drop and grow, 100,000 float32": 2,
     "global mask, 3 leaves of 30,000": 1 + HAS_TORCH,
-    "2:4 mask, (128, 128)": 1,
+    "2:4 mask along axis 1, (128, 128)": 2,
+    "2:4 mask along axis 0, (128, 128)": 2,
     "thresholds by sample, 1,024 float32": 1,
     "thresholds by sample, 65,536 float32": 1,
     **{f"peak scratch of a mask update ({name})": 1 for name in ("ours", *peers.JAX_PEERS, *peers.host_peers())},
@@ -92,7 +93,7 @@ def test_module_command_with_selected_rows(tmp_path):
     command = [sys.executable, "-m", "jaxpruner_baselines.benchmarks", "--quick", "--rows", "nm_mask", "--repeats", "1"]
     done = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True, check=True)
     assert "2:4 mask" in done.stdout
-    assert len(Results(tmp_path / "benchmarks.csv").read()) == 1
+    assert len(Results(tmp_path / "benchmarks.csv").read()) == 4
 
 
 def test_packed_masks_take_one_bit_a_weight():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
+import jax.numpy as jnp
 import matplotlib.image
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ pytest.importorskip("dopamine", reason="Dopamine is not installed; `make setup` 
 from jaxpruner_baselines import registry
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.cli import app
+from jaxpruner_baselines.costs import dead_units
 from jaxpruner_baselines.results import Results
 
 # Hosts warn of one another's old ways.
@@ -42,11 +44,19 @@ def test_a_small_grid_from_the_command_line(tmp_path):
     returns = [json.loads(details)["returns"] for details in rows["details"]]
     assert [len(curve) for curve in returns] == [3, 3]
     assert list(rows["value"]) == pytest.approx([curve[-1] for curve in returns], abs=1e-3)
+    dead = [json.loads(details)["dead_units"] for details in rows["details"]]
+    assert dead[0] == 0 <= dead[1] < json.loads(rows["details"][1])["units"] == 32
     assert not list((tmp_path / "checkpoints").glob("*"))  # Dopamine's own as well
     for name in ("dqn-smoke.png", "dqn-smoke-returns.png"):
         assert name in output
         height, width, _ = matplotlib.image.imread(tmp_path / name).shape
         assert width > height > 300
+
+
+def test_dead_units_are_counted():
+    params = {"up": jnp.ones((4, 8)).at[:, :5].set(0), "down": jnp.ones((8, 2)).at[6].set(0)}
+    counted = dead_units(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, jnp.ones((1, 4)))
+    assert counted == {"units": 8, "dead_units": 6, "dead_units_share": 0.75, "parameters_compact": 2 * (4 + 2)}
 
 
 def test_a_run_resumes_to_the_bit(tmp_path):

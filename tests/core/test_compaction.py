@@ -512,6 +512,38 @@ def test_derivatives_that_someone_wrote_are_kept():
     jax.tree.map(close, small.cut(whole), gradient(small.fn, small.params, x))
 
 
+def test_derivatives_without_an_end():
+    """Each derivative calls a function that has one of its own, as in TensorFlow Probability."""
+    called = []
+
+    @jax.custom_jvp
+    def wave(x):
+        return jnp.sin(x)
+
+    def derivative(x, t):
+        called.append(x)
+        return wave(*x), wave(x[0] + jnp.pi / 2) * t[0]
+
+    wave.defjvp(derivative)
+
+    def fn(params, x):
+        return wave(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+    params, x = mlp_params(), normal(6, 5)
+    params = {"up": {"kernel": params["up"]["kernel"]}, "down": params["down"]}
+    masked = pruned_by_groups(jaxpruner.find_groups(fn, params, x), params)
+    small = jaxpruner.compact(fn, masked, x)
+    assert small.sizes == {"up/kernel[1]": 8}
+    assert len(called) < 30
+    jax.tree.map(close, small.cut(gradient(fn, masked, x)), gradient(small.fn, small.params, x))
+    # The third derivative in x, beyond those that are read.
+    thrice = [
+        jax.grad(jax.grad(jax.grad(lambda a, f=f, p=p: f(p, a * x).sum())))(1.0)
+        for f, p in ((fn, masked), (small.fn, small.params))
+    ]
+    close(*thrice)
+
+
 def test_transformations_of_the_small_function():
     params, x = mlp_params(), normal(2, 5)
     small = jaxpruner.compact(mlp, pruned_by_groups(jaxpruner.find_groups(mlp, params, x), params), x)

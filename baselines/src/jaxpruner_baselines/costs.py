@@ -9,6 +9,8 @@ import jaxpruner
 
 # Measures of the table, fractions of the dense cost.
 SHARES = ("inference_flops_share", "training_flops_share")
+# Another, of networks whose dead units are counted.
+DEAD = "dead_units_share"
 
 
 def costs(
@@ -33,4 +35,23 @@ def costs(
         "inference_flops_share": round(counted["_inference_flops_nnz"] / inference, 6),
         "training_flops": batch * training,
         "training_flops_share": round(counted["_training_flops_nnz"] / training, 6),
+    }
+
+
+def dead_units(forward: Callable[..., Any], params: Any, *example: Any) -> dict[str, Any]:
+    """For `Outcome.details`: how many units of hidden layers are dead, so that `jaxpruner.compact` removes them.
+
+    Args:
+      forward: `forward(params, *example)`, for one example.
+      params: the trained parameters, zeros in place.
+      *example: arrays or their shapes.
+    """
+    small = jaxpruner.compact(forward, params, *example, check=False)
+    report = small.report()
+    units, left = (sum(each) for each in zip(*report.units.values(), strict=True))
+    return {
+        "units": units,
+        "dead_units": units - left,
+        DEAD: round((units - left) / units, 6),
+        "parameters_compact": report.params[1],
     }

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxpruner_baselines.baseline import Baseline, Curve, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
-from jaxpruner_baselines.costs import SHARES, costs
+from jaxpruner_baselines.costs import DEAD, SHARES, costs, dead_units
 from jaxpruner_baselines.hush import hushed
 from jaxpruner_baselines.methods import is_dense
 
@@ -145,24 +145,23 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 
 
 def _costs(agent: Any) -> dict[str, Any]:
-    """Those of acting, and of the gradient steps; target networks, which are evaluated as well, are left out."""
+    """Those of acting, and of the gradient steps, without those of target networks; and the units that are dead."""
     import gin
 
+    network = agent.network_def.apply, agent.online_params, agent.preprocess_fn(agent.state)
     return costs(
-        agent.network_def.apply,
-        agent.online_params,
-        agent.preprocess_fn(agent.state),
+        *network,
         updater=agent.updater,
         steps=(agent.training_steps - agent.min_replay_history) // agent.update_period,
         batch=gin.query_parameter("ReplayBuffer.batch_size"),
-    )
+    ) | dead_units(*network)
 
 
 BASELINE = Baseline(
     name="dqn",
     summary="deep Q-learning on CartPole, Acrobot and Atari (Dopamine)",
     metric="return",
-    also=SHARES,
+    also=(*SHARES, DEAD),
     presets=PRESETS,
     train=train,
     sparsities=(0.9, 0.98),

@@ -35,6 +35,7 @@ MEASURES = {
     "inference_flops_share": Measure("inference FLOPs (% of dense)", scale=100, differs=False),
     "parameters_share": Measure("parameters (% of dense)", scale=100, differs=False),
     "training_flops_share": Measure("training FLOPs (% of dense)", scale=100, differs=False),
+    "dead_units_share": Measure("dead units (%)", scale=100),
 }
 
 

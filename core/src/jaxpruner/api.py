@@ -145,8 +145,9 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
       sparsity: final fraction of zeros, in [0, 1).
       dist_type: `uniform` (default) or `erk`; global algorithms have their own.
       sparsity_type: `unstructured` (default), `nm_2,4` or `nm_2:4`, `block_4,4`, `channel_-1`, with an axis
-        `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`, `block_4,4,axes=1:2`, `channel_input`; or what
-        `BaseUpdater.sparsity_type` takes.
+        `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`, `block_4,4,axes=1:2`, `channel_input`; where
+        an adapter of a framework finds them in its model (see `find_groups`) `groups`, `groups_*mlp*:*attention*`
+        (patterns), `groups,multiple_of=8`, `groups,budget=flops`; or what `BaseUpdater.sparsity_type` takes.
       update_start_step, update_end_step, update_freq: masks are made on multiples of `update_freq`
         (default 1) from start to end, sparser with each along a cubic polynomial, the last with the final sparsity
         exactly; at once if start equals end; never without a start.

@@ -197,9 +197,16 @@ class BaseUpdater:
 
     def get_target_sparsities(self, params: Any) -> Any:
         """The checked final sparsity of each leaf, None where it is not pruned."""
-        targets = fit.reached(self, self.sparsity_distribution_fn(self.layers(params)), params)
+        targets = fit.reached(self, self.chosen_sparsities(params), params)
         self._check_targets(params, targets)
         return targets
+
+    def chosen_sparsities(self, params: Any) -> Any:
+        """The final sparsities as they are distributed, None where a leaf was not chosen to be pruned.
+
+        Masks of groups reach other leaves, too: `get_target_sparsities` has these as well.
+        """
+        return self.sparsity_distribution_fn(self.layers(params))
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
         """The masks at count 0: all ones, None where a leaf is not pruned."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from jaxpruner import trees
 from jaxpruner.sparsity_types import SparsityType
@@ -46,7 +46,7 @@ class Coupled(SparsityType):
 
         Args:
           masks: a tree of boolean masks.
-          targets: the sparsity of each pruned leaf by its path.
+          targets: the sparsity of each leaf that was chosen to be pruned, by its path.
         """
 
 
@@ -71,3 +71,36 @@ class _Part(Coupled):
         raise ValueError(_OF_A_TREE)
 
     reach = masks = units_of = share_pruned = _of_a_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class AllGroups(Coupled):
+    """The groups of a model that is not known yet: what a configuration asks for by `groups`.
+
+    Whoever knows the model puts `of(find_groups(...))` in its place, such as the adapters of frameworks.
+
+    Attributes:
+      patterns: the groups that are pruned, as for `Groups.choose`; all if there are none.
+      multiple_of: see `Groups`.
+      budget: see `Groups`.
+    """
+
+    patterns: tuple[str, ...] = ()
+    multiple_of: int = 1
+    budget: Literal["units", "flops"] = "units"
+
+    def of(self, groups: Any) -> Coupled:
+        """These of the groups of a model.
+
+        Raises:
+          ValueError: see `Groups.choose`.
+        """
+        return groups.choose(*self.patterns, multiple_of=self.multiple_of, budget=self.budget)
+
+    def _of_a_model(self, *args):
+        raise ValueError(
+            "sparsity_type: 'groups' are those of a model, which nobody has put in here. Find them, and give what is "
+            "found: groups = jaxpruner.find_groups(forward, params, x); sparsity_type=groups."
+        )
+
+    reach = masks = units_of = share_pruned = _of_a_model

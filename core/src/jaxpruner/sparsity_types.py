@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpruner import selection, trees
 from jaxpruner.selection import Competition, counts
@@ -110,12 +109,8 @@ class _Units(SparsityType):
     def _regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
         active = self.active_units(mask)
         number = selection.count_true(active)
-        # NaN ranks lowest of all: an inactive unit is kept only if there is no other.
-        drop = Scores.of(self._unit_scores(drop_scores)).filled(~active, jnp.nan)
-        (kept,) = yield Competition([drop], counts.Share(number, drop_fraction))
-        survivors = active & kept
-        grow = Scores.of(self._unit_scores(grow_scores)).filled(survivors, jnp.inf)
-        (grown,) = yield Competition([grow], number)
+        drop, grow = Scores.of(self._unit_scores(drop_scores)), Scores.of(self._unit_scores(grow_scores))
+        (grown,) = yield selection.Regrowth(active, drop, grow, counts.Share(number, drop_fraction), number)
         return self.expand(grown, mask.shape)
 
     def _unit_scores(self, scores):
@@ -298,22 +293,42 @@ class NByM(SparsityType):
         return jnp.where(jnp.all(mask), mask, refilled)
 
 
+# Of larger groups XLA's CPU backend stores the keys rather than compute them for each comparison: of so many scores at
+# a time, they stay in its cache.
+_LARGE_GROUP, _BLOCK = 8, 1 << 18
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def _n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -> Bool[Array, "*s"]:
-    """Elementwise comparisons within groups of m: no sort, no gather, m * (m - 1) / 2 of them."""
+    """Elementwise comparisons within groups of m: no sort, no gather, m of them for each score."""
     axis = min(axes)
     together = tuple(range(axis, axis + len(axes)))
-    keys = jnp.moveaxis(selection.order_preserving_keys(scores), axes, together)
-    groups = keys.reshape(*keys.shape[:axis], -1, m, *keys.shape[axis + len(axes) :])
-    members = [jnp.take(groups, i, axis + 1) for i in range(m)]
-    better = [jnp.zeros(members[0].shape, np.min_scalar_type(m)) for _ in range(m)]
-    for early in range(m):
-        for late in range(early + 1, m):
-            late_wins = members[late] >= members[early]
-            better[early] += late_wins
-            better[late] += ~late_wins
-    kept = jnp.stack([rank < n for rank in better], axis + 1).reshape(keys.shape)
-    return jnp.moveaxis(kept, together, axes)
+    moved = jnp.moveaxis(scores, axes, together)
+    after = moved.shape[axis + len(axes) :]
+    if m > _LARGE_GROUP and moved.size and selection.is_one_cpu():
+        groups = moved.reshape(-1, m, *([math.prod(after)] if math.prod(after) > 1 else []))
+        blocks = math.gcd(len(groups), max(1, moved.size // _BLOCK))
+        highest = functools.partial(_highest, n=n, axis=1)
+        kept = jax.lax.map(highest, groups.reshape(blocks, -1, *groups.shape[1:]))
+    else:
+        kept = _highest(moved.reshape(*moved.shape[:axis], -1, m, *after), n, axis + 1)
+    return jnp.moveaxis(kept.reshape(moved.shape), together, axes)
+
+
+def _highest(scores: Float[Array, "*s"], n: int, axis: int) -> Bool[Array, "*s"]:
+    """The n highest along an axis, of equal ones the later."""
+    keys = selection.order_preserving_keys(scores)
+    position = jax.lax.broadcasted_iota(keys.dtype, keys.shape, axis)
+    better = jnp.zeros(keys.shape, jnp.int32)
+    for i in range(keys.shape[axis]):
+        other = jax.lax.slice_in_dim(keys, i, i + 1, axis=axis)
+        if jnp.issubdtype(scores.dtype, jnp.floating):
+            # In one comparison, `>` for the earlier ones and itself, `>=` for the later: no float has the highest key.
+            wins = other >= keys + (position >= i)
+        else:
+            wins = (other > keys) | ((other == keys) & (position < i))
+        better += wins.astype(jnp.int32)
+    return better < n
 
 
 @dataclasses.dataclass(frozen=True)

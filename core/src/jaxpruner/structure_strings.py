@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jaxpruner import sparsity_types
+from jaxpruner import coupled_structures, sparsity_types
 
 _NUMBER = r"-?[0-9]+"
 _NUMBERS = rf"{_NUMBER}(?::{_NUMBER})*"
 _NM = re.compile(rf"nm_([0-9]+)[,:]([0-9]+)(?:,axis=({_NUMBERS}|input))?")
 _BLOCK = re.compile(rf"block_([0-9]+),([0-9]+)(?:,axes=({_NUMBER}):({_NUMBER}))?")
 _CHANNEL = re.compile(rf"channel_(?:axis=)?({_NUMBER}|input|output)")
+_GROUPS = re.compile(r"groups(?:_([^,]+))?(?:,multiple_of=([1-9][0-9]*))?(?:,budget=(units|flops))?")
 
 
 def parse_sparsity_type(value: Any) -> Any:
@@ -48,6 +49,10 @@ def _parse(text: str) -> sparsity_types.SparsityType:
         if found := _CHANNEL.fullmatch(text):
             axis = found[1]
             return sparsity_types.Channel(axis if axis in ("input", "output") else int(axis))
+        if found := _GROUPS.fullmatch(text):
+            patterns, multiple_of, budget = found.groups()
+            chosen = () if patterns is None else tuple(patterns.split(":"))
+            return coupled_structures.AllGroups(chosen, int(multiple_of or 1), budget or "units")
     except ValueError as error:
         raise ValueError(f"Sparsity type {text!r}: {error}") from error
     raise ValueError(_unknown(text))
@@ -56,6 +61,6 @@ def _parse(text: str) -> sparsity_types.SparsityType:
 def _unknown(value: Any) -> str:
     return (
         f"Sparsity type {value!r} is not known; use 'unstructured', 'nm_2,4' or 'nm_2:4', 'nm_2,4,axis=0', "
-        "'nm_2,4,axis=input', 'block_4,4', 'block_4,4,axes=1:2', 'channel_-1', 'channel_input', or an object of "
-        "jaxpruner.sparsity_types."
+        "'nm_2,4,axis=input', 'block_4,4', 'block_4,4,axes=1:2', 'channel_-1', 'channel_input', 'groups', "
+        "'groups_*mlp*:*attention*,multiple_of=8,budget=flops', or an object of jaxpruner.sparsity_types."
     )

@@ -6,6 +6,7 @@ Where Dopamine is not installed, all of them skip here: one line of the closing 
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ import gin  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
+from absl import flags  # noqa: E402
 from dopamine.discrete_domains import gym_lib, run_experiment  # noqa: E402
 from dopamine.jax.agents.dqn import dqn_agent  # noqa: E402
 from dopamine.metrics import collector, collector_dispatcher  # noqa: E402
@@ -40,6 +42,9 @@ CARTPOLE = (
     "sparsify.update_end_agent_step = 120",
     "sparsify.update_freq_agent_steps = 8",
 )
+# Trainings of a few seconds.
+QUIET = ("create_agent.debug_mode = False", "CollectorDispatcher.collectors = ()")
+ITERATIONS = ("Runner.num_iterations = 4", "Runner.training_steps = 60", *QUIET)
 
 
 def bind(**values: Any) -> list[str]:
@@ -58,6 +63,29 @@ def configured(files: list[str], bindings: list[str]) -> Iterator[None]:
         yield
     finally:
         gin.clear_config()
+
+
+def run(folder: pathlib.Path, files: list[str], bindings: list[str], checkpoint_every: int = 1, stop: int = 0):
+    """A training to its end, or until so many iterations are done; the runner after it."""
+    with configured(files, bindings):
+        runner = jaxpruner_dopamine.create_runner(str(folder))
+        for done in runner.iterations(checkpoint_every):
+            if done == stop:
+                break
+    return runner
+
+
+def arguments(folder: pathlib.Path, bindings: list[str], *more: str) -> list[str]:
+    """Flags of the command lines."""
+    bound = [f"--gin_bindings={binding}" for binding in bindings]
+    return [f"--base_dir={folder}", f"--gin_files={CONFIGS}/dqn_cartpole.gin", *bound, *more]
+
+
+def parsed(program: str, folder: pathlib.Path, bindings: list[str], *more: str) -> list[str]:
+    """What is left of flags that are parsed; `flags_of_play` has to be used."""
+    gin.clear_config()
+    flags.FLAGS.unparse_flags()
+    return flags.FLAGS([program, "--output=unused.gif", *arguments(folder, bindings, *more)])
 
 
 def cartpole(*bindings: str) -> contextlib.AbstractContextManager[None]:

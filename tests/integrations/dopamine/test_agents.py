@@ -19,6 +19,7 @@ from flax.metrics import tensorboard
 
 import jaxpruner
 import jaxpruner_dopamine as jd
+from jaxpruner_dopamine import compaction
 
 pytestmark = cases.quiet
 
@@ -116,6 +117,35 @@ def make(kind: str, *more: str, **arguments):
     own = ["ReplayBuffer.batch_size = 8"] if kind == "ppo" else []
     with cases.configured([], bindings(*own, *more)):
         return AGENTS[kind](**arguments)
+
+
+def nature(**arguments):
+    """The stock network for pixels."""
+    return jd.SparseJaxDQNAgent(
+        **{**CLASSIC, "observation_shape": (20, 20), "observation_dtype": jnp.uint8} | arguments
+    )
+
+
+@pytest.mark.parametrize("kind", ["nature", "implicit_quantile", "sac"])
+def test_each_agent_acts_the_same_without_its_dead_units(kind, monkeypatch):
+    monkeypatch.setitem(AGENTS, "nature", nature)
+    agent = make(kind, *cases.bind(sparsity=0.5, sparsity_type="groups", dist_type="uniform"))
+    pruned = jax.jit(lambda params: agent.updater.instant_sparsify(params)[0])(cases.params_of(agent))
+    setattr(agent, agent._params_attribute, pruned)
+    network = compaction.compacted(agent)
+    assert all(left <= whole // 2 for whole, left in network.small.report().units.values())
+
+    def actions():
+        before, agent.eval_mode = agent._rng, True
+        rng = np.random.default_rng(2)
+        states = rng.integers(0, 256, (6, *agent.observation_shape)).astype(np.float32)
+        chosen = [agent.begin_episode(states[0]), *(agent.step(0.0, state) for state in states[1:])]
+        agent._rng, agent.eval_mode = before, False
+        return np.asarray(chosen)
+
+    dense = actions()
+    with compaction.acting_with(agent, network):
+        np.testing.assert_allclose(actions(), dense, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", AGENTS)

@@ -13,8 +13,6 @@ import dopamine_cases as cases
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 import jaxpruner
@@ -25,8 +23,6 @@ pytestmark = cases.quiet
 
 ROOT = pathlib.Path(__file__).parents[3]
 CONFIGS = pathlib.Path(jaxpruner_dopamine.__file__).parent / "configs"
-QUIET = ("create_agent.debug_mode = False", "CollectorDispatcher.collectors = ()")
-ITERATIONS = ("Runner.num_iterations = 4", "Runner.training_steps = 60", *QUIET)
 PONG = (
     "JaxDQNAgent.seed = 3",
     "JaxDQNAgent.min_replay_history = 40",
@@ -39,18 +35,8 @@ PONG = (
     "sparsify.update_freq_agent_steps = 16",
     "Runner.training_steps = 100",
     "Runner.max_steps_per_episode = 100",
-    *QUIET,
+    *cases.QUIET,
 )
-
-
-def run(folder: pathlib.Path, files: list[str], bindings: list[str], checkpoint_every: int = 1, stop: int = 0):
-    """A training to its end, or until so many iterations are done; the runner after it."""
-    with cases.configured(files, bindings):
-        runner = jaxpruner_dopamine.create_runner(str(folder))
-        for done in runner.iterations(checkpoint_every):
-            if done == stop:
-                break
-    return runner
 
 
 def assert_same_agents(one, other):
@@ -65,7 +51,7 @@ def assert_same_agents(one, other):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_cartpole_learns_at_90_percent(seed, tmp_path):
     """A loose bar: a random agent gets about 20."""
-    runner = run(
+    runner = cases.run(
         tmp_path,
         ["dqn_cartpole.gin"],
         [
@@ -74,7 +60,7 @@ def test_cartpole_learns_at_90_percent(seed, tmp_path):
             "Runner.num_iterations = 8",
             "sparsify.update_start_agent_step = 2_000",
             "sparsify.update_end_agent_step = 5_000",
-            *QUIET,
+            *cases.QUIET,
         ],
         checkpoint_every=0,
     )
@@ -89,7 +75,7 @@ def test_cartpole_learns_at_90_percent(seed, tmp_path):
 def test_pong_is_exactly_sparse(algorithm, tmp_path):
     """Real frames: 300 agent steps of 4 frames each."""
     more = ["Runner.num_iterations = 3", *cases.bind(algorithm=algorithm, drop_fraction=0.3)]
-    runner = run(tmp_path, ["dqn_pong.gin"], [*PONG, *more], checkpoint_every=0)
+    runner = cases.run(tmp_path, ["dqn_pong.gin"], [*PONG, *more], checkpoint_every=0)
     agent = runner.agent
     assert runner._environment.environment.unwrapped.spec.id == "ALE/Pong-v5"
     assert 30 <= int(agent.optimizer_state.count) <= 40
@@ -99,43 +85,21 @@ def test_pong_is_exactly_sparse(algorithm, tmp_path):
 def test_pong_resumes_to_the_bit(tmp_path):
     """In the middle of its mask updates, with packed masks; sticky actions and the start of each game included."""
     more = cases.bind(algorithm="rigl", use_packed_masks=True)
-    whole = run(tmp_path / "whole", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more])
-    part = run(tmp_path / "parts", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more], stop=1)
+    whole = cases.run(tmp_path / "whole", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more])
+    part = cases.run(tmp_path / "parts", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more], stop=1)
     assert part.agent.shortfall() is None  # RigL is as sparse as asked throughout
-    parts = run(tmp_path / "parts", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more])
+    parts = cases.run(tmp_path / "parts", ["dqn_pong.gin"], [*PONG, "Runner.num_iterations = 3", *more])
     assert parts.iterations_done == 1
     assert parts.train_returns() == whole.train_returns()
     assert_same_agents(parts.agent, whole.agent)
 
 
-def arguments(folder: pathlib.Path, bindings: list[str], *more: str) -> list[str]:
-    flags = [f"--gin_bindings={binding}" for binding in bindings]
-    return [f"--base_dir={folder}", "--gin_files=jaxpruner_dopamine/configs/dqn_cartpole.gin", *flags, *more]
-
-
-@pytest.fixture
-def flags_of_play(monkeypatch):
-    """The command lines' flags, in this process, and an end of what they leave in gin."""
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    if "base_dir" not in flags.FLAGS:
-        play.define_flags()
-    with flagsaver.flagsaver():
-        yield
-    cases.gin.clear_config()
-
-
-def parsed(program: str, folder: pathlib.Path, bindings: list[str], *more: str) -> list[str]:
-    cases.gin.clear_config()
-    flags.FLAGS.unparse_flags()
-    return flags.FLAGS([program, "--output=unused.gif", *arguments(folder, bindings, *more)])
-
-
 @pytest.mark.usefixtures("flags_of_play")
 def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
     """From the repository's root, where a folder called `baselines` is on the path."""
-    bindings = [*cases.CARTPOLE, *ITERATIONS]
+    bindings = [*cases.CARTPOLE, *cases.ITERATIONS]
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "jaxpruner_dopamine.train", *arguments(folder, bindings)]
+    command = [sys.executable, "-m", "jaxpruner_dopamine.train", *cases.arguments(folder, bindings)]
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stderr=output, cwd=ROOT)
@@ -152,7 +116,7 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
     assert "Reloaded checkpoint and will start from iteration" in resumed.stderr
     assert "sparsity of total: 0.8" in resumed.stderr
     assert "orbax" not in resumed.stderr.lower()
-    whole = run(tmp_path / "whole", ["dqn_cartpole.gin"], bindings)
+    whole = cases.run(tmp_path / "whole", ["dqn_cartpole.gin"], bindings)
     saved = pickle.loads((folder / "checkpoints" / "ckpt.3").read_bytes())
     cases.assert_same_bits(saved["optimizer_state"], whole.agent.optimizer_state)
     cases.assert_same_bits(saved["online_params"], whole.agent.online_params)
@@ -160,7 +124,7 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
 
     # What was trained is shown at play.
     for output, in_strip in ((tmp_path / "strip.png", True), (tmp_path / "film.gif", False)):
-        play.main(parsed("play", folder, bindings, f"--output={output}", "--frames=4", "--height=60"))
+        play.main(cases.parsed("play", folder, bindings, f"--output={output}", "--frames=4", "--height=60"))
         assert "steps, return" in capsys.readouterr().out
         with Image.open(output) as picture:
             assert picture.height == 60
@@ -202,19 +166,19 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
 @pytest.mark.usefixtures("flags_of_play")
 def test_command_lines_say_what_is_wrong_and_end(module, bindings, more, message, tmp_path):
     with pytest.raises(SystemExit, match=message) as told:
-        module.main(parsed(module.__name__, tmp_path / "base", [*bindings, *QUIET], *more))
+        module.main(cases.parsed(module.__name__, tmp_path / "base", [*bindings, *cases.QUIET], *more))
     assert "\n" not in str(told.value)
 
 
 FILES = sorted(path.name for path in CONFIGS.glob("*.gin") if not path.name.startswith("sparse"))
-SMALL = ["ReplayBuffer.max_capacity = 1000", "PrioritizedSamplingDistribution.max_capacity = 1000", *QUIET]
+SMALL = ["ReplayBuffer.max_capacity = 1000", "PrioritizedSamplingDistribution.max_capacity = 1000", *cases.QUIET]
 PAPER = jaxpruner.PolynomialSchedule(update_freq=250, update_start_step=120_000, update_end_step=495_000)
 DYNAMIC = jaxpruner.PolynomialSchedule(update_freq=1_250, update_start_step=1_250, update_end_step=2_493_750)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
-    with cases.configured([name], SMALL if name.startswith("rainbow") else [SMALL[0], *QUIET]):
+    with cases.configured([name], SMALL if name.startswith("rainbow") else [SMALL[0], *cases.QUIET]):
         agent = jaxpruner_dopamine.create_runner(str(tmp_path)).agent
     assert type(agent).__name__ == ("SparseJaxRainbowAgent" if name.startswith("rainbow") else "SparseJaxDQNAgent")
     updater = agent.updater
@@ -230,16 +194,16 @@ def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
 
 def test_a_run_that_ends_early_says_what_it_reached(tmp_path):
     """As where gradient steps begin late, since episodes are short; here it is stopped."""
-    bindings = [*cases.CARTPOLE, *ITERATIONS, "sparsify.update_end_agent_step = 200"]
-    runner = run(tmp_path, ["dqn_cartpole.gin"], bindings, checkpoint_every=0, stop=1)
+    bindings = [*cases.CARTPOLE, *cases.ITERATIONS, "sparsify.update_end_agent_step = 200"]
+    runner = cases.run(tmp_path, ["dqn_cartpole.gin"], bindings, checkpoint_every=0, stop=1)
     count, total = int(runner.agent.optimizer_state.count), runner.agent.sparsity()["total"]
     assert 0 < total < 0.89
     assert f"asked 89.9%, reached {total:.1%}, for the training ended after {count} grad" in runner.agent.shortfall()
 
 
 def test_playing_does_not_change_the_training(tmp_path):
-    bindings = [*cases.CARTPOLE, *ITERATIONS]
-    whole = run(tmp_path / "whole", ["dqn_cartpole.gin"], bindings, checkpoint_every=0)
+    bindings = [*cases.CARTPOLE, *cases.ITERATIONS]
+    whole = cases.run(tmp_path / "whole", ["dqn_cartpole.gin"], bindings, checkpoint_every=0)
     with cases.configured(["dqn_cartpole.gin"], bindings):
         runner = jaxpruner_dopamine.create_runner(str(tmp_path / "played"))
         for done in runner.iterations(checkpoint_every=0):
@@ -257,7 +221,7 @@ def test_all_gin_files_are_tried():
 def test_a_gin_file_of_dopamines_own_habits_becomes_sparse_by_one_file_more(tmp_path):
     """`create_agent` and `create_runner` are bound as stock files bind them."""
     stock = ["create_agent.agent_name = 'jax_dqn'", "create_runner.schedule = 'continuous_train_and_eval'"]
-    with cases.configured(["dqn_pong.gin", "sparse_dynamic.gin"], [SMALL[0], *QUIET, *stock]):
+    with cases.configured(["dqn_pong.gin", "sparse_dynamic.gin"], [SMALL[0], *cases.QUIET, *stock]):
         runner = jaxpruner_dopamine.create_runner(str(tmp_path))
     assert isinstance(runner, cases.run_experiment.Runner)
     assert not isinstance(runner, cases.run_experiment.TrainRunner)

@@ -14,7 +14,7 @@ import pytest
 import t5x_cases as cases
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jaxpruner_t5x import bible, compatibility, export, launch, metrics
+from jaxpruner_t5x import bible, compact, compatibility, export, launch, metrics
 
 pytestmark = cases.quiet
 
@@ -235,6 +235,12 @@ def test_a_decoder_only_model(tmp_path):
     found = metrics.sparsities(state)
     assert float(found["total"]) == pytest.approx(0.8, abs=5e-3)
     assert any(name.startswith("decoder/layers_0/mlp") for name in found)
+
+
+def test_nothing_of_a_dense_checkpoint_is_dead(dense, tmp_path, capsys):
+    small = compact.compact(str(dense), str(tmp_path), batch_size=1)
+    assert "Nothing was removed: no unit is dead." in capsys.readouterr().out
+    assert small.report["report"]["params"][0] == small.report["report"]["params"][1]
 
 
 def test_export_of_what_is_no_sparse_checkpoint(dense, sparse, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -22,6 +23,7 @@ from jaxpruner_baselines.methods import DENSE, all_methods
 
 OURS = "ours"
 ONE_READ = "one read of the scores"
+ONE_COMPARISON = "one comparison a score"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +32,15 @@ class Sizes:
     leaves: int = 10
     leaves_each: tuple[int, int] = (1000, 1000)
     groups: tuple[int, int] = (4096, 4096)
+    group_sizes: tuple[int, ...] = (4, 8, 16, 32)  # m of n:m
     thresholds: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
     repeats: int = 15
     slow_repeats: int = 3  # of sides that take seconds
 
 
 QUICK = Sizes(
-    leaf=100_000, leaves=3, leaves_each=(200, 150), groups=(128, 128), thresholds=(1024, 65_536), repeats=3,
-    slow_repeats=2,
+    leaf=100_000, leaves=3, leaves_each=(200, 150), groups=(128, 128), group_sizes=(4,),
+    thresholds=(1024, 65_536), repeats=3, slow_repeats=2,
 )  # fmt: skip
 
 Events = Iterator[str | Figure]
@@ -131,21 +134,33 @@ def global_mask(sizes: Sizes) -> Events:
             yield timed(row, times, OURS, peer, reach, config)
 
 
+def ranked(scores: jax.Array, m: int, axis: int) -> jax.Array:
+    """The upper half of each group of m, by sorting the groups twice."""
+    groups = scores.reshape(*scores.shape[:axis], -1, m, *scores.shape[axis + 1 :])
+    ranks = jnp.argsort(jnp.argsort(groups, axis=axis + 1), axis=axis + 1)
+    return (ranks >= m // 2).reshape(scores.shape)
+
+
 def nm_mask(sizes: Sizes) -> Events:
-    """2 of every 4."""
+    """Half of every m, along either axis."""
     scores = scores_of(sizes.groups)
-
-    def ranked(scores):
-        ranks = jnp.argsort(jnp.argsort(scores.reshape(-1, 4), axis=1), axis=1)
-        return (ranks >= 2).reshape(scores.shape)
-
-    ours_fn = jax.jit(lambda s: mask_calculator.get_topk_fn(sparsity_types.NByM(2, 4))(s, 0.5))
-    peer_fn = jax.jit(ranked)
-    row = f"2:4 mask, {sizes.groups}"
-    check_equal(row, ours_fn(scores), peer_fn(scores))
-    sides = {OURS: call(ours_fn, scores), "double argsort": call(peer_fn, scores)}
-    times = yield from alternate(sides, {OURS: sizes.repeats, "double argsort": sizes.slow_repeats})
-    yield timed(row, times, OURS, "double argsort", Reach(at_least=100), {"shape": sizes.groups})
+    for axis, m in itertools.product((1, 0), sizes.group_sizes):
+        structure = sparsity_types.NByM(m // 2, m, axis)
+        ours_fn = jax.jit(functools.partial(structure.mask, sparsity=0.5))
+        peer_fn = jax.jit(functools.partial(ranked, m=m, axis=axis))
+        row = f"{m // 2}:{m} mask along axis {axis}, {sizes.groups}"
+        check_equal(row, ours_fn(scores), peer_fn(scores))
+        sides = {
+            OURS: call(ours_fn, scores),
+            "double argsort": call(peer_fn, scores),
+            ONE_COMPARISON: call(jax.jit(lambda scores: scores > 1), scores),
+        }
+        times = yield from alternate(
+            sides, dict.fromkeys(sides, sizes.repeats) | {"double argsort": sizes.slow_repeats}
+        )
+        config = {"shape": sizes.groups, "m": m, "axis": axis}
+        yield timed(row, times, OURS, "double argsort", Reach(at_least=150), config)
+        yield timed(row, times, OURS, ONE_COMPARISON, Reach(), config, faster=False)
 
 
 def thresholds(sizes: Sizes) -> Events:

@@ -41,10 +41,13 @@ class _GlobalPruning(BaseUpdater):
 
     is_global = True
 
-    def get_target_sparsities(self, params):
-        targets = sparsity_distributions.uniform(
+    def chosen_sparsities(self, params):
+        return sparsity_distributions.uniform(
             self.layers(params), self.sparsity, self.filter_fn, self.custom_sparsity_map
         )
+
+    def get_target_sparsities(self, params):
+        targets = self.chosen_sparsities(params)
         if self._is_coupled:
             targets = fit.reached(self, targets, params)
             self._check_targets(params, targets)

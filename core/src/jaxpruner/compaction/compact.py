@@ -133,7 +133,10 @@ class Compact:
 
     def report(self) -> Report:
         """What was removed, before and after; `print(small.report())` shows it."""
-        whole = flops.summarize_flops(self._fn, self._dense, *self._example)
+        # As it was read, without equations that nothing needs, which the small function lacks too.
+        nothing_cut = {path: (None,) * len(masks) for path, masks in self._masks.items()}
+        all_units = dataclasses.replace(self, _masks=nothing_cut)
+        whole = flops.summarize_flops(all_units._of_dense, self._dense, *self._example)
         dense = jax.tree.map(
             lambda leaf: leaf.todense() if sparse_kernels.is_sparse(leaf) else leaf,
             self.params,
@@ -188,7 +191,13 @@ class Report:
     sparse: dict[str, float]
 
     def __str__(self) -> str:
-        rows = [("parameters", *self.params), ("bytes", *self.bytes), ("FLOPs", *map(int, self.flops))]
+        numbers = [sum(each) for each in zip(*self.units.values(), strict=True)] or [0, 0]
+        rows = [
+            ("parameters", *self.params),
+            ("bytes", *self.bytes),
+            ("FLOPs", *map(int, self.flops)),
+            ("units", *numbers),
+        ]
         lines = [f"{'':<52} {'before':>16} {'after':>16} {'ratio':>7}"]
         for name, before, after in itertools.chain(rows, ((n, *pair) for n, pair in self.units.items())):
             lines.append(f"{name[-52:]:<52} {before:>16,} {after:>16,} {after / max(before, 1):>7.3f}")

@@ -171,7 +171,9 @@ class Groups(coupled_structures.Coupled):
     def masks(self, scores, sparsities, updater):
         axes_of = self._axes_in(scores)
         asked = dict(trees.named_leaves(sparsities))
-        pruned = {group.name: group for group in self._pruned_in(axes_of) if group.owner in asked}
+        # Leaves that other groups reach have a sparsity, and units of their own that nobody chose.
+        chosen = _chosen(updater, scores) & asked.keys()
+        pruned = {group.name: group for group in self._pruned_in(axes_of) if group.owner in chosen}
         units = self._pool(scores, axes_of, pruned)
         shares = {name: asked[group.owner] for name, group in pruned.items()}
         if self.budget == "flops":
@@ -300,6 +302,15 @@ class Groups(coupled_structures.Coupled):
         known = dict(self.axes)
         full = self._full_paths([path for path, _ in trees.named_leaves(tree)])
         return {path: known[whole] for path, whole in full.items()}
+
+
+def _chosen(updater: Any, scores: Any) -> set[trees.KeyPath]:
+    """The leaves that the algorithm was asked to prune."""
+    shapes = jax.tree.map(lambda score: jax.ShapeDtypeStruct(score.shape, score.dtype), scores)
+    try:
+        return {path for path, _ in trees.named_leaves(jax.eval_shape(updater.chosen_sparsities, shapes))}
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):  # it reads weights
+        return {path for path, _ in trees.named_leaves(scores)}
 
 
 def _ends(path: trees.KeyPath, end: trees.KeyPath) -> bool:

@@ -6,8 +6,10 @@ kept with what its axes are made of, so that it can be read again: for zeros, fo
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -103,21 +105,37 @@ def _closed(jaxpr: Any) -> Any:
     return jaxpr if hasattr(jaxpr, "consts") else jax.extend.core.ClosedJaxpr(jaxpr, ())
 
 
+# How many derivatives of functions that have one of their own are read, one of the other. (Those of TensorFlow
+# Probability have derivatives without an end.) Beyond it they are differentiated as what they compute.
+_ORDERS = contextvars.ContextVar("_ORDERS", default=2)
+
+
+@contextlib.contextmanager
+def _up_to(orders: int) -> Iterator[None]:
+    token = _ORDERS.set(orders)
+    try:
+        yield
+    finally:
+        _ORDERS.reset(token)
+
+
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 def _custom(step: Step) -> list[Dims]:
     params = step.equation.params
     closed = params["call_jaxpr"] if "call_jaxpr" in params else params["fun_jaxpr"]
     try:
-        derivative = _derivative(step)
+        derivative = _derivative(step) if _ORDERS.get() else None
     except Exception:  # whatever a rule of a user's raises: it stays as it is, to be differentiated by its rule or not
         return unknown(step)
-    step.inner = [read(closed, step.inputs)]
+    with _up_to(0):  # inside, nothing is ever differentiated
+        step.inner = [read(closed, step.inputs)]
     outputs = step.inner[0].outputs
     if derivative is not None:
         inputs = [dims for dims, atom in zip(step.inputs, step.equation.invars, strict=True) if is_differentiable(atom)]
         results = [dims for dims, a in zip(outputs, step.equation.outvars, strict=True) if is_differentiable(a)]
         is_forward = step.name == "custom_jvp_call"
-        step.derivative = read(derivative, [*step.inputs, *(inputs if is_forward else results)])
+        with _up_to(_ORDERS.get() - 1):
+            step.derivative = read(derivative, [*step.inputs, *(inputs if is_forward else results)])
         for a, b in zip(step.derivative.outputs, results if is_forward else inputs, strict=True):
             unify(a, b, step.where)
     return outputs

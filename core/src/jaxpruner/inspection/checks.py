@@ -198,7 +198,7 @@ def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None
         if not is_dense:
             _require_on_masks(leaves, state)
         if updater is not None:
-            _require_as_asked(leaves, state, updater)
+            _require_as_asked(params, state, updater)
 
 
 def _count(state: projection.SparseState) -> int:
@@ -222,28 +222,39 @@ def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
             )
 
 
-def _require_as_asked(leaves: dict[trees.KeyPath, Any], state: projection.SparseState, updater: BaseUpdater) -> None:
+def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseUpdater) -> None:
     last, count = _end(updater), _count(state)
     if not updater.follows_schedule or updater.regrows or updater.masks is not None or last is None or count <= last:
         return
-    masks = dict(trees.named_leaves(state.masks))
-    pruned = trees.map_named(lambda path, _: leaves[path] if path in masks else None, state.masks)
     try:
-        targets = dict(trees.named_leaves(updater.get_target_sparsities(pruned)))
+        asked, held, slack = shares_pruned(params, state, updater)
     except ValueError:
         return  # masks of a part of the parameters, whose budget is shared with others
-    if isinstance(updater.sparsity_type, coupled_structures.Coupled):
-        decoded = mask_storage.decode_stored(state.masks, pruned)
-        asked, held, slack = updater.sparsity_type.share_pruned(decoded, targets)
-        total = 1.0
-    else:
-        asked, held, slack, total = _weights(leaves, masks, targets, updater)
     if asked - held > slack:
         raise ValueError(
-            f"sparsity: asked {asked / total:.1%}, masks hold {held / total:.1%}, and the schedule is over (its last "
+            f"sparsity: asked {asked:.1%}, masks hold {held:.1%}, and the schedule is over (its last "
             f"update is at step {last}, {count} are done). If the sparsity changed when the training was resumed, let "
             "update_end_step be later."
         )
+
+
+def shares_pruned(params: Any, state: projection.SparseState, updater: BaseUpdater) -> tuple[float, float, float]:
+    """What was asked for, what masks prune and what rounding allows: shares of the weights, of groups of their budget.
+
+    Args:
+      params: the parameters.
+      state: the state of their optimizer.
+      updater: the algorithm.
+    """
+    leaves, masks = dict(trees.named_leaves(params)), dict(trees.named_leaves(state.masks))
+    pruned = trees.map_named(lambda path, _: leaves[path] if path in masks else None, state.masks)
+    if isinstance(updater.sparsity_type, coupled_structures.Coupled):
+        chosen = dict(trees.named_leaves(updater.chosen_sparsities(trees.numbers_only(params))))
+        return updater.sparsity_type.share_pruned(mask_storage.decode_stored(state.masks, pruned), chosen)
+    targets = dict(trees.named_leaves(updater.get_target_sparsities(pruned)))
+    asked, held, slack, total = _weights(leaves, masks, targets, updater)
+    total = max(total, 1.0)
+    return asked / total, held / total, slack / total
 
 
 def _weights(

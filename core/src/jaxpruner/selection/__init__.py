@@ -5,7 +5,9 @@ from jaxpruner.selection.score_reading import Scores, order_preserving_keys
 from jaxpruner.selection.top_k import (
     Choosing,
     Competition,
+    Regrowth,
     count_true,
+    is_one_cpu,
     select,
     together,
     top_k_mask,
@@ -15,9 +17,11 @@ from jaxpruner.selection.top_k import (
 __all__ = [
     "Choosing",
     "Competition",
+    "Regrowth",
     "Scores",
     "count_true",
     "counts",
+    "is_one_cpu",
     "order_preserving_keys",
     "score_reading",
     "select",

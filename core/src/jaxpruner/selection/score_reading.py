@@ -130,8 +130,6 @@ class Leaf:
         return order_preserving_keys(self.fn(*self.operands).astype(self.rank_dtype))
 
     def flat_index(self) -> UInt32[Array, "*shape"]:
-        if self.method == "sample":
-            return lax.iota(jnp.uint32, self.size).reshape(self.shape)
         index = jnp.zeros(self.shape, jnp.uint32)
         for axis in range(len(self.shape)):
             stride = self.one * jnp.uint32(math.prod(self.shape[axis + 1 :]))
@@ -154,7 +152,7 @@ def varying_axes(x: Any) -> Any:
     return getattr(kind, "manual_axis_type", getattr(kind, "vma", None))  # its newer and its older name
 
 
-def varying_zero(leaves: Sequence[Leaf]) -> Int[Array, ""]:
+def varying_zero(leaves: Sequence[Leaf | Scores]) -> Int[Array, ""]:
     """A zero that varies over the mesh axes any of the leaves does, as the state of a loop in shard_map must."""
     operands = [x for leaf in leaves for x in leaf.operands]
     operands = {id(x) if varying_axes(x) is None else varying_axes(x): x for x in operands}  # one of each kind
@@ -187,8 +185,8 @@ def prepare(scores: Scores, rank_dtype: np.dtype, method: Method) -> Leaf:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def count_leaf(leaf: Leaf, row: Int[Array, " n"], skips: bool) -> UInt32[Array, " t"]:
-    """The number of entries at or above each threshold of a row (`threshold_search.Rows`).
+def count_leaf(leaf: Leaf, row: Int[Array, " n"], skips: bool) -> tuple[UInt32[Array, " part"], ...]:
+    """The number of entries at or above each threshold of a row (`threshold_search.Rows`), in parts that follow.
 
     One read of the leaf; none if `skips` and the row says that it need not be read.
     """
@@ -202,9 +200,9 @@ def count_leaf(leaf: Leaf, row: Int[Array, " n"], skips: bool) -> UInt32[Array, 
         return count(lax.select(row[Column.IS_TIED] != 0, indices, keys), row[len(Column) :], leaf.method)
 
     def nothing(leaf, row):
-        del leaf
         none = row[len(Column) :]
-        return (none ^ none).astype(jnp.uint32)
+        none = (none ^ none).astype(jnp.uint32)
+        return tuple(lax.split(none, _parts(leaf.size, none.size, leaf.method)))
 
     return lax.cond(row[Column.IS_READ] != 0, read, nothing, leaf, row) if skips else read(leaf, row)
 
@@ -248,23 +246,38 @@ def sums(operands: Sequence[UInt32[Array, "*shape"]], axes: Sequence[int]) -> tu
     return tuple(lax.reduce(tuple(operands), zeros, lambda a, b: tuple(map(jnp.add, a, b)), tuple(axes)))
 
 
-def count(values: Int[Array, "*shape"], thresholds: Int[Array, " t"], method: Method) -> UInt32[Array, " t"]:
-    """For each of an even number of thresholds, the number of values at or above it, in one read."""
+def count(
+    values: Int[Array, "*shape"], thresholds: Int[Array, " t"], method: Method
+) -> tuple[UInt32[Array, " part"], ...]:
+    """For each of an even number of thresholds, the number of values at or above it, in one read.
+
+    In parts, which whoever asks joins for all leaves at once: XLA's CPU backend compiles each concatenation by itself,
+    where other programs of one kind are compiled once.
+    """
+    parts = _parts(values.size, thresholds.size, method)
     if method == "sample":
         # On XLA's CPU backend a reduction of several operands is one fused loop. A reduction of one operand stores
         # the comparison and is done in stages. (Sharded, it is the other way round: only sums of one operand become
-        # all-reduces.) An operand for each threshold is the fastest; two operands that share them are half as much to
-        # compile, which counts for more in a small leaf.
-        operands = 2 if values.size < _LARGE else thresholds.size
-        shape = (*values.shape[:-1], thresholds.size // operands, values.shape[-1])
+        # all-reduces.)
+        shape = (*values.shape[:-1], parts[0], values.shape[-1])
         axis = values.ndim
         spread = lax.broadcast_in_dim(values, shape, (*range(axis - 1), axis))
         reached = [
             (spread >= lax.broadcast_in_dim(t, shape, (axis - 1,))).astype(jnp.uint32)
-            for t in lax.split(thresholds, (thresholds.size // operands,) * operands)
+            for t in lax.split(thresholds, parts)
         ]
-        return jnp.concatenate(sums(reached, (axis,)), -1).sum(tuple(range(axis - 1)), dtype=jnp.uint32)
-    return jnp.stack([jnp.sum((values >= t).astype(jnp.uint32), dtype=jnp.uint32) for t in thresholds])
+        return sums(sums(reached, (axis,)), tuple(range(axis - 1)))
+    return tuple(jnp.sum((values >= t).astype(jnp.uint32), dtype=jnp.uint32).reshape(1) for t in thresholds)
+
+
+def _parts(size: int, thresholds: int, method: Method) -> tuple[int, ...]:
+    """How many thresholds each operand of a read counts for.
+
+    An operand for each is the fastest; two that share them are half as much to compile, which counts for more in a
+    small leaf.
+    """
+    operands = 2 if method == "sample" and size < _LARGE else thresholds
+    return (thresholds // operands,) * operands
 
 
 def common_rank_dtype(dtypes: list[np.dtype]) -> np.dtype:

@@ -111,24 +111,30 @@ class Column(enum.IntEnum):
       IS_TIED: whether the thresholds are of indices (`index_floor`), of the entries with the key.
       KEY: the key above which all is kept.
       END: the flat index before which entries with the key are kept, a uint32 in the bits of a key.
+      NUMBER: the number of the leaf among all; see `_Reading`.
     """
 
     IS_READ = 0
     IS_TIED = 1
     KEY = 2
     END = 3
+    NUMBER = 4
 
 
 class _Reading(NamedTuple):
     """What a loop carries from read to read.
 
-    A row of its own for each leaf, not a table: nothing that knows a leaf by its number then enters its read, and
-    leaves of one shape are read by one program, which XLA compiles once.
+    Attributes:
+      searches: what is known.
+      thresholds: those of the next read.
+      numbers: the number of each leaf, which XLA must not know when it compiles. It compiles programs that are the same
+        once, and a slice of a table at a known place is a program for each leaf: of 200 leaves, 200 of some 25 ms. So
+        the numbers are carried, and with each read taken from the row that they led to.
     """
 
     searches: Searches
     thresholds: Int[Array, "searches t"]
-    rows: Rows
+    numbers: tuple[Int[Array, ""], ...]
 
 
 def start(field: Field, keep: Count, key_dtype: np.dtype) -> Searches:
@@ -165,9 +171,9 @@ def split(field: Field, count: Counter, count_needed: Counter, searches: Searche
             0, _reads_of(size), lambda _, state: _read(field, count, choose, state), state
         )
 
-    state = reads(count, field.highest - field.lowest)(_ask(field, searches, choose(searches)))
+    state = reads(count, field.highest - field.lowest)(_first(field, searches, choose(searches)))
     is_open_yet = jnp.any(is_open(field, state.searches))
-    return lax.cond(is_open_yet, reads(count_needed, max(field.sizes)), lambda state: state, state).rows
+    return _rows(field, lax.cond(is_open_yet, reads(count_needed, max(field.sizes)), lambda state: state, state))
 
 
 def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Array, "searches t"]) -> Rows:
@@ -192,11 +198,12 @@ def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Arr
             searches.wanted,
         )
 
-    return lax.while_loop(
+    found = lax.while_loop(
         lambda state: jnp.any(is_open(field, state.searches)),
         lambda state: _read(field, count, choose, state),
-        _ask(field, searches, first),
-    ).rows
+        _first(field, searches, first),
+    )
+    return _rows(field, found)
 
 
 def is_open(field: Field, searches: Searches) -> Bool[Array, " searches"]:
@@ -231,27 +238,45 @@ def index_floor(key_dtype: np.dtype) -> int:
 
 def _read(field: Field, count: Counter, choose: Callable[[Searches], Any], state: _Reading) -> _Reading:
     """One read of all leaves that are asked something."""
-    found = count(state.rows)
-    was_read = jnp.stack([row[Column.IS_READ] for row in state.rows]) != 0
-    found = Count(jnp.zeros_like(found), jnp.where(was_read[:, None], found, 0))
+    rows = _rows(field, state)
+    found = count(rows)
+    found = jnp.where(_is_read(field, state.searches)[:, None], found, 0)
+    found = Count(jnp.zeros_like(found), found)
     searches = _proceed(field, state.searches, state.thresholds, found)
-    return _ask(field, searches, choose(searches))
+    return _Reading(searches, choose(searches), tuple(row[Column.NUMBER].astype(jnp.int32) for row in rows))
 
 
-def _ask(field: Field, searches: Searches, thresholds: Int[Array, "searches t"]) -> _Reading:
-    sizes, leaf = jnp.asarray(field.sizes, jnp.uint32), jnp.arange(len(field.sizes))
+def _first(field: Field, searches: Searches, thresholds: Int[Array, "searches t"]) -> _Reading:
+    # They vary over mesh axes as the searches do.
+    zero = searches.partial[0] ^ searches.partial[0]
+    return _Reading(searches, thresholds, tuple(zero + i for i in range(len(field.sizes))))
+
+
+def _is_read(field: Field, searches: Searches) -> Bool[Array, " leaves"]:
+    # Of a search among ties, only the leaf that keeps a part of its own is read.
+    is_asked = ~field.per_leaf(searches.is_tied) | (field.per_leaf(searches.partial) == jnp.arange(len(field.sizes)))
+    return field.per_leaf(is_open(field, searches)) & is_asked
+
+
+def _rows(field: Field, state: _Reading) -> Rows:
+    searches, leaf = state.searches, jnp.arange(len(field.sizes))
+    sizes = jnp.asarray(field.sizes, jnp.uint32)
     is_tied, partial = field.per_leaf(searches.is_tied), field.per_leaf(searches.partial)
     keys = field.per_leaf(jnp.where(searches.is_tied, searches.key, searches.lo))
-    # Of a search among ties, only the leaf that keeps a part of its own is read.
-    is_read = field.per_leaf(is_open(field, searches)) & (~is_tied | (partial == leaf))
     found = field.per_leaf((searches.lo - index_floor(searches.lo.dtype)).astype(jnp.uint32))
     partial_end = jnp.where(field.per_leaf(searches.wanted.lo) == 0, 0, sizes - found + 1)
     tied_ends = jnp.where(leaf < partial, sizes, jnp.where(leaf == partial, partial_end, 0))
-    ends = jnp.where(is_tied, tied_ends, sizes)
-    columns = {Column.IS_READ: is_read, Column.IS_TIED: is_tied, Column.KEY: keys, Column.END: ends}
+    columns = {
+        Column.IS_READ: _is_read(field, searches),
+        Column.IS_TIED: is_tied,
+        Column.KEY: keys,
+        Column.END: jnp.where(is_tied, tied_ends, sizes),
+        Column.NUMBER: leaf,
+    }
     table = jnp.stack([columns[column].astype(keys.dtype) for column in Column], 1)
-    table = jnp.concatenate([table, field.per_leaf(thresholds)], 1)
-    return _Reading(searches, thresholds, tuple(table))
+    table = jnp.concatenate([table, field.per_leaf(state.thresholds)], 1)
+    # Unsigned, so that no program asks whether a number counts from the end.
+    return tuple(lax.dynamic_index_in_dim(table, number.astype(jnp.uint32), keepdims=False) for number in state.numbers)
 
 
 def _reads_of(width: int) -> int:

@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Competition",
+    "Regrowth",
     "Scores",
     "count_true",
+    "is_one_cpu",
     "order_preserving_keys",
     "select",
     "together",
@@ -84,8 +86,27 @@ class Competition:
                 )
 
 
-# What asks for masks of competitions and makes something of them.
-Choosing = Generator[Competition, "list[Bool[Array, '...']]", T]
+@dataclasses.dataclass(frozen=True)
+class Regrowth:
+    """A mask whose entries compete to stay in it, and all that did not stay for the places that are left.
+
+    Attributes:
+      mask: the mask.
+      drop: scores, of which the highest of the mask stay.
+      grow: scores, of which the highest of all others join them.
+      stay: how many stay, no more than the mask has.
+      keep: how many there are in the end, between `stay` and the number of all entries.
+    """
+
+    mask: Bool[Array, "*shape"]
+    drop: Num[Array, "*shape"] | Scores
+    grow: Num[Array, "*shape"] | Scores
+    stay: Count | Share
+    keep: Count | Share
+
+
+# What asks for masks and makes something of them.
+Choosing = Generator["Competition | Regrowth", "list[Bool[Array, '...']]", T]
 
 
 def top_k_mask(
@@ -109,11 +130,11 @@ def top_k_masks(
 def together(choosing: Sequence[Choosing[T]]) -> list[T]:
     """What each of these makes of the masks it asks for, their searches made together.
 
-    Each is a generator that yields a :class:`Competition`, is sent its masks, and returns a result:
-    leaves that are chosen in the same way take part in the same few searches.
+    Each is a generator that yields a :class:`Competition` or a :class:`Regrowth`, is sent its masks, and returns a
+    result: leaves that are chosen in the same way take part in the same few searches.
     """
     results: dict[int, T] = {}
-    asked: dict[int, Competition] = {}
+    asked: dict[int, Competition | Regrowth] = {}
 
     def proceed(i, masks):
         try:
@@ -124,14 +145,14 @@ def together(choosing: Sequence[Choosing[T]]) -> list[T]:
     for i in range(len(choosing)):
         proceed(i, None)
     while asked:
-        waiting, competitions = zip(*asked.items(), strict=True)
+        waiting, contests = zip(*asked.items(), strict=True)
         asked.clear()
-        for i, masks in zip(waiting, select(competitions), strict=True):
+        for i, masks in zip(waiting, select(contests), strict=True):
             proceed(i, masks)
     return [results[i] for i in range(len(choosing))]
 
 
-def select(competitions: Sequence[Competition], *, method: Method | None = None) -> list[list[Bool[Array, ...]]]:
+def select(contests: Sequence[Competition | Regrowth], *, method: Method | None = None) -> list[list[Bool[Array, ...]]]:
     r"""The masks of the highest scores of each competition.
 
     .. math:: mask_i = key_i > T \lor (key_i = T \land i < end)
@@ -142,13 +163,21 @@ def select(competitions: Sequence[Competition], *, method: Method | None = None)
     of several dtypes that compete are ranked as float32 (as float64 if one has 64 bits).
 
     Args:
-      competitions: one per threshold. All of one dtype are searched in one loop.
+      contests: one per threshold, or two for a :class:`Regrowth`. All of one kind and dtype are searched in one loop.
       method: ``"sample"`` or ``"split"`` (see the module's docstring). None takes ``"sample"`` on a
         single CPU device and ``"split"`` elsewhere, decided when the function is traced.
 
     Returns:
-      For each competition, one mask per leaf, of its shape.
+      For each contest, one mask per leaf, of its shape.
     """
+    masks: dict[int, list[Any]] = {}
+    for kind, choose in ((Competition, _compete), (Regrowth, _regrow)):
+        members = [i for i, contest in enumerate(contests) if isinstance(contest, kind)]
+        masks.update(zip(members, choose([contests[i] for i in members], method or _default_method()), strict=True))
+    return [masks[i] for i in range(len(contests))]
+
+
+def _compete(competitions: Sequence[Competition], method: Method) -> list[list[Bool[Array, ...]]]:
     masks: list[list[Any]] = [[] for _ in competitions]
     # Competitions that are ranked alike, in the same place, share a search. Empty leaves take no part.
     alike: dict[Any, list[tuple[int, list[int], list[Scores]]]] = {}
@@ -166,12 +195,83 @@ def select(competitions: Sequence[Competition], *, method: Method | None = None)
             [[leaf.operands for leaf in scores] for _, _, scores in members],
             counts.stacked([competitions[i].keep for i, _, _ in members]),
             rank_dtype,
-            method or _default_method(),
+            method,
         )
         for (i, places, _), of_leaves in zip(members, found, strict=True):
             for j, mask in zip(places, of_leaves, strict=True):
                 masks[i][j] = mask
     return masks
+
+
+def _regrow(regrowths: Sequence[Regrowth], method: Method) -> list[list[Bool[Array, ...]]]:
+    masks: list[list[Any]] = [[regrowth.mask] for regrowth in regrowths]
+    alike: dict[Any, list[tuple[int, Scores]]] = {}
+    for i, regrowth in enumerate(regrowths):
+        if regrowth.mask.size:
+            drop, grow = _as_scores(regrowth.drop), _as_scores(regrowth.grow)
+            turns = Scores(_Turns(drop.fn, grow.fn, len(drop.operands)), (*drop.operands, *grow.operands))
+            rank_dtype = score_reading.common_rank_dtype([drop.dtype, grow.dtype])
+            alike.setdefault((rank_dtype, _place([turns])), []).append((i, turns))
+    for (rank_dtype, _), members in alike.items():
+        chosen = [regrowths[i] for i, _ in members]
+        keep = counts.stacked([*(regrowth.stay for regrowth in chosen), *(regrowth.keep for regrowth in chosen)])
+        found = _select_in_turns(
+            tuple(turns.fn for _, turns in members),
+            [turns.operands for _, turns in members],
+            [regrowth.mask for regrowth in chosen],
+            Count(*(words.reshape(2, len(chosen)) for words in keep)),
+            rank_dtype,
+            method,
+        )
+        for (i, _), mask in zip(members, found, strict=True):
+            masks[i] = [mask]
+    return masks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """Scores of a turn: first those to stay, where the mask has an entry; then those to grow, where it has none."""
+
+    drop: Callable[..., Any]
+    grow: Callable[..., Any]
+    of_drop: int  # of the operands
+
+    def __call__(self, grows: Bool[Array, ""], mask: Bool[Array, "*shape"], *operands: Any) -> Any:
+        drop, grow = self.drop(*operands[: self.of_drop]), self.grow(*operands[self.of_drop :])
+        # The entries of the first turn that are not in the mask rank lowest, those of the second that are highest.
+        return jnp.where(mask != grows, jnp.where(grows, grow, drop), jnp.where(grows, jnp.inf, jnp.nan))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _select_in_turns(
+    fns: tuple[_Turns, ...],
+    operands: list[tuple[Array, ...]],
+    masks: list[Bool[Array, ...]],
+    keep: Count,
+    rank_dtype: Any,
+    method: Method,
+) -> list[Bool[Array, ...]]:
+    """Both turns are one program, the body of a loop, which is less to compile than a search for each and as fast.
+
+    Also tried to compile faster, without gain: leaves as branches of a switch in one loop (copies of what it carries),
+    programs that are called and not inlined (XLA's CPU backend inlines them), sums of padded counts in place of
+    concatenations.
+    """
+
+    def turn(i, masks):
+        grows = i == 1
+        found = _select(
+            tuple((fn,) for fn in fns),
+            [[(grows, mask, *own)] for mask, own in zip(masks, operands, strict=True)],
+            counts.take(keep, i),
+            rank_dtype,
+            method,
+        )
+        # In the first turn NaN is kept outside of the mask too, if it has no other entry to keep.
+        return [(mask | grows) & new for mask, (new,) in zip(masks, found, strict=True)]
+
+    varies = score_reading.varying_zero([Scores(fn, own) for fn, own in zip(fns, operands, strict=True)]) != 0
+    return lax.fori_loop(0, 2, turn, [mask ^ varies for mask in masks])
 
 
 def count_true(mask: Bool[Array, "*shape"]) -> Count:
@@ -189,8 +289,13 @@ def _count_true(mask: Bool[Array, "*shape"], method: Method) -> UInt32[Array, ""
     return jnp.minimum(*twice)
 
 
+def is_one_cpu() -> bool:
+    """Whether there is one device, and it is a CPU: rows and blocks of an array are then at hand where they lie."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
 def _default_method() -> Method:
-    return "sample" if jax.default_backend() == "cpu" and jax.device_count() == 1 else "split"
+    return "sample" if is_one_cpu() else "split"
 
 
 def _scaled(competition: Competition) -> list[Scores]:
@@ -207,7 +312,7 @@ def _place(scores: list[Scores]) -> Any:
     return frozenset(map(score_reading.varying_axes, operands)), frozenset().union(*devices)
 
 
-def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | None) -> Scores:
+def _as_scores(leaf: Num[Array, "*shape"] | Scores, scale: Float[Array, ""] | None = None) -> Scores:
     leaf = Scores.of(leaf)
     fn, operands = leaf.fn, leaf.operands
     if scale is not None:
@@ -247,9 +352,10 @@ def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Ro
     searches = jax.tree.map(lambda x: x ^ zero.astype(x.dtype), searches)
 
     def count(rows, skips):
-        return jnp.stack([
-            score_reading.count_leaf(leaf, row, skips) for leaf, row in zip(leaves, rows, strict=True)
-        ])  # fmt: skip
+        found = [score_reading.count_leaf(leaf, row, skips) for leaf, row in zip(leaves, rows, strict=True)]
+        if len({len(parts) for parts in found}) == 1:
+            return jnp.concatenate([jnp.stack(parts) for parts in zip(*found, strict=True)], 1)
+        return jnp.stack([jnp.concatenate(parts) for parts in found])
 
     every, needed = functools.partial(count, skips=False), functools.partial(count, skips=True)
     if method == "split":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
+import jax.numpy as jnp
 from dopamine.jax.agents.dqn import dqn_agent
 from dopamine.jax.agents.full_rainbow import full_rainbow_agent
 from dopamine.jax.agents.implicit_quantile import implicit_quantile_agent
@@ -25,8 +25,8 @@ class SparseJaxDQNAgent(SparseAgent, dqn_agent.JaxDQNAgent):
 class SparseJaxRainbowAgent(SparseAgent, rainbow_agent.JaxRainbowAgent):
     """Sparse Rainbow without dueling networks and noise, or C51 (Hessel et al., 2018)."""
 
-    def _forward(self, params: Any) -> Any:
-        return self.network_def.apply(params, self.preprocess_fn(self.state), support=self._support)
+    def _arguments(self):
+        return {"support": self._support}
 
 
 class SparseJaxFullRainbowAgent(SparseAgent, full_rainbow_agent.JaxFullRainbowAgent):
@@ -35,9 +35,12 @@ class SparseJaxFullRainbowAgent(SparseAgent, full_rainbow_agent.JaxFullRainbowAg
     def _clock(self, first: int | None = None) -> Clock:
         return dataclasses.replace(super()._clock(first), per_update=self._num_updates_per_train_step)
 
-    def _forward(self, params: Any) -> Any:
-        state = self.preprocess_fn(self.state)
-        return self.network_def.apply(params, state, support=self._support, key=self._rng)
+    def _arguments(self):
+        return {"support": self._support, "key": self._rng}
+
+    def _acting(self):
+        # Without noise, as where it is evaluated.
+        return self._arguments() | {"eval_mode": True}
 
 
 class SparseJaxQuantileAgent(SparseAgent, quantile_agent.JaxQuantileAgent):
@@ -47,8 +50,8 @@ class SparseJaxQuantileAgent(SparseAgent, quantile_agent.JaxQuantileAgent):
 class SparseJaxImplicitQuantileAgent(SparseAgent, implicit_quantile_agent.JaxImplicitQuantileAgent):
     """Sparse IQN (Dabney et al., 2018)."""
 
-    def _forward(self, params: Any) -> Any:
-        return self.network_def.apply(params, self.state, num_quantiles=self.num_tau_samples, rng=self._rng)
+    def _arguments(self):
+        return {"num_quantiles": self.num_tau_samples, "rng": self._rng}
 
 
 class SparseSACAgent(SparseAgent, sac_agent.SACAgent):
@@ -62,8 +65,14 @@ class SparseSACAgent(SparseAgent, sac_agent.SACAgent):
     _params_attribute = "network_params"
     _optimizer_attribute = "network_optimizer"
 
-    def _forward(self, params: Any) -> Any:
-        return self.network_def.apply(params, self.state, self._rng)
+    def _arguments(self):
+        return {"key": self._rng}
+
+    def _seen(self, state):
+        return jnp.asarray(state)
+
+    def _acting(self):
+        return self._arguments() | {"method": self.network_def.actor}
 
 
 class SparsePPOAgent(SparseAgent, ppo_agent.PPOAgent):
@@ -72,8 +81,14 @@ class SparsePPOAgent(SparseAgent, ppo_agent.PPOAgent):
     _params_attribute = "network_params"
     _optimizer_attribute = "network_optimizer"
 
-    def _forward(self, params: Any) -> Any:
-        return self.network_def.apply(params, self.state, self._rng)
+    def _arguments(self):
+        return {"key": self._rng}
+
+    def _seen(self, state):
+        return jnp.asarray(state)
+
+    def _acting(self):
+        return self._arguments() | {"method": self.network_def.actor}
 
     def _clock(self, first: int | None = None) -> Clock:
         # Passes over `update_period` transitions, in batches. The first steps after that give none yet.

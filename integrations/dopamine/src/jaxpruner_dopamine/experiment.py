@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -198,28 +199,35 @@ class Reproducible:
         Returns:
           The return of the episode.
         """
+        screen = self._environment.environment.unwrapped
+        if frame is not None:
+            screen.render_mode = "rgb_array"
+        total = 0.0
+        for _, reward in self.moves(number):
+            total += reward
+            if frame is not None:
+                frame(screen.render())
+        return total
+
+    def moves(self, number: int = 0) -> Iterator[tuple[Any, float]]:
+        """The actions and rewards of one episode, played as in evaluation, without learning."""
         environment, agent = self._environment, self._agent
         before = {name: getattr(agent, name) for name in ("eval_mode", "_rng", "state")}
         agent.eval_mode, agent.state = True, agent.state.copy()
-        # Numbers of iterations are small.
-        self.seed(number, 2**31)
-        screen = environment.environment.unwrapped
-        if frame is not None:
-            screen.render_mode = "rgb_array"
-        total, steps = 0.0, 0
-        action = agent.begin_episode(environment.reset())
-        while True:
-            observation, reward, terminal, _ = environment.step(action)
-            total, steps = total + float(reward), steps + 1
-            if frame is not None:
-                frame(screen.render())
-            if environment.game_over or steps == self._max_steps_per_episode:
-                break
-            # As Dopamine's runners: a lost life ends what the agent takes for an episode.
-            action = agent.begin_episode(observation) if terminal else agent.step(reward, observation)
-        for name, value in before.items():  # training goes on from here as if nobody had played
-            setattr(agent, name, value)
-        return total
+        try:
+            # Numbers of iterations are small.
+            self.seed(number, 2**31)
+            action = agent.begin_episode(environment.reset())
+            for steps in itertools.count(1):
+                observation, reward, terminal, _ = environment.step(action)
+                yield action, float(reward)
+                if environment.game_over or steps == self._max_steps_per_episode:
+                    break
+                # As Dopamine's runners: a lost life ends what the agent takes for an episode.
+                action = agent.begin_episode(observation) if terminal else agent.step(reward, observation)
+        finally:
+            for name, value in before.items():  # training goes on from here as if nobody had played
+                setattr(agent, name, value)
 
 
 class SparseRunner(Reproducible, run_experiment.Runner):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
@@ -16,6 +15,7 @@ from absl import logging
 from dopamine.metrics import collector_dispatcher, statistics_instance
 
 import jaxpruner
+from jaxpruner.inspection import checks
 from jaxpruner.training.projection import pruned_only
 from jaxpruner_dopamine import checkpoints
 from jaxpruner_dopamine.sparsity import Clock, in_gin, sparsify
@@ -66,7 +66,7 @@ class SparseAgent:
         super()._build_networks_and_optimizer()
         self._dense_optimizer = getattr(self, self._optimizer_attribute)
         self._asked = sparsify()
-        self._make_sparse(self._asked(self._clock(), self._seed))
+        self._make_sparse(self._asked(self._clock(), self._seed, self.groups))
         self._tell_of_shifted()
 
     def _make_sparse(self, updater: jaxpruner.BaseUpdater | None, first: int | None = None) -> None:
@@ -111,26 +111,40 @@ class SparseAgent:
         last, count = self.updater.scheduler.last_update_step, int(self.optimizer_state.count)
         if last is None or count > last:
             return None
-        pruned = pruned_only(self._params, self.optimizer_state.masks)
-        sizes = [leaf.size for leaf in jax.tree.leaves(pruned)]
-        targets = jax.tree.leaves(self.updater.get_target_sparsities(self._params))
+        asked, reached, _ = checks.shares_pruned(self._params, self.optimizer_state, self.updater)
         return (
-            f"sparsity: asked {np.average(targets, weights=sizes):.1%}, reached {self.sparsity()['total']:.1%}, for "
+            f"sparsity: asked {asked:.1%}, reached {reached:.1%}, for "
             f"the training ended after {count} gradient steps, and the last masks are made at gradient step {last}. "
             "Let sparsify.update_end_agent_step be earlier, or train longer; where episodes are short, gradient steps "
             "begin later than min_replay_history says."
         )
 
-    def _forward(self, params: Any) -> Any:
-        """The network's outputs for one observation, from which is read how it uses its parameters."""
-        return self.network_def.apply(params, self.preprocess_fn(self.state))
+    def groups(self) -> jaxpruner.Groups:
+        """The units of the network that can be pruned whole: `sparsify.sparsity_type = 'groups'`."""
+        return jaxpruner.find_groups(self._forward, self._params, self._seen(self.state))
+
+    def _acting(self) -> dict[str, Any]:
+        """What the network is given where the agent acts, beside a state."""
+        return self._arguments()
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the network is given in training beside a state."""
+        return {}
+
+    def _seen(self, state: Any) -> Any:
+        """A state as the network is given it."""
+        return jnp.asarray(self.preprocess_fn(state))
+
+    def _forward(self, params: Any, state: Any) -> Any:
+        """The network's outputs for one state, from which is read how it uses its parameters."""
+        return self.network_def.apply(params, state, **self._arguments())
 
     def _tell_of_shifted(self) -> None:
         """Warns of pruned parameters whose zeros are none where the network multiplies with them."""
         if self.updater is None:
             return
         try:
-            shifted = jaxpruner.shifted_parameters(self._forward, self._params)
+            shifted = jaxpruner.shifted_parameters(self._forward, self._params, self._seen(self.state))
         except Exception:  # an agent of one's own, whose network takes other arguments
             logging.debug("parameters that are shifted are not told", exc_info=True)
             return
@@ -202,7 +216,7 @@ class SparseAgent:
         saved = bundle.get("optimizer_state")
         is_sparse = isinstance(saved, jaxpruner.SparseState)
         first = bundle.get("sparse_from") if is_sparse else bundle.get("training_steps")
-        updater = self._asked(self._clock(first), bundle.get("seed", self._seed))
+        updater = self._asked(self._clock(first), bundle.get("seed", self._seed), self.groups)
         changes: list[str] = []
         if is_sparse:
             saved, changes = checkpoints.continued(

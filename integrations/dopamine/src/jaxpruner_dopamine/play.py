@@ -3,17 +3,20 @@
     python -m jaxpruner_dopamine.play --base_dir=runs/cartpole --output=cartpole.gif \
         --gin_files=jaxpruner_dopamine/configs/dqn_cartpole.gin
 
-Give the gin files and bindings of the training. It plays as in evaluation, with the latest checkpoint.
+Give the gin files and bindings of the training. It plays as in evaluation, with the latest checkpoint, or with
+`--compact` the agent that `jaxpruner_dopamine.compact` made of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from typing import Any
 
 from absl import app, flags, logging
 from PIL import Image
 
-from jaxpruner_dopamine import train
+from jaxpruner_dopamine import compact, compaction, train
 
 FLAGS = flags.FLAGS
 
@@ -25,6 +28,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("episode", 0, "Which game; another number is another one.", lower_bound=0)
     flags.DEFINE_integer("every", 2, "Of how many steps one frame of the GIF is drawn.", lower_bound=1)
     flags.DEFINE_integer("frames", 8, "Frames in the strip.", lower_bound=1)
+    flags.DEFINE_bool("compact", False, "Whether the compact agent of the base directory plays.")
     flags.DEFINE_integer("height", 200, "Height of a frame in pixels.", lower_bound=1)
 
 
@@ -44,27 +48,37 @@ def draw(path: pathlib.Path, frames: list[Image.Image], every: int, in_strip: in
     strip.save(path, optimize=True)
 
 
+def _compact_network(agent: Any) -> compaction.CompactNetwork:
+    path = compact.file_of(FLAGS.base_dir)
+    try:
+        return compaction.load(agent, path)
+    except FileNotFoundError:
+        raise SystemExit(f"--compact: no {path}. Make it first: python -m jaxpruner_dopamine.compact") from None
+    except ValueError as error:
+        raise SystemExit(f"--compact: {error}") from error
+
+
 def main(argv: list[str]) -> None:
     """Plays one episode with the latest checkpoint, and draws it."""
     path = pathlib.Path(FLAGS.output)
     if path.suffix not in (".gif", ".png"):
         raise SystemExit(f"--output: {path} is neither a .gif nor a .png.")
     logging.set_verbosity(logging.ERROR)
-    runner = train.create_runner_from_flags(argv)
-    if not runner.iterations_done:
-        raise SystemExit(
-            f"--base_dir: no checkpoint in {FLAGS.base_dir}. Train first: python -m jaxpruner_dopamine.train"
-        )
+    runner = compact.restored(argv)
+    player, told = contextlib.nullcontext(), f"sparsity {runner.agent.sparsity().get('total', 0.0):.4f}"
+    if FLAGS.compact:
+        network = _compact_network(runner.agent)
+        player, told = compaction.acting_with(runner.agent, network), f"compact, {network.small.sizes}"
     frames: list[Image.Image] = []
 
     def keep(picture) -> None:
         image = Image.fromarray(picture)
         frames.append(image.resize((round(image.width * FLAGS.height / image.height), FLAGS.height)))
 
-    total = runner.play(FLAGS.episode, keep)
+    with player:
+        total = runner.play(FLAGS.episode, keep)
     draw(path, frames, FLAGS.every, FLAGS.frames)
-    sparsity = runner.agent.sparsity().get("total", 0.0)
-    print(f"{path}: {len(frames)} steps, return {total:g}, sparsity {sparsity:.4f}")
+    print(f"{path}: {len(frames)} steps, return {total:g}, {told}")
 
 
 if __name__ == "__main__":

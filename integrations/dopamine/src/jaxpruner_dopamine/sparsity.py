@@ -6,13 +6,15 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gin
 import jax
 
 import jaxpruner
+from jaxpruner.coupled_structures import AllGroups
+from jaxpruner.structure_strings import parse_sparsity_type
 
 DENSE = "no_prune"
 # A branch of the seed's keys for masks. The agent splits its own keys from the same seed, by small numbers.
@@ -75,8 +77,15 @@ class Sparsity:
     end: int | None = None
     freq: int | None = None
 
-    def __call__(self, clock: Clock, seed: int) -> jaxpruner.BaseUpdater | None:
+    def __call__(
+        self, clock: Clock, seed: int, groups: Callable[[], jaxpruner.Groups] | None = None
+    ) -> jaxpruner.BaseUpdater | None:
         """The updater, None for `no_prune`. Random masks are drawn from the seed unless there is an `rng_seed`.
+
+        Args:
+          clock: the agent's.
+          seed: the agent's.
+          groups: finds what `sparsity_type='groups'` stands for.
 
         Raises:
           ValueError: for what is not valid, or would not make the agent sparse.
@@ -86,7 +95,11 @@ class Sparsity:
         schedule = self.schedule(clock)
         key = jax.random.fold_in(jax.random.PRNGKey(seed), _MASKS)
         try:
-            updater = jaxpruner.create_updater_from_config({"rng_seed": key} | dict(self.config) | schedule)
+            config = {"rng_seed": key} | dict(self.config) | schedule
+            wanted = parse_sparsity_type(config.get("sparsity_type", "unstructured"))
+            if groups is not None and isinstance(wanted, AllGroups):
+                config["sparsity_type"] = wanted.of(groups())
+            updater = jaxpruner.create_updater_from_config(config)
         except ValueError as error:
             raise ValueError(in_gin(error)) from error
         if updater.regrows and updater.skip_gradients and schedule.get("update_freq") == 1 and self.start != self.end:
@@ -163,8 +176,9 @@ def sparsify(
       update_start_agent_step: when the first masks are made. Pruners, RigL and SET need it.
       update_end_agent_step: when the last ones are made; the same as the start prunes at once.
       update_freq_agent_steps: from one mask to the next; by default masks are made in every gradient step.
-      **more: what `jaxpruner.create_updater_from_config` takes: `sparsity_type`, `drop_fraction`,
-        `custom_sparsity_map`, `filter_fn`, `use_packed_masks`, `rng_seed`, ...
+      **more: what `jaxpruner.create_updater_from_config` takes: `sparsity_type`, which may be
+        `'groups'` here (whole units of the agent's network), `drop_fraction`, `custom_sparsity_map`, `filter_fn`,
+        `use_packed_masks`, `rng_seed`, ...
 
     Raises:
       ValueError: if no algorithm is given, or a schedule in gradient steps.

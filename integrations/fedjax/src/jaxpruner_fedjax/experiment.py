@@ -13,8 +13,13 @@ from absl import logging
 
 import jaxpruner
 from jaxpruner import trees
+from jaxpruner.coupled_structures import AllGroups, Coupled
+from jaxpruner.inspection import checks
+from jaxpruner.structure_strings import parse_sparsity_type
+from jaxpruner.training.projection import find_state
 from jaxpruner_fedjax.clients import check_combination, federated_averaging
 from jaxpruner_fedjax.communication import ClientUpdates, Ledger
+from jaxpruner_fedjax.compaction import example_batch, find_groups
 from jaxpruner_fedjax.recording import Recorder, Saved, load_checkpoint, save_checkpoint
 from jaxpruner_fedjax.sampling import PARAMS, branch_key, sample_clients
 from jaxpruner_fedjax.server import SparseOptimizer, server_optimizer, why_rounds_are_lost
@@ -60,11 +65,16 @@ def build(config: Config) -> Experiment:
 
 
 def _build(config: Config) -> Experiment:
-    server = server_optimizer(inner_optimizer(config), sparsity_config(config))
+    asked, loaded = sparsity_config(config), None
+    wanted = parse_sparsity_type(asked["sparsity_type"])
+    if isinstance(wanted, AllGroups):
+        loaded = load_task(config.task, config.cache_dir)
+        asked["sparsity_type"] = wanted.of(_groups(config, *loaded[1:]))
+    server = server_optimizer(inner_optimizer(config), asked)
     jaxpruner.check_schedule(server.updater, config.num_rounds)
     updates = ClientUpdates(masked=config.masked_clients, top_k=config.top_k)
     check_combination(server, updates)  # before data are loaded
-    train, test, model = load_task(config.task, config.cache_dir)
+    train, test, model = loaded or load_task(config.task, config.cache_dir)
     sample_clients(train, config.num_clients_per_round, config.seed, 0)  # says so if there are too few
     parts = (
         fedjax.model_grad(model),
@@ -88,6 +98,12 @@ def _build(config: Config) -> Experiment:
         experiment.rounds, experiment.state, ledger.held, experiment.bytes_total = saved
         logging.info("continues after round %d", saved.rounds)
     return experiment
+
+
+def _groups(config: Config, test: fedjax.FederatedData, model: fedjax.Model) -> Any:
+    """The units of the model of a task."""
+    shapes = jax.eval_shape(model.init, branch_key(config.seed, PARAMS))
+    return find_groups(model, shapes, example_batch(test))
 
 
 def run(experiment: Experiment) -> Any:
@@ -132,11 +148,13 @@ class Reached(NamedTuple):
       weights: how many they are.
       asked: the final sparsity.
       sparsity: the share that is zero.
+      of: what these are shares of, where it is not weights.
     """
 
     weights: int
     asked: float
     sparsity: float
+    of: str | None = None
 
     @property
     def falls_short(self) -> bool:
@@ -147,7 +165,7 @@ class Reached(NamedTuple):
         if not self.weights:
             return "done: nothing is pruned"
         asked = f"asked {100 * self.asked:.4g} %, reached {100 * self.sparsity:.4g} %"
-        return f"done: {asked} of the {self.weights} weights that may be pruned"
+        return f"done: {asked} of the {self.of or f'{self.weights} weights that may be pruned'}"
 
 
 def reached(server: SparseOptimizer, state: Any) -> Reached:
@@ -158,6 +176,10 @@ def reached(server: SparseOptimizer, state: Any) -> Reached:
     weights = sum(param.size for param, _ in pruned)
     if not weights:
         return Reached(0, 0.0, 0.0)
+    structure = server.updater.sparsity_type
+    if isinstance(structure, Coupled):
+        asked, held, _ = checks.shares_pruned(state.params, find_state(state.opt_state), server.updater)
+        return Reached(weights, asked, held, structure.budget)
     asked = sum(param.size * float(target) for param, target in pruned) / weights
     zeros = weights - sum(np.count_nonzero(param) for param, _ in pruned)
     return Reached(weights, asked, zeros / weights)

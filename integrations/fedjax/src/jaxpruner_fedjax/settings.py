@@ -88,7 +88,9 @@ class Config:
     algorithm: str = option("magnitude", ANY, f"One of {', '.join(jaxpruner.all_algorithm_names())}")
     sparsity: float = option(0.8, ANY, "Final fraction of zeros")
     dist_type: str = option("uniform", ANY, "uniform or erk")
-    sparsity_type: str = option("unstructured", ANY, "unstructured, nm_2,4, block_4,4 or channel_-1")
+    sparsity_type: str = option(
+        "unstructured", ANY, "unstructured, nm_2,4, block_4,4, channel_-1, or groups (whole units)"
+    )
     exclude: Sequence[str] | None = option(
         None, ANY, "Parameters to keep dense: paths or patterns with commas between, such as '*/linear_1/w'"
     )

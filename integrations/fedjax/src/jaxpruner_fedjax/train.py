@@ -57,15 +57,19 @@ def define_flags() -> None:
         _DEFINE[kind](field.name, field.default, field.metadata["help"])
 
 
+def config_of_flags() -> Config:
+    """What the flags say."""
+    return Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+
+
 def main(argv: list[str]) -> None:
     """Builds the experiment, or says what is wrong with it; then trains."""
     if len(argv) > 1:
         raise SystemExit(f"train: {argv[1]!r} is no flag; --help lists them.")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)  # progress
-    config = Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
     try:
-        experiment = build(config)
+        experiment = build(config_of_flags())
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"train: {error}") from error
     run(experiment)

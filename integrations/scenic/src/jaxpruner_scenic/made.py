@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,9 @@ import optax
 
 import jaxpruner
 from jaxpruner import sparsity_distributions, sparsity_types, trees
+from jaxpruner.coupled_structures import AllGroups, Coupled
 from jaxpruner.training.projection import SparseState
+from jaxpruner_scenic.forward import Forward
 
 FilterFn = Callable[[tuple[str, ...], Any], bool]
 IsFrozen = Callable[[str], bool]
@@ -27,6 +30,7 @@ class Made:
     Attributes:
       count: how many optimizers were made.
       asked: the final sparsity of each pruned parameter, of the optimizers that were made with parameters.
+      groups: the algorithm with the groups of the model, if it prunes these.
     """
 
     def __init__(self, sparsity_config: Mapping[str, Any]):
@@ -43,6 +47,7 @@ class Made:
             raise ValueError(f"sparsity_config.exclude_reg_exp: {self.exclude!r} is no pattern: {error}.") from error
         self.count = 0
         self.asked: dict[trees.KeyPath, float] = {}
+        self.groups: jaxpruner.BaseUpdater | None = None
         self.configured = self._updater(is_frozen=lambda name: False)
         jaxpruner.sparsify(optax.identity(), self.config)  # tells of a bad schedule now
 
@@ -60,9 +65,16 @@ class Made:
         return jaxpruner.describe(self.configured) | names | {"exclude_reg_exp": self.exclude}
 
     def sparsify(
-        self, tx: optax.GradientTransformation, is_frozen: IsFrozen, params: Any = None
+        self, tx: optax.GradientTransformation, is_frozen: IsFrozen, params: Any = None, model: Forward | None = None
     ) -> optax.GradientTransformation:
-        """`tx`, sparse; for all of `params`, or for the part of them that `optax.multi_transform` shows it."""
+        """`tx`, sparse; for all of `params`, or for the part of them that `optax.multi_transform` shows it.
+
+        Args:
+          tx: the optimizer.
+          is_frozen: whether Scenic freezes the parameter of a name.
+          params: the parameters, where they are known.
+          model: what was initialised last, whose groups `sparsity_type = "groups"` means.
+        """
         group, self.count = self.count, self.count + 1
         self._require_exclusions(params)
         if group and (why := self._why_one_optimizer(params)):
@@ -71,6 +83,12 @@ class Made:
                 "another training: leave sparse_training in between.)"
             )
         updater = self._updater(is_frozen)
+        if isinstance(updater.sparsity_type, AllGroups):
+            updater.sparsity_type = _groups(updater.sparsity_type, is_frozen, model)
+        if isinstance(updater.sparsity_type, Coupled):
+            self.groups = updater
+            self.asked |= {} if params is None else dict(trees.named_leaves(updater.get_target_sparsities(params)))
+            return jaxpruner.sparsify(tx, updater)
         if params is None:
             return jaxpruner.sparsify(tx, updater)
         targets = dict(trees.named_leaves(updater.get_target_sparsities(params)))
@@ -117,6 +135,8 @@ class Made:
 
     def _why_one_optimizer(self, params: Any) -> str | None:
         """Why the configuration cannot be met by an optimizer for each group; None if it can."""
+        if isinstance(self.configured.sparsity_type, Coupled):
+            return "units of sparsity_type='groups' are in parameters of several of them; use another sparsity_type."
         if self.config["algorithm"].startswith("global_"):
             return (
                 "a global algorithm has one threshold over all layers, of which each optimizer sees its group's only; "
@@ -129,6 +149,23 @@ class Made:
                 "instead of over all layers; use dist_type='uniform', or hand params= to get_optimizer."
             )
         return None
+
+
+def _groups(wanted: AllGroups, is_frozen: IsFrozen, model: Forward | None) -> Coupled:
+    """The groups of a model, without those that have units in what Scenic freezes."""
+    if model is None:
+        raise ValueError(
+            "sparsity_config.sparsity_type: 'groups' are those of the model, and this trainer makes its optimizer "
+            "without train_utils.initialize_model; find them yourself, jaxpruner.find_groups(forward, variables, x), "
+            "and give them as sparsity_type."
+        )
+    groups = wanted.of(model.find_groups())
+    trained = [
+        group.name
+        for group in groups.pruned
+        if not any(place.path[0] == "params" and is_frozen("/".join(place.path[1:])) for place in group.places)
+    ]
+    return dataclasses.replace(groups, chosen=tuple(trained))
 
 
 def of_group(updater: jaxpruner.BaseUpdater, targets: Mapping[Any, float], group: int) -> jaxpruner.BaseUpdater:

@@ -21,14 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from scenic.common_lib import debug_utils
 from scenic.train_lib import optax as scenic_optax
 from scenic.train_lib import optimizers, train_utils
 
 import jaxpruner
 from jaxpruner import mask_storage, trees
+from jaxpruner.inspection import checks
 from jaxpruner.training.projection import find_states, state_masks
 from jaxpruner_scenic import resuming
+from jaxpruner_scenic.forward import Forward, initialized
 from jaxpruner_scenic.logs import sparsity_logs, with_sparsity
 from jaxpruner_scenic.made import Made
 
@@ -118,7 +119,8 @@ class _Watch:
     def __init__(self, config: Mapping[str, Any], made: Made | None):
         self.config, self.made = config, made
         self.in_step = self.steps_checked = self.masks_checked = False
-        self.shifted: Callable[[], tuple[str, ...]] | None = None
+        self.model: Forward | None = None
+        self.shifted_told = False
 
     def require_one(self, what: str) -> None:
         if not self.made.count:
@@ -128,7 +130,7 @@ class _Watch:
             )
 
     def sparsify(self, tx: Any, is_frozen: Callable[[str], bool], params: Any) -> Any:
-        tx = self.made.sparsify(tx, is_frozen, params)
+        tx = self.made.sparsify(tx, is_frozen, params, self.model)
         self.tell_of_shifted()
         return tx
 
@@ -176,16 +178,21 @@ class _Watch:
         @functools.wraps(stock)
         def initialize_model(**kwargs: Any) -> Any:
             params, model_state, *rest = stock(**kwargs)
-            self.shifted = functools.partial(_shifted, params, model_state, **kwargs)
+            self.model, self.shifted_told = initialized(params, model_state, **kwargs), False
             return params, model_state, *rest
 
         return initialize_model
 
     def tell_of_shifted(self) -> None:
         """Warns of weights that are standardised: their zeros are zeros no more where they are multiplied."""
-        if self.shifted is None:
+        if self.model is None or self.shifted_told:
             return
-        shifted, self.shifted = self.shifted(), None
+        self.shifted_told = True
+        try:
+            shifted = self.model.shifted_parameters()
+        except Exception as error:
+            logging.info("sparse_training: not known whether the model shifts its weights (%s).", error)
+            return
         if named := [name for name in shifted if name in set(map(trees.leaf_name, self.made.asked))]:
             warnings.warn(
                 f"sparsity_config: the model shifts {len(named)} pruned parameters before it multiplies with them, as "
@@ -241,6 +248,12 @@ class _Watch:
         if not find_states(opt_state) or not self.made.asked:
             return
         jaxpruner.check_sparse(params, opt_state)
+        if self.made.groups is not None:
+            asked, got, slack = checks.shares_pruned(params, find_states(opt_state)[0], self.made.groups)
+            tell = logging.warning if asked - got > slack else logging.info
+            what = self.made.groups.sparsity_type.budget
+            tell("sparsity: asked %.1f %% of the %s, reached %.1f %%.", 100 * asked, what, 100 * got)
+            return
         sizes = {path: np.size(leaf) for path, leaf in trees.named_leaves(params) if path in self.made.asked}
         asked = sum(self.made.asked[path] * size for path, size in sizes.items()) / max(1, sum(sizes.values()))
         got = reached(params, opt_state)
@@ -264,21 +277,3 @@ def _of_one_device(train_state: Any) -> tuple[Any, Any]:
     trees_ = train_state.params, train_state.opt_state
     replicated = any(np.ndim(state.count) for state in find_states(train_state.opt_state))
     return jax.tree.map(lambda x: x[0], trees_) if replicated else trees_
-
-
-def _shifted(
-    params: Any, model_state: Any, *, model_def: Any, input_spec: Any, train: bool = False, **kwargs: Any
-) -> tuple[str, ...]:
-    """The parameters that a model shifts before it multiplies with them, by its forward pass as it is initialised."""
-    more = {key: value for key, value in kwargs.items() if key not in ("config", "rngs")}
-    inputs = [spec and debug_utils.input_spec_to_jax_shape_dtype_struct(spec, batch_size=1) for spec in input_spec]
-
-    def forward(params: Any, *inputs: Any) -> Any:
-        variables = {"params": params, **model_state}
-        return model_def.apply(variables, *inputs, train=False, debug=False, mutable=False, **more)
-
-    try:
-        return jaxpruner.shifted_parameters(forward, params, *inputs)
-    except Exception as error:
-        logging.info("sparse_training: not known whether the model shifts its weights (%s).", error)
-        return ()

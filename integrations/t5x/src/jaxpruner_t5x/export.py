@@ -33,32 +33,37 @@ def export(checkpoint: str, output: str) -> str:
       ExportError: if the checkpoint is not one of T5X, or has no masks of a `SparseOptimizer`, or if the output is
         there already.
     """
-    source, target = _absolute(checkpoint), _absolute(output) / epath.Path(checkpoint).name
+    source, target = absolute(checkpoint), absolute(output) / epath.Path(checkpoint).name
     if target.exists():
         raise ExportError(f"--output: {target} is there already; choose another folder.")
-    checkpointer = ocp.PyTreeCheckpointer()
-    if (source / "state").is_dir():
-        names = checkpointer.metadata(source / "state").item_metadata.tree
-        # As NumPy arrays, whatever devices they were saved from.
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-        saved = checkpointer.restore(source / "state", restore_args=restore_args)
-    elif (source / "checkpoint").exists():  # T5X's own format, of use_orbax = False
-        from t5x import checkpoints
-
-        saved = checkpoints.load_t5x_checkpoint(str(source))
-    else:
-        raise ExportError(
-            f"--checkpoint: {source} is no checkpoint of T5X; give a folder such as runs/x/checkpoint_1000."
-        )
+    saved = read(source)
     if "sparse" not in saved["state"]:
         raise ExportError(f"--checkpoint: {source} has no state/sparse, the masks of a SparseOptimizer.")
     del saved["state"]["sparse"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    checkpointer.save(target / "state", saved)
+    ocp.PyTreeCheckpointer().save(target / "state", saved)
     return str(target)
 
 
-def _absolute(path: str) -> epath.Path:
+def read(source: epath.Path) -> Any:
+    """The state of a checkpoint of T5X as NumPy arrays, whatever devices it was saved from.
+
+    Raises:
+      ExportError: if it is none.
+    """
+    if (source / "state").is_dir():
+        checkpointer = ocp.PyTreeCheckpointer()
+        names = checkpointer.metadata(source / "state").item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+        return checkpointer.restore(source / "state", restore_args=restore_args)
+    if (source / "checkpoint").exists():  # T5X's own format, of use_orbax = False
+        from t5x import checkpoints
+
+        return checkpoints.load_t5x_checkpoint(str(source))
+    raise ExportError(f"--checkpoint: {source} is no checkpoint of T5X; give a folder such as runs/x/checkpoint_1000.")
+
+
+def absolute(path: str) -> epath.Path:
     return epath.Path(path) if "://" in path else epath.Path(path).absolute()
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import jaxpruner
 from jaxpruner import trees
+from jaxpruner.coupled_structures import Coupled
 from jaxpruner.sparsity_distributions import Layers
 
 # Axes along which parameters are stacked, those of scanned layers first: the ones that T5X's Adafactor takes for it.
@@ -32,7 +33,8 @@ def informed(updater: jaxpruner.BaseUpdater, param_logical_axes: Any) -> jaxprun
     names: Names = tuple((path, tuple(axes)) for path, axes in trees.named_leaves(param_logical_axes))
     known = {axis for _, axes in names for axis in axes}
     updater = copy.copy(updater)
-    if updater.stack_axes is None and known & {*STACKS}:
+    # Groups are read off the model, where layers that are scanned have their axis.
+    if updater.stack_axes is None and known & {*STACKS} and not isinstance(updater.sparsity_type, Coupled):
         updater.stack_axes = functools.partial(stack_axis, names)
     if known >= {*JOINED}:
         updater.sparsity_distribution_fn = functools.partial(of_matrices, names, updater.sparsity_distribution_fn)

@@ -12,6 +12,8 @@ from t5x import trainer
 
 import jaxpruner
 from jaxpruner import trees
+from jaxpruner.coupled_structures import Coupled
+from jaxpruner.inspection import checks
 from jaxpruner.training.projection import pruned_only
 
 _ROUNDED = 5e-3  # of tiny parameters, whose shares are rounded to whole weights
@@ -82,13 +84,26 @@ def log_reached(updater: jaxpruner.BaseUpdater, params: Any, state: Any) -> None
     pruned = dict(trees.named_leaves(pruned_only(params, state.sparse.masks)))
     if not pruned:
         return
+    if isinstance(updater.sparsity_type, Coupled):
+        asked, reached, slack = checks.shares_pruned(params, state.sparse, updater)
+        _log(state.step, f" of the {updater.sparsity_type.budget}", asked, reached, slack)
+        return
     targets = dict(trees.named_leaves(updater.get_target_sparsities(params)))
     size = sum(leaf.size for leaf in pruned.values())
     asked = sum(float(targets[path]) * leaf.size for path, leaf in pruned.items()) / size
     reached = jaxpruner.summarize_sparsity(list(pruned.values()), only_total_sparsity=True)["_total_sparsity"]
-    level = logging.WARNING if reached < asked - _ROUNDED else logging.INFO
+    _log(state.step, "", asked, reached, _ROUNDED)
+
+
+def _log(step: Any, what: str, asked: float, reached: float, slack: float) -> None:
+    level = logging.WARNING if reached < asked - slack else logging.INFO
     logging.log(
-        level, "Sparsity at step %d, the last: asked %.1f %%, reached %.1f %%.", state.step, 100 * asked, 100 * reached
+        level,
+        "Sparsity at step %d, the last: asked %.1f %%%s, reached %.1f %%.",
+        step,
+        100 * asked,
+        what,
+        100 * reached,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,10 @@ from t5x import optimizers
 
 import jaxpruner
 from jaxpruner import sparsity_distributions, trees
+from jaxpruner.coupled_structures import AllGroups
 from jaxpruner.training import optimizer_state
 from jaxpruner.training.projection import when
-from jaxpruner_t5x import layers, metrics
+from jaxpruner_t5x import functions, layers, metrics
 from jaxpruner_t5x.partition_rules import sparse_state_axes
 from jaxpruner_t5x.plan import Plan
 
@@ -77,12 +79,20 @@ class SparseOptimizer(optimizers.OptimizerDef):
       updater: the algorithm, from `create_updater`.
       plan: how long T5X trains, from `planned`, to refuse a schedule that does not fit in; None does not ask, for a
         run that is to be continued further.
+      model: makes the model, `configured_model`, whose groups `sparsity_type = 'groups'` means.
     """
 
-    def __init__(self, inner: optimizers.OptimizerDef, updater: jaxpruner.BaseUpdater, plan: Plan | None = None):
+    def __init__(
+        self,
+        inner: optimizers.OptimizerDef,
+        updater: jaxpruner.BaseUpdater,
+        plan: Plan | None = None,
+        model: Callable[[], Any] | None = None,
+    ):
         # The hyperparameters are the inner optimizer's, which may change them when it learns of the model's axes.
         self.inner = inner
         self.updater = self._given = updater
+        self._model = model
         self.plan = plan or Plan()
         self._last_step = self.plan.last_step(0)
 
@@ -100,6 +110,9 @@ class SparseOptimizer(optimizers.OptimizerDef):
         self.updater = layers.informed(self._given, param_logical_axes)
 
     def init_state(self, params: Any) -> SparseOptimizerState:
+        if self._model and isinstance(self.updater.sparsity_type, AllGroups):
+            self.updater = copy.copy(self.updater)
+            self.updater.sparsity_type = functions.groups_of(self._model(), self.updater.sparsity_type)
         dense = self.inner.init_state(params)
         sparse = jaxpruner.init_projection(self.updater, params)
         if not (self.plan.relative_steps or self.plan.initial_checkpoint):  # else it is known when that is restored

@@ -67,6 +67,8 @@ def _mask_axes(axes: PartitionSpec, mask: Any) -> Any:
         return mask
     if mask.dtype == jnp.bool_:
         return axes
+    if len(mask.shape) != len(axes):  # of groups, a bit an entry of each axis
+        return PartitionSpec(*(None for _ in mask.shape))
     return PartitionSpec(*(None if size % _DEALT else axis for axis, size in zip(axes, mask.shape, strict=True)))
 
 

@@ -55,6 +55,27 @@ def planned() -> Plan:
     )
 
 
+def configured_model() -> Any:
+    """The model that gin gives the script; made anew, without parameters.
+
+    Raises:
+      ValueError: where the script is not T5X's `train`, or gin gives it none.
+    """
+    bound = _bindings(getattr(sys.modules["__main__"], "train", None)).get("model")
+    if bound is None:
+        raise ValueError(
+            "jaxpruner_t5x.configured_model: gin binds no train_script.train.model; give the gin files of the run, or "
+            "bind jaxpruner_t5x.SparseOptimizer.model to a function that makes the model."
+        )
+    return _value(bound)
+
+
+def configured_dataset() -> Any:
+    """The `DatasetConfig` of the evaluation that gin gives the script, or of its training."""
+    train = _bindings(getattr(sys.modules["__main__"], "train", None))
+    return next(filter(None, (_value(train.get(f"train_{kind}dataset_cfg")) for kind in ("eval_", ""))))
+
+
 def _bindings(configurable: Any) -> Mapping[str, Any]:
     try:
         return gin.get_bindings(configurable, resolve_references=False)

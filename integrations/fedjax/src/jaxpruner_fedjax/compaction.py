@@ -1,0 +1,83 @@
+"""A server's model without its dead units: a FedJAX model of the small function, for evaluation and further rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import fedjax
+import jax
+import numpy as np
+from fedjax.algorithms import fed_avg
+
+import jaxpruner
+from jaxpruner.training.projection import find_states
+
+
+def find_groups(model: fedjax.Model, params: Any, batch: Any) -> jaxpruner.Groups:
+    """The units of a model that can be pruned whole: what to give as `sparsity_type` of `server_optimizer`.
+
+    Args:
+      model: the model.
+      params: its parameters, or their shapes.
+      batch: an example of a batch, `{"x": ..., "y": ...}`.
+    """
+    return jaxpruner.find_groups(model.apply_for_eval, params, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompactModel:
+    """A model without its dead units.
+
+    Attributes:
+      model: for FedJAX's algorithms and evaluation; `init` gives `params`.
+      params: the parameters that are left.
+      small: the small function of evaluation, its report and what is kept.
+    """
+
+    model: fedjax.Model
+    params: Any
+    small: jaxpruner.Compact
+
+    def server_state(self, state: fed_avg.ServerState) -> fed_avg.ServerState:
+        """The state of a server of `fed_avg` to go on with: its parameters, and its optimizer's without masks.
+
+        The rounds that follow take the dense optimizer that was inside the sparse one.
+        """
+        opt_state = state.opt_state
+        if find_states(opt_state):
+            opt_state = find_states(opt_state)[0].inner_state
+        if isinstance(opt_state, jaxpruner.StraightThroughState):
+            opt_state = opt_state.inner_state
+        return fed_avg.ServerState(self.params, self.small.cut(opt_state))
+
+
+def compact_model(model: fedjax.Model, params: Any, batch: Any, small: jaxpruner.Compact | None = None) -> CompactModel:
+    """Removes from a model the units that are dead in its parameters.
+
+    Args:
+      model: the model.
+      params: what it was trained to, as `state.params` of a server.
+      batch: an example of a batch, `{"x": ..., "y": ...}`.
+      small: what was compacted before, such as `jaxpruner.compaction.files.load_compact(path, model.apply_for_eval,
+        params, batch)`; in place of what is dead in `params`.
+    """
+    if small is None:
+        small = jaxpruner.compact(model.apply_for_eval, params, batch)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    # With dropout, of the units that are left.
+    train = jaxpruner.compact(model.apply_for_train, shapes, batch, jax.random.PRNGKey(0), keep=small.kept)
+    compacted = fedjax.Model(
+        init=lambda rng: small.params,
+        apply_for_train=jax.jit(train.fn),
+        apply_for_eval=jax.jit(small.fn),
+        train_loss=model.train_loss,
+        eval_metrics=model.eval_metrics,
+    )
+    return CompactModel(compacted, small.params, small)
+
+
+def example_batch(data: fedjax.FederatedData, size: int = 32) -> Any:
+    """A batch of one client, padded as in evaluation."""
+    _, dataset = next(data.clients())
+    return jax.tree.map(np.asarray, next(iter(dataset.padded_batch(batch_size=size))))
