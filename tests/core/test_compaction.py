@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxpruner
+from jaxpruner import mask_storage
 
 X = np.random.default_rng(0)
 
@@ -568,3 +569,76 @@ def test_the_state_of_groups_is_placed_on_a_mesh():
     assert placed.inner_state[0].mu["up"]["kernel"] == columns
     assert placed.masks["up"]["kernel"] == whole
     jax.jit(tx.init, out_shardings=placed)(params)
+
+
+def test_numbers_that_come_in_beside_zeros_keep_units_alive():
+    params = {"up": normal(4, 8).at[:, :3].set(0), "down": normal(8, 3)}
+    cases = {
+        "padding": (lambda h: jnp.pad(h, ((0, 0), (1, 0), (0, 0)), constant_values=1.0), 8),
+        "no padding": (lambda h: jnp.pad(h, ((0, 0), (1, 0), (0, 0))), 5),
+        "indices outside": (lambda h: h.at[:, jnp.array([0, 9])].get(mode="fill", fill_value=1.0), 8),
+        "indices": (lambda h: h[:, jnp.array([0, 2])], 5),
+        "windows of padding": (
+            lambda h: jnp.tanh(
+                jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 1, 1), (1, 1, 1), ((0, 0), (1, 1), (0, 0)))
+            ),
+            8,
+        ),
+    }
+    x = normal(2, 5, 4)
+    for name, (between, left) in cases.items():
+
+        def fn(p, x, between=between):
+            return between(jax.nn.relu(x @ p["up"])) @ p["down"]
+
+        small = jaxpruner.compact(fn, params, x)
+        assert small.sizes == {"up[1]": left}, name
+        close(fn(params, x), small.fn(small.params, x))
+
+
+def test_trees_that_may_be_of_several_parts_are_told():
+    twin = {"up": normal(4, 8).at[:, :4].set(0), "down": normal(8, 3)}
+    params = {"enc": twin, "dec": {"mid": {"up": normal(4, 8).at[:, 6:].set(0), "down": normal(8, 3)}}}
+
+    def fn(p, x):
+        return sum(jax.nn.relu(x @ q["up"]) @ q["down"] for q in (p["enc"], p["dec"]["mid"]))
+
+    x = normal(2, 4)
+    small = jaxpruner.compact(fn, params, x)
+    assert jax.tree.map(jnp.shape, small.cut(optax.adam(1.0).init(params))[0].mu) == jax.tree.map(
+        jnp.shape, small.params
+    )
+    with pytest.raises(ValueError, match="the tree may be of enc or dec/mid"):
+        small.cut(optax.adam(1.0).init(twin))
+    groups = jaxpruner.find_groups(fn, params, x)
+    with pytest.raises(ValueError, match="may be those of dec/mid or enc"):
+        updater_of(groups).init_state(twin)
+
+
+def test_a_packed_mask_of_the_shape_of_its_parameter_is_cut_as_a_mask():
+    params = {"a": normal(1, 33), "c": normal(33, 2)}
+    fn = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["c"]  # noqa: E731
+    tx = jaxpruner.sparsify(
+        optax.sgd(0.1),
+        algorithm="magnitude",
+        sparsity=0.5,
+        update_start_step=0,
+        update_end_step=0,
+        use_packed_masks=True,
+    )
+    x = normal(3, 1)
+    _, state = tx.update(gradient(fn, params, x), tx.init(params), params)
+    small = jaxpruner.compact(fn, params, x, keep={"a[1]": np.arange(16)})
+    masks = [
+        mask_storage.storage_of(s.masks["a"], (1, n)).decode(s.masks["a"], (1, n))
+        for s, n in ((state, 33), (small.cut(state), 16))
+    ]
+    np.testing.assert_array_equal(masks[0][:, :16], masks[1])
+
+
+def test_numbers_among_the_parameters_stay_as_they_are():
+    params, x = mlp_params() | {"scale": 2.0}, normal(2, 5)
+    fn = lambda p, x: p["scale"] * mlp(p, x)  # noqa: E731
+    small = jaxpruner.compact(fn, params, x)
+    with pytest.raises(ValueError, match=r"scale is a number of the function, 2\.0"):
+        small.fn(small.params | {"scale": 4.0}, x)

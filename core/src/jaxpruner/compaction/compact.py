@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -102,18 +103,21 @@ class Compact:
           tree: a tree for the whole parameters.
 
         Raises:
-          ValueError: for a leaf of a parameter whose shape does not tell its axes.
+          ValueError: for a leaf of a parameter whose shape does not tell its axes, or a tree that may be of several
+            parts of the parameters.
         """
         states = find_states(tree)
         shapes = {path: jnp.shape(leaf) for path, leaf in trees.named_leaves(self._whole) if path in self._masks}
+        named = [path for path, leaf in trees.named_leaves(tree) if np.ndim(leaf)]
+        front = _front(named, shapes)
         stored = {id(mask) for state in states for mask in jax.tree.leaves(state.masks)}
 
         def cut(path, leaf):
-            owner = None if trees.is_unpruned(leaf) else _owner(path, shapes)
+            owner = None if trees.is_unpruned(leaf) else _owner(path, front, shapes)
             if owner is None or not np.ndim(leaf):
                 return leaf
             shape = shapes[owner]
-            if id(leaf) in stored and jnp.shape(leaf) != shape:
+            if id(leaf) in stored and leaf.dtype == jnp.uint8:
                 storage = mask_storage.storage_of(leaf, shape)
                 return storage.encode(self._cut(storage.decode(leaf, shape), self._masks[owner]))
             return self._cut(leaf, _matching(leaf, shape, self._masks[owner], path))
@@ -163,6 +167,11 @@ class Compact:
                 "small.params; give these, or what was trained from them."
             )
         for (path, mine), (_, leaf) in zip(expected, given, strict=True):
+            if isinstance(mine, numbers.Number) and (finding.is_array(leaf) or leaf != mine):
+                raise ValueError(
+                    f"params: {trees.leaf_name(path)} is a number of the function, {mine}, which stays as it is; make "
+                    "it an array before compact()."
+                )
             if finding.is_array(mine) and jnp.shape(leaf) != jnp.shape(mine):
                 raise ValueError(
                     f"params: {trees.leaf_name(path)} has shape {jnp.shape(leaf)}, and the small function takes "
@@ -240,7 +249,8 @@ def compact(
 
     A unit is dead if in the parameters all that it feeds is zero, or all that feeds it is zero and it gives zero. They
     are found in networks that were pruned in any way, by `sparsity_type=groups` or weight by weight. The
-    result computes what `fn` does, with smaller products: nothing is masked.
+    result computes what `fn` does, with smaller products: nothing is masked. Derivatives that someone wrote
+    (`jax.custom_vjp`) are kept, but whether a unit is dead is judged by what the function computes.
 
     Args:
       fn: the forward pass, of any framework.
@@ -304,8 +314,10 @@ def compact(
     )
     is_example = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
     if check and is_known and is_example:
+        # What was found to be dead is still there, or a wrong finding would be on both sides.
+        chosen = {} if keep is None else units
         masked = iter(
-            liveness.kept_entries(leaf, found.axes_of(dims), units)
+            liveness.kept_entries(leaf, found.axes_of(dims), chosen)
             for leaf, (_, dims) in zip(leaves, along, strict=True)
         )
         whole = jax.tree.map(lambda leaf: next(masked) if finding.is_array(leaf) else leaf, params)
@@ -389,16 +401,31 @@ def _check(small: Compact, fn: Callable[..., Any], params: Any, args: Sequence[A
             )
 
 
-def _owner(path: trees.KeyPath, shapes: Mapping[trees.KeyPath, Any]) -> trees.KeyPath | None:
-    """The parameter whose path ends this one, or of parameters in a collection whose path this one ends."""
-    for start in range(len(path) + 1):
-        if path[start:] in shapes:
-            return path[start:]
-    # Trees of one collection of the parameters, such as those of ["params"].
-    for start in range(len(path)):
-        if owners := [known for known in shapes if known[1:] == path[start:]]:
-            return owners[0] if len(owners) == 1 else None
-    return None
+def _owner(path: trees.KeyPath, front: trees.KeyPath, shapes: Mapping[trees.KeyPath, Any]) -> trees.KeyPath | None:
+    """The parameter whose path, behind the front, ends this one."""
+    return next((owner for start in range(len(path)) if (owner := (*front, *path[start:])) in shapes), None)
+
+
+def _front(paths: Sequence[trees.KeyPath], shapes: Mapping[trees.KeyPath, Any]) -> trees.KeyPath:
+    """What the paths of the parameters have in front of those in a tree, such as the `params` of Flax; mostly nothing.
+
+    Raises:
+      ValueError: if the tree may be one of several parts of the parameters.
+    """
+
+    def owned(front: trees.KeyPath) -> int:
+        return sum(_owner(path, front, shapes) is not None for path in paths)
+
+    if owned(()) == len(paths):
+        return ()
+    numbers_owned = {front: owned(front) for front in sorted({p[:k] for p in shapes for k in range(len(p))}, key=len)}
+    best = max(numbers_owned.values(), default=0)
+    fitting = [front for front, number in numbers_owned.items() if number == best]
+    if best and len(fitting) > 1 and fitting[0]:
+        raise ValueError(
+            f"cut: the tree may be of {' or '.join(map(trees.leaf_name, fitting[:2]))}; give that of all parameters."
+        )
+    return fitting[0] if fitting else ()
 
 
 def _matching(leaf: Any, shape: tuple[int, ...], masks: Sequence[Any], path: trees.KeyPath) -> list[Any]:

@@ -289,9 +289,14 @@ class Groups(coupled_structures.Coupled):
         """The paths of a tree, with what the groups have in front of them, such as `params`."""
         paths, known = list(paths), {path for path, _ in self.axes}
         fronts = [()] + [full[: -len(paths[0])] for full in known if paths and _ends(full, paths[0])]
-        for front in sorted(set(fronts), key=len):
-            if all((*front, *path) in known for path in paths):
-                return {path: (*front, *path) for path in paths}
+        fitting = sorted(front for front in set(fronts) if all((*front, *path) in known for path in paths))
+        if len(fitting) > 1 and fitting[0]:
+            raise ValueError(
+                f"params: may be those of {' or '.join(map(trees.leaf_name, fitting))}; find the groups of the "
+                "parameters that the optimizer trains, or give it all of them."
+            )
+        if fitting:
+            return {path: (*fitting[0], *path) for path in paths}
         strange = next(path for path in paths if path not in known)
         raise ValueError(
             f"{trees.leaf_name(strange)}: the groups do not know it; find them in a function of the parameters that "

@@ -181,7 +181,7 @@ class _Walk:
         if name == "transpose":
             order = step.equation.params["permutation"]
             return [Live(tuple(given[0].axes[axis] for axis in order), given[0].is_zero)]
-        if name in _MOVES:
+        if name in _MOVES and not _fills(step):
             last = len(given) - 1
             return [
                 self._moved([given[min(i, last)]], [step.inputs[min(i, last)]], dims)
@@ -258,6 +258,8 @@ class _Walk:
         for live, dims in zip(lives, inputs, strict=True):
             if live.is_zero:
                 continue
+            if not dims:  # a number that goes everywhere, such as that of `pad`
+                whole.update(name for dim in outputs for name in self._groups(dim))
             for alive, dim in zip(live.axes, dims, strict=True):
                 for name in self._groups(dim):
                     if name not in alive:
@@ -278,6 +280,19 @@ class _Walk:
 
     def _size(self, name: str) -> int:
         return next(group.size for group in self._found.groups.removable if group.name == name)
+
+
+def _fills(step: rules.Step) -> bool:
+    """Whether other numbers than zero may come in: for indices that are outside, or from windows of padding alone."""
+    params = step.equation.params
+    if step.name == "gather" and "FILL" in str(params["mode"]):
+        is_integer = np.issubdtype(step.equation.outvars[0].aval.dtype, np.integer)
+        # Floats are filled with NaN, in the units that are left as well.
+        return bool(params["fill_value"]) or (is_integer and params["fill_value"] is None)
+    if step.name in ("reduce_window_max", "reduce_window_min"):
+        windows = zip(params["window_dimensions"], params["padding"], strict=True)
+        return any(max(padding) >= window for window, padding in windows)
+    return False
 
 
 def _same_rank(lives: Sequence[Live]) -> list[Live]:
