@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxpruner import mask_storage, trees
 from jaxpruner.compaction import axes, finding, liveness, sparse_kernels
+from jaxpruner.compaction.cutting import front, matching, owner
 from jaxpruner.compaction.evaluation import Evaluation
 from jaxpruner.compaction.groups import Group, Groups
 from jaxpruner.inspection import flops
@@ -109,18 +110,18 @@ class Compact:
         states = find_states(tree)
         shapes = {path: jnp.shape(leaf) for path, leaf in trees.named_leaves(self._whole) if path in self._masks}
         named = [path for path, leaf in trees.named_leaves(tree) if np.ndim(leaf)]
-        front = _front(named, shapes)
+        at = front(named, shapes)
         stored = {id(mask) for state in states for mask in jax.tree.leaves(state.masks)}
 
         def cut(path, leaf):
-            owner = None if trees.is_unpruned(leaf) else _owner(path, front, shapes)
-            if owner is None or not np.ndim(leaf):
+            mine = None if trees.is_unpruned(leaf) else owner(path, at, shapes)
+            if mine is None or not np.ndim(leaf):
                 return leaf
-            shape = shapes[owner]
+            shape = shapes[mine]
             if id(leaf) in stored and leaf.dtype == jnp.uint8:
                 storage = mask_storage.storage_of(leaf, shape)
-                return storage.encode(self._cut(storage.decode(leaf, shape), self._masks[owner]))
-            return self._cut(leaf, _matching(leaf, shape, self._masks[owner], path))
+                return storage.encode(self._cut(storage.decode(leaf, shape), self._masks[mine]))
+            return self._cut(leaf, matching(leaf, shape, self._masks[mine], path))
 
         return trees.map_named(cut, tree)
 
@@ -399,53 +400,6 @@ def _check(small: Compact, fn: Callable[..., Any], params: Any, args: Sequence[A
                 f"function returns, beyond rounding ({bound:g}). Where it draws random numbers, they are others for "
                 "other sizes: give check=False. Else please report it, with the function."
             )
-
-
-def _owner(path: trees.KeyPath, front: trees.KeyPath, shapes: Mapping[trees.KeyPath, Any]) -> trees.KeyPath | None:
-    """The parameter whose path, behind the front, ends this one."""
-    return next((owner for start in range(len(path)) if (owner := (*front, *path[start:])) in shapes), None)
-
-
-def _front(paths: Sequence[trees.KeyPath], shapes: Mapping[trees.KeyPath, Any]) -> trees.KeyPath:
-    """What the paths of the parameters have in front of those in a tree, such as the `params` of Flax; mostly nothing.
-
-    Raises:
-      ValueError: if the tree may be one of several parts of the parameters.
-    """
-
-    def owned(front: trees.KeyPath) -> int:
-        return sum(_owner(path, front, shapes) is not None for path in paths)
-
-    if owned(()) == len(paths):
-        return ()
-    numbers_owned = {front: owned(front) for front in sorted({p[:k] for p in shapes for k in range(len(p))}, key=len)}
-    best = max(numbers_owned.values(), default=0)
-    fitting = [front for front, number in numbers_owned.items() if number == best]
-    if best and len(fitting) > 1 and fitting[0]:
-        raise ValueError(
-            f"cut: the tree may be of {' or '.join(map(trees.leaf_name, fitting[:2]))}; give that of all parameters."
-        )
-    return fitting[0] if fitting else ()
-
-
-def _matching(leaf: Any, shape: tuple[int, ...], masks: Sequence[Any], path: trees.KeyPath) -> list[Any]:
-    """Which axes of a parameter a leaf of it has."""
-    if jnp.shape(leaf) == shape:
-        return list(masks)
-    if np.size(leaf) == 1 or all(mask is None for mask in masks):
-        return []
-    fitting = [
-        kept
-        for kept in itertools.combinations(range(len(shape)), np.ndim(leaf))
-        if tuple(shape[axis] for axis in kept) == jnp.shape(leaf)
-    ]
-    ways = {tuple(id(masks[axis]) for axis in kept): kept for kept in fitting}
-    if len(ways) != 1:
-        raise ValueError(
-            f"{trees.leaf_name(path)}: of shape {jnp.shape(leaf)}, which does not tell the axes of a parameter of "
-            f"shape {shape}; start its statistics anew with tx.init(small.params)."
-        )
-    return [masks[axis] for axis in next(iter(ways.values()))]
 
 
 def _entries(leaves: Sequence[Any]) -> int:
