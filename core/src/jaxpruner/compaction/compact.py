@@ -80,7 +80,7 @@ class Compact:
     def _units_in(self, found: finding.Found) -> dict[str, np.ndarray]:
         """The units that are kept, by the groups of the function as it was read for other arguments."""
         kept: dict[str, np.ndarray] = {}
-        along = {path: found.axes_of(dims) for path, dims in liveness.found_parameters(found)}
+        along = {path: found.axes_of(dims) for path, dims in found.parameters}
         for path, masks in self._masks.items():
             for made, mask in zip(along[path], masks, strict=True):
                 for name, part in axes.collect(made, np.ones(made.size, bool) if mask is None else mask, np.any):
@@ -289,7 +289,7 @@ def compact(
         raise ValueError("params: shapes tell nothing of zeros; give arrays, or the units to keep (keep=).")
     units = liveness.needed_units(found, leaves) if keep is None else _given(found.groups, keep)
     evaluation = Evaluation(found, units)
-    along = liveness.found_parameters(found)
+    along = found.parameters
     masks = {path: tuple(evaluation.mask(dim) for dim in dims) for path, dims in along}
 
     def cut(path, leaf):
@@ -307,7 +307,7 @@ def compact(
         kept={name: np.flatnonzero(mask) for name, mask in units.items()},
         constant_units=liveness.constant_units(found, leaves, units) if keep is None else {},
         _fn=fn,
-        _whole=jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype) if finding.is_array(p) else p, params),
+        _whole=finding.shapes_of(params),
         _dense=params,
         _example=args,
         _masks=masks,
@@ -333,7 +333,7 @@ def _with_sparse(params: Any, found: finding.Found, above: float) -> Any:
             f"sparse_above: products of sparse matrices are slow on {jax.default_backend()}, where XLA has no kernel "
             "of its own for them; leave it out there, and prune whole units (sparsity_type=groups)."
         )
-    paths = [path for path, _ in found.groups.axes]
+    paths = [path for path, _ in found.parameters]
     products = sparse_kernels.multiplied(found.reading, found.reading.jaxpr.invars[: len(paths)])
 
     def make(path, leaf):

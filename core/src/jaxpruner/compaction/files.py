@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,9 +64,8 @@ def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: A
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise ValueError(f"{path}: no file of save_compact ({error}).") from error
     kept = {name.removeprefix(_KEPT): units for name, units in stored.items() if name.startswith(_KEPT)}
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype) if finding.is_array(p) else p, params)
     try:
-        small = compact(fn, shapes, *args, keep=kept)
+        small = compact(fn, finding.shapes_of(params), *args, keep=kept)
     except ValueError as error:
         raise ValueError(f"{path}: of another function or other parameters ({error})") from error
     known = {_name(at): leaf for at, leaf in _arrays(small.params)}

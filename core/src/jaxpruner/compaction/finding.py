@@ -27,6 +27,7 @@ class Found:
     """
 
     reading: reading.Reading
+    parameters: list[tuple[trees.KeyPath, rules.Dims]]
     groups: Groups
     names: dict[Dim, str]
 
@@ -63,7 +64,7 @@ def group(read: reading.Reading, paths: Sequence[trees.KeyPath]) -> Found:
         if atom not in contracted and not atom.reasons:
             atom.freeze("is in no product that could do without it")
     names = _name(places, dict(parameters))
-    found = Found(read, None, {atom: name for atom, name in names.items() if not atom.reasons})
+    found = Found(read, parameters, None, {atom: name for atom, name in names.items() if not atom.reasons})
     shapes = {path: found.axes_of(dims) for path, dims in parameters}
     products = tuple(_products(read, found))
 
@@ -207,3 +208,8 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any) -> Traced:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or the shape of one."""
     return hasattr(leaf, "shape") and trees.is_number(leaf)
+
+
+def shapes_of(params: Any) -> Any:
+    """The parameters with the shapes of arrays in their place."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype) if is_array(p) else p, params)

@@ -39,7 +39,7 @@ def needed_units(found: Found, leaves: Sequence[Any]) -> dict[str, np.ndarray]:
     What goes with a dead unit may leave others without use: asked until nothing more is dead.
     """
     nonzero = [np.asarray(leaf) != 0 for leaf in leaves]
-    along = [found.axes_of(dims) for _, dims in found_parameters(found)]
+    along = [found.axes_of(dims) for _, dims in found.parameters]
     needed = {group.name: np.ones(group.size, bool) for group in found.groups.removable}
     while True:
         walk = _Walk(found)
@@ -57,13 +57,6 @@ def needed_units(found: Found, leaves: Sequence[Any]) -> dict[str, np.ndarray]:
     for mask in needed.values():
         mask[0] |= not mask.any()
     return needed
-
-
-def found_parameters(found: Found) -> list[tuple[trees.KeyPath, rules.Dims]]:
-    """The path and the axes of each parameter."""
-    offset = len(found.reading.constants)
-    paths = [path for path, _ in found.groups.axes]
-    return list(zip(paths, found.reading.inputs[offset : offset + len(paths)], strict=True))
 
 
 def kept_entries(array: Any, along: Sequence[axes.Axis], kept: Alive) -> Any:
@@ -349,7 +342,7 @@ def constant_units(found: Found, leaves: Sequence[Any], kept: Alive) -> dict[str
     """How many of the kept units of each group have a layer of zeros before them, and so give a constant."""
     constant: dict[str, int] = {}
     owners = {group.name: group for group in found.groups.removable}
-    for leaf, (path, dims) in zip(leaves, found_parameters(found), strict=True):
+    for leaf, (path, dims) in zip(leaves, found.parameters, strict=True):
         for axis, made in enumerate(found.axes_of(dims)):
             for name in axes.groups_of(made):
                 if owners[name].owner == path and str(axis) == owners[name].name.rsplit("[", 1)[1][:1]:
