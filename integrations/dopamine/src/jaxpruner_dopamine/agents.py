@@ -54,7 +54,23 @@ class SparseJaxImplicitQuantileAgent(SparseAgent, implicit_quantile_agent.JaxImp
         return {"num_quantiles": self.num_tau_samples, "rng": self._rng}
 
 
-class SparseSACAgent(SparseAgent, sac_agent.SACAgent):
+class _SparseActorCritic(SparseAgent):
+    """What agents of continuous actions share: one network, whose actor chooses the actions."""
+
+    _params_attribute = "network_params"
+    _optimizer_attribute = "network_optimizer"
+
+    def _arguments(self):
+        return {"key": self._rng}
+
+    def _seen(self, state):
+        return jnp.asarray(state)
+
+    def _acting(self):
+        return self._arguments() | {"method": self.network_def.actor}
+
+
+class SparseSACAgent(_SparseActorCritic, sac_agent.SACAgent):
     """Sparse soft actor-critic (Haarnoja et al., 2018): actor and critics share one budget; the temperature is dense.
 
     It acts with the sparse network. Its target network is an average of sparse networks, which is dense wherever one of
@@ -62,33 +78,9 @@ class SparseSACAgent(SparseAgent, sac_agent.SACAgent):
     `jaxpruner.apply_state_masks(agent.target_params, agent.optimizer_state)`.
     """
 
-    _params_attribute = "network_params"
-    _optimizer_attribute = "network_optimizer"
 
-    def _arguments(self):
-        return {"key": self._rng}
-
-    def _seen(self, state):
-        return jnp.asarray(state)
-
-    def _acting(self):
-        return self._arguments() | {"method": self.network_def.actor}
-
-
-class SparsePPOAgent(SparseAgent, ppo_agent.PPOAgent):
+class SparsePPOAgent(_SparseActorCritic, ppo_agent.PPOAgent):
     """Sparse PPO (Schulman et al., 2017): actor and critic share one budget."""
-
-    _params_attribute = "network_params"
-    _optimizer_attribute = "network_optimizer"
-
-    def _arguments(self):
-        return {"key": self._rng}
-
-    def _seen(self, state):
-        return jnp.asarray(state)
-
-    def _acting(self):
-        return self._arguments() | {"method": self.network_def.actor}
 
     def _clock(self, first: int | None = None) -> Clock:
         # Passes over `update_period` transitions, in batches. The first steps after that give none yet.
