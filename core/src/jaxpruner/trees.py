@@ -95,6 +95,15 @@ def numbers_only(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if is_number(leaf) else None, tree)
 
 
+def first_difference(tree: Any, expected: Any) -> tuple[str, Any, Any] | None:
+    """The first leaf, by name, that two trees do not have in the same shape: its name and both shapes, or `missing`."""
+    here, there = ({leaf_name(path): leaf.shape for path, leaf in named_leaves(each)} for each in (tree, expected))
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            return name, here.get(name, "missing"), there.get(name, "missing")
+    return None
+
+
 def is_unpruned(leaf: Any) -> bool:
     """Whether this entry of a mask or sparsity tree says that the parameter is not pruned."""
     return leaf is None or isinstance(leaf, optax.MaskedNode)

@@ -126,14 +126,11 @@ def _model(config: Any, meta_data: Mapping[str, Any], images: Any) -> tuple[Call
 
 
 def _require_same(variables: Any, shapes: Any) -> None:
-    saved, expected = (
-        {trees.leaf_name(path): leaf.shape for path, leaf in trees.named_leaves(tree)} for tree in (variables, shapes)
-    )
-    if strange := sorted(name for name in {*saved, *expected} if saved.get(name) != expected.get(name)):
-        name = strange[0]
+    if difference := trees.first_difference(variables, shapes):
+        name, saved, expected = difference
         raise ValueError(
-            f"--config: is not that of the checkpoint, where {name} is {saved.get(name, 'missing')}, and "
-            f"{expected.get(name, 'missing')} in this model; give the configuration that it was trained with."
+            f"--config: is not that of the checkpoint, where {name} is {saved}, and {expected} in this model; "
+            "give the configuration that it was trained with."
         )
 
 

@@ -156,14 +156,11 @@ def _configuration(checkpoint: Any) -> Any:
 
 
 def _require_same(params: Any, shapes: Any) -> None:
-    saved, expected = (
-        {trees.leaf_name(path): leaf.shape for path, leaf in trees.named_leaves(tree)} for tree in (params, shapes)
-    )
-    if strange := sorted(name for name in {*saved, *expected} if saved.get(name) != expected.get(name)):
-        name = strange[0]
+    if difference := trees.first_difference(params, shapes):
+        name, saved, expected = difference
         raise ValueError(
-            f"--gin_file: is not that of the checkpoint, where {name} is {saved.get(name, 'missing')}, and "
-            f"{expected.get(name, 'missing')} in this model; give the gin files and bindings of the run."
+            f"--gin_file: is not that of the checkpoint, where {name} is {saved}, and {expected} in this model; "
+            "give the gin files and bindings of the run."
         )
 
 
