@@ -131,7 +131,7 @@ def test_least_squares_do_better_than_masks_alone():
         pruned, _ = jaxpruner.prune_oneshot(dense, {"kernel": w}, [x], algorithm=algorithm, sparsity=0.6)
         return float(jnp.linalg.norm(x @ pruned["kernel"] - x @ w))
 
-    assert error("sparsegpt") < 0.8 * error("wanda") < error("magnitude")
+    assert error("sparsegpt") < 0.95 * error("wanda") < 0.9 * error("magnitude")
 
 
 def test_each_layer_is_calibrated_on_what_those_before_it_give(x64):
@@ -308,7 +308,7 @@ UNFIT = {
     "is used inside of while": lambda p, x: jax.lax.fori_loop(
         0, jnp.int32(x[0, 0]) + 1, lambda i, h: h @ p["a"] @ p["b"], x @ p["kernel"]
     ),
-    "is multiplied with along different axes": lambda p, x: (x @ p["kernel"]) @ p["a"] @ p["b"] @ p["a"].T @ p["b"],
+    "is repeated, or multiplied with along different axes": lambda p, x: (x @ p["kernel"]) @ p["a"] @ p["b"] @ p["a"].T @ p["b"],
     "is not used": lambda p, x: (x @ p["kernel"]) @ p["b"],
 }
 
@@ -316,6 +316,7 @@ UNFIT = {
 @pytest.mark.parametrize("reason", UNFIT)
 def test_what_cannot_be_calibrated_stays_dense_and_is_told(reason):
     params = {name: drawn(8, 8, seed=i).astype(np.float32) for i, name in enumerate(("kernel", "a", "b"))}
+
     with pytest.warns(UserWarning, match=rf"stay dense: .*a {reason}|stay dense: a .*{reason}"):
         pruned, masks = jaxpruner.prune_oneshot(UNFIT[reason], params, [np.abs(drawn(16, 8))], sparsity=0.5)
     assert masks["a"] is None

@@ -110,7 +110,7 @@ def prune_oneshot(
     targets = _targets(task, updater)
     weights, calibration = task.calibration(set(targets))
     _tell_of_dense(task, weights)
-    structures = _structures(task, weights, updater, algorithm)
+    structures = _structures(task, weights, updater, algorithm, targets)
     sparsities = {use.leaf: targets[use.leaf.number] for use in weights.uses}
     if dist_type == "owl":
         own = set(_custom(task, custom_sparsity_map))
@@ -198,7 +198,7 @@ def _custom(task: Task, custom: sparsity_distributions.SparsityMap | None) -> li
 
 
 def _structures(
-    task: Task, weights: Weights, updater: BaseUpdater, algorithm: str
+    task: Task, weights: Weights, updater: BaseUpdater, algorithm: str, targets: Mapping[int, float]
 ) -> dict[Leaf, sparsity_types.SparsityType]:
     """The structure of each leaf, checked."""
     found: dict[Leaf, sparsity_types.SparsityType] = {}
@@ -208,18 +208,24 @@ def _structures(
         shape = jax.ShapeDtypeStruct(weights.shape(use.leaf), jnp.float32)
         with trees.errors_at(task.paths[use.leaf.number]):
             structure = sparsity_types.for_leaf(updater.sparsity_type, task.paths[use.leaf.number], shape)
-            _check_structure(structure, use, shape.shape, algorithm)
+            _check_structure(structure, use, shape.shape, algorithm, targets[use.leaf.number])
         found[use.leaf] = structure
     return found
 
 
-def _check_structure(structure: Any, use: Use, shape: tuple[int, ...], algorithm: str) -> None:
+def _check_structure(structure: Any, use: Use, shape: tuple[int, ...], algorithm: str, sparsity: float) -> None:
     inputs = use.layout.shape[1]
     if isinstance(structure, sparsity_types.NByM):
         if not 0 < structure.n <= structure.m or inputs % structure.m:
             raise ValueError(
                 f"{inputs} inputs are not a multiple of m={structure.m}, or n={structure.n} is not between 1 and m; "
                 "exclude it with filter_fn, or choose another n:m."
+            )
+        given = 1 - structure.n / structure.m
+        if abs(given - sparsity) > 1e-6:
+            raise ValueError(
+                f"a sparsity of {sparsity:g} is asked for, and {structure.n}:{structure.m} gives {given:g}; ask for that, "
+                "or leave sparsity out."
             )
     elif not isinstance(structure, _OF_MATRICES):
         if algorithm == "sparsegpt":
@@ -255,16 +261,14 @@ class _Solve:
                 for w, gram in zip(matrices, layer.statistics.gram, strict=True)
             ]
             return tuple(map(jnp.stack, zip(*solved, strict=True)))
-        scores = _SCORES[self.algorithm](matrices, layer.statistics)
-        kept = self._mask(scores, structure, sparsity, layer.use, weights)
+        score = _SCORES[self.algorithm]
+        if isinstance(structure, _OF_MATRICES):
+            return solvers.masked(matrices, layer.statistics, score, structure, sparsity)
+        kept = self._mask(score(matrices, layer.statistics), structure, sparsity, layer.use, weights)
         return jnp.where(kept, matrices, 0.0), kept
 
     def _mask(self, scores: Any, structure: Any, sparsity: float, use: Use, weights: Weights) -> Any:
-        if isinstance(structure, sparsity_types.Unstructured):
-            return structure.mask(scores, sparsity)
-        if isinstance(structure, sparsity_types.NByM | sparsity_types.PerOutput):
-            along_inputs = dataclasses.replace(structure, axis=0)
-            return jnp.stack([along_inputs.mask(each, sparsity) for each in scores])
+        """Of a structure that is of the parameter, in its own layout."""
         placed, where = weights.put_back(use, use.operand(scores))
         if not bool(where.all()):
             raise ValueError(f"{self.name(use.leaf)}: {structure} needs a parameter that is multiplied with as a whole.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from jaxpruner import sparsity_types
 from jaxpruner.calibration.statistics import Statistics, wide_dtype
-from jaxpruner.selection import counts, highest_of_each, top_k_mask
+from jaxpruner.selection import counts, highest_of_each
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     Matrices = Float[Array, "batch inputs outputs"]
 
 DAMPING, BLOCK = 0.01, 128
-_DAMPINGS = 6  # times ten each, before a Hessian is given up
+_DAMPINGS = 12  # times ten each, before a Hessian is given up
 
 
 def magnitude(weights: Matrices, statistics: Statistics) -> Matrices:
@@ -122,7 +124,7 @@ def sparsegpt(
         whole = counts.to_int(counts.keep_count(each, sparsity))
         until = whole if start + size == inputs else round(whole * (start + size) / inputs)
         keep, chosen = until - chosen, until
-        result, mask = _block(result, factor, start, counts.from_int(keep), structure=structure, size=size)
+        result, mask = _block(result, factor, start, keep, structure=structure, size=size)
         masks.append(mask)
     return result, jnp.concatenate(masks)
 
@@ -138,9 +140,9 @@ def _block(weights, factor, start, keep, *, structure, size):
     if is_nm:
         mask = jnp.zeros(rows.shape, bool)
     elif isinstance(structure, sparsity_types.PerOutput):
-        mask = highest_of_each(jnp.square(rows / diagonal), keep.lo.astype(jnp.int32))
+        mask = highest_of_each(jnp.square(rows / diagonal), keep)
     else:
-        mask = top_k_mask(jnp.square(rows / diagonal), keep)
+        mask = highest_of_each(jnp.square(rows / diagonal).reshape(-1, 1), keep).reshape(rows.shape)
 
     def step(g, carry):
         kept, mask, errors = carry
@@ -170,6 +172,27 @@ def _block(weights, factor, start, keep, *, structure, size):
     return jax.lax.dynamic_update_slice_in_dim(weights, kept, start, 0), mask
 
 
-def masked(weights: Any, kept: Any) -> Any:
-    """The weights that stay, as they are."""
-    return jnp.where(kept, weights, 0.0)
+@functools.partial(jax.jit, static_argnames=("score", "structure", "sparsity"))
+def masked(
+    weights: Matrices,
+    statistics: Statistics,
+    score: Callable[[Matrices, Statistics], Matrices],
+    structure: sparsity_types.SparsityType,
+    sparsity: float,
+) -> tuple[Matrices, Bool[Array, "batch inputs outputs"]]:
+    """The weights of the highest scores, as they are, and the mask.
+
+    Args:
+      weights: matrices.
+      statistics: of their inputs.
+      score: such as :func:`wanda`.
+      structure: unstructured (over all matrices), per output, or n:m along the inputs.
+      sparsity: the share that goes.
+    """
+    scores = score(weights, statistics)
+    if isinstance(structure, sparsity_types.Unstructured):
+        kept = structure.mask(scores, sparsity)
+    else:
+        along_inputs = dataclasses.replace(structure, axis=0)
+        kept = jnp.stack([along_inputs.mask(each, sparsity) for each in scores])
+    return jnp.where(kept, weights, 0.0), kept

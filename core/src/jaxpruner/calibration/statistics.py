@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxpruner import trees
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -92,7 +95,10 @@ def of_batch(x: Float[Array, "batch tokens inputs"], with_gram: bool) -> Statist
     x = x.astype(wide_dtype())
     gram = None
     if with_gram:
-        gram = jnp.einsum("bti,btj->bij", x, x, precision=jax.lax.Precision.HIGHEST)
+        layout = trees.explicit_layout(x)
+        # On a mesh of explicit axes someone has to say that all devices get the sum over tokens.
+        where = {} if layout is None else {"out_sharding": NamedSharding(layout.mesh, PartitionSpec())}
+        gram = jnp.einsum("bti,btj->bij", x, x, precision=jax.lax.Precision.HIGHEST, **where)
     return Statistics(jnp.asarray(x.shape[1], x.dtype), x.sum(1), jnp.square(x).sum(1), gram)
 
 
