@@ -4,11 +4,11 @@
     jaxpruner-baselines run oneshot --preset smollm_short --seeds 1       # ten minutes; dense: 0.0
     jaxpruner-baselines run oneshot_retrieval --preset minilm --seeds 1   # dense: 0.0
 
-`oneshot` prunes SmolLM2-135M, a language model: the perplexity of an address of 2026, one of 1981 and Hamlet, calibrated
-on other addresses. `oneshot_retrieval` prunes all-MiniLM-L6-v2, which embeds sentences: how often a verse of 1611 finds
-the same verse in modern English among all. A method is an algorithm of `jaxpruner.prune_oneshot`, and what follows a plus:
-`2:4` and `4:8` are structures, `owl` is a distribution, `mlp` and `heads` are units that leave, and `tuned` trains on with
-the zeros in their places.
+`oneshot` prunes SmolLM2-135M, a language model: the perplexity of an address of 2026, one of 1981 and Hamlet,
+calibrated on other addresses. `oneshot_retrieval` prunes all-MiniLM-L6-v2, which embeds sentences: how often a verse of
+1611 finds the same verse in modern English. A method is an algorithm of `jaxpruner.prune_oneshot` and what follows a
+plus: `2:4` and `4:8` are structures, `owl` is a distribution, `mlp` and `heads` are units that leave, and `tuned` trains
+on with the zeros in their places.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,8 @@ from jaxpruner_baselines.memory import Peak
 from jaxpruner_baselines.methods import DENSE, is_dense
 
 STRUCTURES = {"2:4": "nm_2,4", "4:8": "nm_4,8"}
-# Which groups of units leave, by the layer that reads them.
-UNITS = {"mlp": ("*mlp/*",), "heads": ("*attention/*",)}
+# Which groups of units leave: hidden units of the MLPs, heads of keys and values with their queries.
+UNITS = {"mlp": "*mlp/*", "heads": "*attention/key/kernel[1.0]"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +52,31 @@ class Preset:
 
 
 def _grid(*algorithms: str) -> dict[str, tuple[float, ...]]:
-    weights = {name: (0.5, 0.6) for name in algorithms}
+    weights = dict.fromkeys(algorithms, (0.5, 0.6))
     return weights | {f"{name}+{structure}": (0.5,) for structure in STRUCTURES for name in algorithms}
 
 
-_UNITS = {f"{name}+{units}": (0.25, 0.5) for units in UNITS for name in ("magnitude", "wanda", "flap")}
-_METHODS = _grid("magnitude", "wanda", "sparsegpt") | {"wanda+owl": (0.6,)} | _UNITS
-_SHORT = {name: (0.5,) for name in ("magnitude", "wanda", "sparsegpt", "wanda+2:4", "sparsegpt+2:4")} | {"flap+mlp": (0.25,)}
+def _units(heads: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
+    shares = {"mlp": (0.25, 0.5), "heads": heads}
+    return {f"{name}+{units}": shares[units] for units in shares for name in ("magnitude", "wanda", "flap")}
+
+
+_WEIGHTS = _grid("magnitude", "wanda", "sparsegpt") | {"wanda+owl": (0.6,)}
+_TUNED = {f"{name}+tuned": (0.6,) for name in ("magnitude", "wanda", "sparsegpt")}
+_SHORT = dict.fromkeys(("magnitude", "wanda", "sparsegpt", "wanda+2:4", "sparsegpt+2:4"), (0.5,)) | {
+    "flap+mlp": (0.25,)
+}
 
 PRESETS = {
-    "smollm": Preset(
-        "smollm", _METHODS | {f"{name}+tuned": (0.6,) for name in ("magnitude", "wanda", "sparsegpt")}, tuning_steps=100
-    ),
+    # It has three heads of keys and values: a quarter of them is one.
+    "smollm": Preset("smollm", _WEIGHTS | _units(heads=(0.25,)) | _TUNED, tuning_steps=100),
     "smollm_short": Preset("smollm", _SHORT, windows=4, scored=1, repeats=3),
-    "smoke": Preset("smollm_smoke", {"sparsegpt": (0.5,), "flap+mlp": (0.25,)}, windows=2, length=64, scored=1, repeats=1),
+    "smoke": Preset(
+        "smollm_smoke", {"sparsegpt": (0.5,), "flap+mlp": (0.25,)}, windows=2, length=64, scored=1, repeats=1
+    ),
 }
 RETRIEVAL_PRESETS = {
-    "minilm": Preset("minilm", _METHODS, windows=128, length=32, scored=2000),
+    "minilm": Preset("minilm", _WEIGHTS | _units(heads=(0.25, 0.5)), windows=128, length=32, scored=2000),
     "smoke": Preset("minilm", {"wanda": (0.5,)}, windows=8, length=16, scored=20, repeats=1),
 }
 
@@ -108,9 +117,7 @@ def smollm(preset: Preset, layers: int | None = None) -> Network:
     batches = texts.calibration_windows(encode, preset.length, preset.windows + preset.tuning_steps)
 
     def score(forward, params):
-        each = {
-            name: perplexity.negative_log_likelihoods(forward, params, windows) for name, windows in scored.items()
-        }
+        each = {name: perplexity.negative_log_likelihoods(forward, params, windows) for name, windows in scored.items()}
         whole = float(np.exp(np.concatenate([*each.values()]).mean()))
         return whole, {f"perplexity_{name}": float(np.exp(found.mean())) for name, found in each.items()}
 
@@ -150,18 +157,22 @@ def is_kernel(path: tuple[str, ...], param: Any) -> bool:
     return path[-1] == "kernel"
 
 
-def prune(network: Network, method: str, sparsity: float) -> tuple[Any, Any]:
-    """The pruned parameters of a network, and their masks."""
+def prune(network: Network, method: str, sparsity: float) -> tuple[Any, Any, jaxpruner.Groups | None]:
+    """The pruned parameters of a network, their masks, and the groups of units that were pruned."""
     algorithm, _, how = method.partition("+")
     options: dict[str, Any] = {"algorithm": algorithm, "sparsity": sparsity, "filter_fn": is_kernel}
     if how in STRUCTURES:
         options["sparsity_type"] = STRUCTURES[how]
     elif how == "owl":
         options["dist_type"] = "owl"
-    elif how in UNITS:
-        groups = jaxpruner.find_groups(network.forward, network.params, network.batches[0])
-        options["sparsity_type"] = groups.choose(*UNITS[how])
-    return jaxpruner.prune_oneshot(network.forward, network.params, network.batches, **options)
+    groups = None
+    if how in UNITS:
+        found = jaxpruner.find_groups(network.forward, network.params, network.batches[0])
+        groups = options["sparsity_type"] = found.choose(UNITS[how])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flap: .* have no bias")  # as Llamas have none
+        pruned, masks = jaxpruner.prune_oneshot(network.forward, network.params, network.batches, **options)
+    return pruned, masks, groups
 
 
 def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
@@ -177,17 +188,18 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         yield Progress(1, total, "prunes")
         started = time.monotonic()
         with Peak() as peak:
-            params, masks = prune(network, run.method, run.sparsity)
+            params, masks, groups = prune(network, run.method, run.sparsity)
             jax.block_until_ready(params)
         details |= {"pruning_seconds": time.monotonic() - started, "peak_bytes": peak.bytes}
         kept = [mask for mask in jax.tree.leaves(masks) if mask is not None]
         sparsity = 1 - sum(int(mask.sum()) for mask in kept) / sum(mask.size for mask in kept)
-        for step, params in enumerate(_tuned(network, params, preset, steps)):  # noqa: B020
+        for step, tuned in enumerate(_tuned(network, params, preset, steps)):
+            params = tuned
             yield Progress(2 + step, total, f"trains on: step {step + 1} of {steps}")
-        if run.method.partition("+")[2] in UNITS:
+        if groups is not None:
             small = jaxpruner.compact(forward, params, network.batches[0])
             before, after = small.report().params
-            sparsity = _units_removed(small.report(), UNITS[run.method.partition("+")[2]])
+            sparsity = _units_removed(small.report(), groups)
             details |= yield from _timed(network, small, preset, total)
             details["parameters_share"] = after / before
             forward, params = small.fn, small.params
@@ -219,9 +231,9 @@ def _tuned(network: Network, params: Any, preset: Preset, steps: int) -> Iterato
         yield params
 
 
-def _units_removed(report: jaxpruner.Report, patterns: Sequence[str]) -> float:
-    chosen = [pair for name, pair in report.units.items() if any(part.strip("*") in name for part in patterns)]
-    return 1 - sum(after for _, after in chosen) / sum(before for before, _ in chosen)
+def _units_removed(report: jaxpruner.Report, groups: jaxpruner.Groups) -> float:
+    pairs = [report.units[group.name] for group in groups.pruned]
+    return 1 - sum(after for _, after in pairs) / sum(before for before, _ in pairs)
 
 
 def _timed(network: Network, small: jaxpruner.Compact, preset: Preset, total: int) -> Any:

@@ -292,9 +292,9 @@ class NByM(SparsityType):
 class PerOutput(SparsityType):
     """The same number of weights for each output of a layer: constant fan-in (Lasby et al., 2024; Sun et al., 2024).
 
-    Of the k inputs of each output `max(1, round_half_even(k * (1 - sparsity)))` are kept. `axis` has the inputs, several
-    axes are folded into one, in C order; `"input"` stands for the axes that a layer contracts (:func:`contracted_axes`).
-    Ties keep the lower index.
+    Of the k inputs of each output `max(1, round_half_even(k * (1 - sparsity)))` are kept. `axis` has the inputs;
+    several axes are folded into one, in C order, and `"input"` stands for those that a layer contracts
+    (:func:`contracted_axes`). Ties keep the lower index.
     """
 
     axis: int | tuple[int, ...] | str = "input"

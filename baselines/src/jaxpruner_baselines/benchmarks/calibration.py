@@ -1,4 +1,4 @@
-"""One layer of one-shot pruning: its solver against a reading of the paper in PyTorch, and how it grows with the width."""
+"""One layer of one-shot pruning: its solver against the same in PyTorch, and how it grows with the width."""
 
 from __future__ import annotations
 

@@ -14,7 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import provenance
-from jaxpruner_baselines.benchmarks import accelerators, calibration, compaction, masks, overheads, peers, sharding, steps
+from jaxpruner_baselines.benchmarks import (
+    accelerators,
+    calibration,
+    compaction,
+    masks,
+    overheads,
+    peers,
+    sharding,
+    steps,
+)
 from jaxpruner_baselines.benchmarks.figures import Figure
 from jaxpruner_baselines.report import markdown_table, update_markdown
 from jaxpruner_baselines.results import Results, Row

@@ -37,8 +37,8 @@ class Finished:
             differing = sorted(key for key in {*before, *description} if before.get(key) != description.get(key))
             if differing:
                 raise ValueError(
-                    f"checkpoint: {self._folder} is of another calibration: {', '.join(differing)} differ; give an empty "
-                    "folder, or what it was begun with."
+                    f"checkpoint: {self._folder} is of another calibration: {', '.join(differing)} differ; give an "
+                    "empty folder, or what it was begun with."
                 )
         else:
             _write(file, json.dumps(dict(description), indent=1).encode())

@@ -224,8 +224,8 @@ def _check_structure(structure: Any, use: Use, shape: tuple[int, ...], algorithm
         given = 1 - structure.n / structure.m
         if abs(given - sparsity) > 1e-6:
             raise ValueError(
-                f"a sparsity of {sparsity:g} is asked for, and {structure.n}:{structure.m} gives {given:g}; ask for that, "
-                "or leave sparsity out."
+                f"a sparsity of {sparsity:g} is asked for, and {structure.n}:{structure.m} gives {given:g}; ask for "
+                "that, or leave sparsity out."
             )
     elif not isinstance(structure, _OF_MATRICES):
         if algorithm == "sparsegpt":
@@ -271,7 +271,9 @@ class _Solve:
         """Of a structure that is of the parameter, in its own layout."""
         placed, where = weights.put_back(use, use.operand(scores))
         if not bool(where.all()):
-            raise ValueError(f"{self.name(use.leaf)}: {structure} needs a parameter that is multiplied with as a whole.")
+            raise ValueError(
+                f"{self.name(use.leaf)}: {structure} needs a parameter that is multiplied with as a whole."
+            )
         mask = structure.mask(placed, sparsity)
         return use.layout.matrices(weights.value(use.weight, {use.leaf: mask.astype(scores.dtype)})) != 0
 

@@ -19,7 +19,7 @@ OUTLIER, SPREAD = 5.0, 0.08
 
 
 def block_of(path: trees.KeyPath, leaf: Leaf) -> Any:
-    """The block of a network that a leaf belongs to: up to the first name with a number, `layers_3`; of a stack a layer.
+    """The block that a leaf belongs to: up to the first name with a number, `layers_3`; of a stack a layer.
 
     Where names have no numbers, each leaf is a block.
     """

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +66,8 @@ def inverse_factor(gram: Float[Array, "i i"], name: str, damping: float = DAMPIN
         )
         damping *= 10
     raise ValueError(
-        f"{name}: the Hessian of its inputs is not positive definite, whatever the damping; look at its activations, or "
-        "leave it dense by filter_fn."
+        f"{name}: the Hessian of its inputs is not positive definite, whatever the damping; look at its "
+        "activations, or leave it dense by filter_fn."
     )
 
 

@@ -49,8 +49,8 @@ class Task:
         if not weights.uses:
             reasons = "; ".join(f"{self.name(leaf)} {why}" for leaf, why in list(weights.dense.items())[:4])
             raise ValueError(
-                f"prune_oneshot: forward has no product with a parameter that filter_fn selects ({reasons}). Let it take "
-                "them as its first argument, such as lambda params, x: model.apply({'params': params}, x)."
+                f"prune_oneshot: forward has no product with a parameter that filter_fn selects ({reasons}). Let it "
+                "take them as its first argument, such as lambda params, x: model.apply({'params': params}, x)."
             )
         return weights, Calibration(program, weights, leaves, self.batches, known)
 
@@ -64,7 +64,9 @@ def check_batches(batches: Sequence[Any]) -> None:
     if not batches:
         raise ValueError("batches: there are none; give some batches of data like that of the training.")
     structure = jax.tree.structure(batches[0])
-    first = {path: (jax.numpy.shape(leaf), jax.numpy.result_type(leaf)) for path, leaf in trees.named_leaves(batches[0])}
+    first = {
+        path: (jax.numpy.shape(leaf), jax.numpy.result_type(leaf)) for path, leaf in trees.named_leaves(batches[0])
+    }
     for i, batch in enumerate(batches):
         if jax.tree.structure(batch) != structure:
             raise ValueError(f"batches: number {i} is {jax.tree.structure(batch)}, the first is {structure}.")

@@ -89,7 +89,8 @@ def _compensate(
     for leaf, bias, means, along in shifts:
         if leaf.number not in masks:
             continue
-        gone = ~np.asarray(masks[leaf.number][leaf.index]) & (means != 0)
+        others = tuple(axis for axis in range(means.ndim) if axis not in along)
+        gone = ~np.asarray(masks[leaf.number][leaf.index]).any(others, keepdims=True) & (means != 0)
         lost = np.where(gone, means, 0.0).sum(along)
         if not gone.any():
             continue

@@ -131,7 +131,9 @@ class Weights:
         self._program, self._known = program, known
         self._producers = {output: op for op in program.operations for output in op.outputs}
         self._leaf_values = {value: leaf for leaf, value in program.leaves.items() if leaf.number in prunable}
-        self._shapes = {leaf: jax.ShapeDtypeStruct(value.shape, jnp.float32) for value, leaf in self._leaf_values.items()}
+        self._shapes = {
+            leaf: jax.ShapeDtypeStruct(value.shape, jnp.float32) for value, leaf in self._leaf_values.items()
+        }
         self.dense: dict[Leaf, str] = {}
         self.uses: list[Use] = []
         data = set(program.arguments)
