@@ -7,7 +7,7 @@
 `oneshot` prunes SmolLM2-135M, a language model: the perplexity of an address of 2026, one of 1981 and Hamlet,
 calibrated on other addresses. `oneshot_retrieval` prunes all-MiniLM-L6-v2, which embeds sentences: how often a verse of
 1611 finds the same verse in modern English. A method is an algorithm of `jaxpruner.prune_oneshot` and what follows a
-plus: `2:4` and `4:8` are structures, `owl` is a distribution, `mlp` and `heads` are units that leave, and `tuned` trains
+plus: `2:4` and `4:8` are structures, `owl` is a distribution, `mlp` and `heads` are units that leave, `tuned` trains
 on with the zeros in their places.
 """
 
