@@ -42,12 +42,13 @@ def pairs() -> tuple[tuple[str, str], ...]:
 
 
 def scored(count: int | None = 2000) -> tuple[tuple[str, str], ...]:
-    """The first verses that are not kept for calibration; all of them by `count=None`.
+    """The first verses that are not kept for calibration, nor read as one of those; all of them by `count=None`.
 
     Raises:
       ValueError: if there are fewer.
     """
-    found = pairs()[CALIBRATION_VERSES:]
+    kept = set(pairs()[:CALIBRATION_VERSES])
+    found = tuple(pair for pair in pairs()[CALIBRATION_VERSES:] if pair not in kept)
     count = len(found) if count is None else count
     if not 0 < count <= len(found):
         raise ValueError(f"{count} verses asked for, there are {len(found)} to score.")
