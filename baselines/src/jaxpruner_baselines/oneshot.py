@@ -43,9 +43,9 @@ class Preset:
     network: str
     methods: Mapping[str, tuple[float, ...]]
     """Methods and the sparsities of each."""
-    windows: int = 8  # of calibration
+    windows: int = 16  # of calibration
     length: int = 512  # tokens a window
-    scored: int = 4  # windows a document, or verses
+    scored: int = 2  # windows a document, or verses
     tuning_steps: int = 0
     learning_rate: float = 2e-5
     repeats: int = 5  # of timed forward passes
@@ -58,25 +58,25 @@ def _grid(*algorithms: str) -> dict[str, tuple[float, ...]]:
 
 def _units(heads: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
     shares = {"mlp": (0.25, 0.5), "heads": heads}
-    return {f"{name}+{units}": shares[units] for units in shares for name in ("magnitude", "wanda", "flap")}
+    return {f"{name}+{units}": shares[units] for units in shares for name in ("magnitude", "flap")}
 
 
 _WEIGHTS = _grid("magnitude", "wanda", "sparsegpt") | {"wanda+owl": (0.6,)}
-_TUNED = {f"{name}+tuned": (0.6,) for name in ("magnitude", "wanda", "sparsegpt")}
+_TUNED = {f"{name}+tuned": (0.6,) for name in ("magnitude", "sparsegpt")}
 _SHORT = dict.fromkeys(("magnitude", "wanda", "sparsegpt", "wanda+2:4", "sparsegpt+2:4"), (0.5,)) | {
     "flap+mlp": (0.25,)
 }
 
 PRESETS = {
     # It has three heads of keys and values: a quarter of them is one.
-    "smollm": Preset("smollm", _WEIGHTS | _units(heads=(0.25,)) | _TUNED, tuning_steps=100),
+    "smollm": Preset("smollm", _WEIGHTS | _units(heads=(0.25,)) | _TUNED, tuning_steps=50),
     "smollm_short": Preset("smollm", _SHORT, windows=4, scored=1, repeats=3),
     "smoke": Preset(
         "smollm_smoke", {"sparsegpt": (0.5,), "flap+mlp": (0.25,)}, windows=2, length=64, scored=1, repeats=1
     ),
 }
 RETRIEVAL_PRESETS = {
-    "minilm": Preset("minilm", _WEIGHTS | _units(heads=(0.25, 0.5)), windows=128, length=32, scored=2000),
+    "minilm": Preset("minilm", _WEIGHTS | _units(heads=(0.25, 0.5)), windows=256, length=32, scored=1000),
     "smoke": Preset("minilm", {"wanda": (0.5,)}, windows=8, length=16, scored=20, repeats=1),
 }
 
