@@ -131,6 +131,23 @@ def _layers_in_a_loop(c):
     return params, apply, c
 
 
+def _rotated(c):
+    """Attention of one head's turned pairs, as rotary embeddings turn them."""
+    params = {name: normal(c, 4, 6) for name in ("query", "key")} | {"out": normal(4, 6, c)}
+
+    def turn(x):
+        even, odd = jnp.unstack(x.reshape(*x.shape[:-1], 3, 2), axis=-1)
+        angle = jnp.arange(x.shape[1], dtype=x.dtype)[:, None, None]
+        turned = jnp.cos(angle) * even - jnp.sin(angle) * odd, jnp.sin(angle) * even + jnp.cos(angle) * odd
+        return jnp.stack(turned, axis=-1).reshape(x.shape)
+
+    def apply(p, x):
+        q, k = (turn(jnp.einsum("btc,chd->bthd", x, p[name])) for name in ("query", "key"))
+        return x + jnp.einsum("bthd,bshd,bshe,hec->btc", q, k, k, p["out"])
+
+    return params, apply, c
+
+
 def _excited(c):
     params = {"squeeze": normal(c, 4), "excite": normal(4, c)}
 
@@ -157,7 +174,7 @@ def _padded(c):
 
 LAYERS = [
     _dense, _wide, _convolution, _depthwise, _statistics, _group_norm, _layer_norm, _residual, _concatenated, _doubled,
-    _split, _shuffled, _attention, _recurrent, _layers_in_a_loop, _excited, _gathered, _chosen, _padded,
+    _split, _shuffled, _attention, _recurrent, _layers_in_a_loop, _rotated, _excited, _gathered, _chosen, _padded,
 ]  # fmt: skip
 
 

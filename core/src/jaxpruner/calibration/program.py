@@ -19,8 +19,8 @@ from jaxpruner.compaction.reading import bind
 # What only moves entries. `name` and the like do nothing to them.
 MOVES = {
     "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice", "expand_dims", "gather", "name",
-    "optimization_barrier", "pvary", "reshape", "rev", "sharding_constraint", "slice", "split", "squeeze",
-    "stop_gradient", "transpose",
+    "optimization_barrier", "pvary", "reshape", "rev", "sharding_constraint", "slice", "split", "squeeze", "stack",
+    "stop_gradient", "transpose", "unstack",
 }  # fmt: skip
 CASTS = {"convert_element_type", "reduce_precision"}
 # Linear, entry by entry: masks, scales, signs.

@@ -285,7 +285,7 @@ class Weights:
         others = [operand for i, operand in enumerate(operation.inputs) if i not in sides]
         if any(other in self.data for other in others):
             return False
-        if operation.name == "concatenate":
+        if operation.name in ("concatenate", "stack"):
             return not others
         if operation.name in MOVES | CASTS or operation.name in ("mul", "neg"):
             return len(sides) == 1

@@ -128,10 +128,10 @@ def _meet(a: Alive, b: Alive) -> Alive:
 _MOVES = frozenset([
     "reshape", "transpose", "broadcast_in_dim", "tile", "squeeze", "slice", "split", "rev", "dynamic_slice", "gather",
     "cumsum", "cummax", "cummin", "cumprod", "reduce_sum", "reduce_max", "reduce_min", "reduce_window_max",
-    "reduce_window_min", "reduce_window_sum", "sort", "optimization_barrier", "device_put",
+    "reduce_window_min", "reduce_window_sum", "sort", "optimization_barrier", "device_put", "unstack",
 ])  # fmt: skip
 # What puts together entries of some of its operands: of which, all if None.
-_JOINS = {"concatenate": None, "pad": None, "dynamic_update_slice": [0, 1], "select_n": None}
+_JOINS = {"concatenate": None, "stack": None, "pad": None, "dynamic_update_slice": [0, 1], "select_n": None}
 
 
 class _Walk:

@@ -68,6 +68,21 @@ def _concatenate(step: Step) -> list[Dims]:
     return [(*first[:along], whole, *first[along + 1 :])]
 
 
+@rule("stack")
+def _stack(step: Step) -> list[Dims]:
+    along, (first, *others) = step.equation.params["axis"], step.inputs
+    for dims in others:
+        unify(first, dims, step.where)
+    return [(*first[:along], Dim(len(step.inputs), "is made by stack"), *first[along:])]
+
+
+@rule("unstack")
+def _unstack(step: Step) -> list[Dims]:
+    (dims,), along = step.inputs, step.equation.params["axis"]
+    dims[along].freeze("is taken apart by unstack")
+    return [without(dims, [along])] * len(step.equation.outvars)
+
+
 @rule("split")
 def _split(step: Step) -> list[Dims]:
     (dims,), along = step.inputs, step.equation.params["axis"]

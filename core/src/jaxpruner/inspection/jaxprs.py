@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 _MOVES = {
     "all_gather", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims",
     "gather", "name", "optimization_barrier", "pad", "pvary", "reduce_precision", "reshape", "rev",
-    "sharding_constraint", "slice", "squeeze", "stop_gradient", "transpose",
+    "sharding_constraint", "slice", "squeeze", "stop_gradient", "transpose", "unstack",
 }  # fmt: skip
 # What keeps zeros at zero, entry by entry.
 _SCALES = {
@@ -105,7 +105,7 @@ def walk(
             outputs = inside(eqn.params["body_jaxpr"].jaxpr, given[eqn.params["cond_nconsts"] :], times)
         elif (inner := _inner(eqn)) is not None:
             outputs = inside(inner, given, times * eqn.params.get("length", 1))
-        elif name == "concatenate":
+        elif name in ("concatenate", "stack"):
             # Kernels that are multiplied with as one.
             if len(weights) == len(given):
                 together = tuple(sorted({i for value in given for i in value.parameters}))
