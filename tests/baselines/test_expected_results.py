@@ -10,10 +10,19 @@ import pytest
 
 from jaxpruner_baselines import registry, report, runner
 from jaxpruner_baselines.measures import measure
+from jaxpruner_baselines.results import Results
 
-RESULTS = Path(__file__).parents[2] / "baselines" / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "baselines" / "results"
 EXPECTED = re.compile(r"jaxpruner-baselines run (\w+) --preset (\w+).*dense: (\S+)$", re.MULTILINE)
 MODULES = sorted({place.partition(":")[0] for place in registry.MODULES.values()})
+
+
+def test_speeds_in_the_readme_are_those_of_the_benchmarks():
+    rows = Results(RESULTS / "benchmarks.csv").read().set_index("method")["value"]
+    found = re.findall(r"([0-9.]+)x<!-- (.+?) -->", (ROOT / "README.md").read_text())
+    assert found
+    assert found == [(f"{rows[row]:.2f}", row) for _, row in found]
 
 
 @pytest.mark.parametrize("name", MODULES)
