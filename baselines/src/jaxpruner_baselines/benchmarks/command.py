@@ -43,6 +43,7 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "first_steps": (overheads.first_steps, overheads.Sizes(), overheads.QUICK),
     "eager_steps": (overheads.eager_steps, overheads.Sizes(), overheads.QUICK),
     "compact_speed": (compaction.compact_speed, compaction.Sizes(), compaction.QUICK),
+    "sparse_kernels": (compaction.sparse_kernels, compaction.Kernels(), compaction.QUICK_KERNELS),
     "oneshot_layers": (calibration.oneshot_layers, calibration.Sizes(), calibration.QUICK),
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
     "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),

@@ -78,3 +78,39 @@ def _step(loss: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> Call
     # Copies, since a step donates its state.
     start = networks.Problem(lambda key: jax.tree.map(jax.numpy.copy, params), loss, batch)
     return training_step(start, "float32", None)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """A square kernel at these sparsities, times batches of these sizes."""
+
+    width: int = 1024
+    sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
+    batches: tuple[int, ...] = (1, 16, 256)
+    repeats: int = 51
+
+
+QUICK_KERNELS = Kernels(width=32, sparsities=(0.9,), batches=(4,), repeats=2)
+
+
+def sparse_kernels(sizes: Kernels) -> Events:
+    """Kernels whose units are all in use, evaluated as sparse matrices by `compact(..., sparse_above=)`."""
+
+    def forward(params: Any, x: Any) -> Any:
+        return x @ params["kernel"]
+
+    rng = np.random.default_rng(0)
+    for sparsity in sizes.sparsities:
+        kernel = rng.normal(size=(sizes.width, sizes.width)) * (rng.random((sizes.width, sizes.width)) >= sparsity)
+        params = {"kernel": kernel.astype(np.float32)}
+        for batch in sizes.batches:
+            x = rng.normal(size=(batch, sizes.width)).astype(np.float32)
+            small = jaxpruner.compact(forward, params, x, sparse_above=0.5, check=False)
+            sides = {
+                DENSE: functools.partial(jax.jit(forward), jax.device_put(params), jax.device_put(x)),
+                "sparse": functools.partial(jax.jit(small.fn), small.params, jax.device_put(x)),
+            }
+            times = yield from alternate(sides, dict.fromkeys(sides, sizes.repeats))
+            config = {"width": sizes.width, "sparsity": sparsity, "batch": batch}
+            row = f"{sizes.width}x{sizes.width}, {100 * sparsity:g}% zeros, times {batch}: sparse_above"
+            yield timed(row, times, "sparse", DENSE, Reach(), config)
