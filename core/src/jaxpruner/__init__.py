@@ -10,19 +10,32 @@ from jaxpruner import (
     sparsity_types,
     utils,
 )
+from jaxpruner.activations import sparsify_activations
 from jaxpruner.algorithms import (
+    ACDC,
+    MEST,
     SET,
+    SNIP,
+    AdamFisherPruning,
+    FisherPruning,
     GlobalMagnitudePruning,
     GlobalSaliencyPruning,
+    GraNet,
+    GraSP,
+    LampPruning,
     MagnitudePruning,
+    MovementPruning,
     NoPruning,
     PreserveSparsity,
     RandomPruning,
     RigL,
     SaliencyPruning,
+    SrSte,
     StaticRandomSparse,
     SteMagnitudePruning,
     SteRandomPruning,
+    SynFlow,
+    TopKast,
 )
 from jaxpruner.api import (
     ALGORITHM_REGISTRY,
@@ -40,6 +53,7 @@ from jaxpruner.inspection.checks import check_schedule, check_sparse
 from jaxpruner.inspection.description import check_resumed, describe
 from jaxpruner.inspection.flops import shifted_parameters, summarize_flops
 from jaxpruner.sparsity_schedules import (
+    AlternatingSchedule,
     NoUpdateSchedule,
     OneShotSchedule,
     PeriodicSchedule,
@@ -47,6 +61,7 @@ from jaxpruner.sparsity_schedules import (
 )
 from jaxpruner.sparsity_types import SparsityType
 from jaxpruner.training.projection import (
+    RememberingState,
     SparseState,
     StraightThroughState,
     apply_mask,
@@ -61,15 +76,25 @@ from jaxpruner.utils import summarize_intersection, summarize_sparsity
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
     "ALGORITHM_REGISTRY",
+    "MEST",
     "SET",
+    "SNIP",
+    "AdamFisherPruning",
+    "AlternatingSchedule",
     "BaseUpdater",
     "Compact",
+    "FisherPruning",
     "GlobalMagnitudePruning",
     "GlobalSaliencyPruning",
+    "GraNet",
+    "GraSP",
     "Group",
     "Groups",
+    "LampPruning",
     "MagnitudePruning",
+    "MovementPruning",
     "NoPruning",
     "NoUpdateSchedule",
     "OneShotSchedule",
@@ -77,15 +102,19 @@ __all__ = [
     "PolynomialSchedule",
     "PreserveSparsity",
     "RandomPruning",
+    "RememberingState",
     "Report",
     "RigL",
     "SaliencyPruning",
     "SparseState",
     "SparsityType",
+    "SrSte",
     "StaticRandomSparse",
     "SteMagnitudePruning",
     "SteRandomPruning",
     "StraightThroughState",
+    "SynFlow",
+    "TopKast",
     "algorithms",
     "all_algorithm_names",
     "api",
@@ -107,6 +136,7 @@ __all__ = [
     "register_algorithm",
     "shifted_parameters",
     "sparsify",
+    "sparsify_activations",
     "sparsity_distributions",
     "sparsity_schedules",
     "sparsity_types",

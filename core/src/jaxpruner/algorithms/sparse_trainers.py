@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from jaxpruner import mask_storage, scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
-from jaxpruner.base_updater import BaseUpdater, as_state, elementwise_scores, map_choosing, require_grads
+from jaxpruner.base_updater import BaseUpdater, as_state
+from jaxpruner.choosing import map_choosing
+from jaxpruner.elementwise import elementwise_scores, require_grads
 from jaxpruner.selection.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import CosineDecay
 
@@ -24,6 +26,7 @@ class StaticRandomSparse(BaseUpdater):
     is_sparse_gradients: bool = True
 
     follows_schedule = False
+    starts_dense = False
 
     def get_initial_masks(self, params, target_sparsities):
         return self.create_masks(random_scores(self, params), target_sparsities)
@@ -74,11 +77,20 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     # By |w| active weights are dropped.
     calculate_scores = elementwise_scores(scores.magnitude)
 
+    def drop_scores(self, params: Any, grads: Any, sparse_state: Any, **kwargs) -> Any:
+        """A tree of scores; the lowest of the active weights are dropped. Those of `calculate_scores`, here `|w|`."""
+        return self._scores(params, sparse_state, grads, **kwargs)
+
+    def masks_to_regrow(self, sparse_state: Any, params: Any, targets: Any, drop_scores: Any) -> Any:
+        """The masks of which weights are dropped and grown again, None where a leaf is not pruned."""
+        del targets, drop_scores
+        return self.current_masks(sparse_state, params)
+
     def update_state(self, sparse_state, params, grads, **kwargs):
         targets = self._targets_at_hand(params, sparse_state)
         fraction = self.drop_fraction_fn(sparse_state.count)
-        masks = self.current_masks(sparse_state, params)
-        drop_scores = self._scores(params, sparse_state, grads, **kwargs)
+        drop_scores = self.drop_scores(params, grads, sparse_state, **kwargs)
+        masks = self.masks_to_regrow(sparse_state, params, targets, drop_scores)
         grow_scores = self.grow_scores(params, grads, sparse_state.count)
 
         def regrow(path, mask, drop, grow):
@@ -102,6 +114,30 @@ class SET(_DropAndGrow):
     def grow_scores(self, params, grads, step):
         del grads
         return random_scores(self, params, step)
+
+
+@dataclasses.dataclass(eq=False)
+class MEST(SET):
+    r"""SET that drops the smallest :math:`|w| + \lambda |g|` (Yuan et al., 2021): what is small, but moves, stays.
+
+    Attributes:
+      gradient_weight: the :math:`\lambda` above; 0 is SET.
+
+    Raises:
+      ValueError: for a negative weight.
+    """
+
+    gradient_weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.gradient_weight >= 0:
+            raise ValueError(f"gradient_weight: {self.gradient_weight!r} is negative; give 0 (which is set) or more.")
+
+    def drop_scores(self, params, grads, sparse_state, **kwargs):
+        """`|w| + gradient_weight * |g|`."""
+        del sparse_state, kwargs
+        require_grads(self, grads)
+        return jax.tree.map(lambda w, g: jnp.abs(w) + self.gradient_weight * jnp.abs(g), params, grads)
 
 
 @dataclasses.dataclass(eq=False)
