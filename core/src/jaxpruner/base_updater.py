@@ -177,7 +177,7 @@ class BaseUpdater:
           sparse_state: the state, with these masks, at the count of this step.
         """
         del params, sparse_state
-        return self.apply_masks(grads, masks) if self.is_sparse_gradients else grads
+        return apply_mask(grads, masks) if self.is_sparse_gradients else grads
 
     def check_inner_state(self, inner_state: Any, params: Any) -> None:
         """Raises a ValueError if the inner optimizer lacks what the algorithm reads of it; called by `init`."""
