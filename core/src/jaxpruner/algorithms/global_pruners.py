@@ -150,7 +150,8 @@ class LampPruning(GlobalPruning):
     .. math:: s_i = w_i^2 / \sum_{j : |w_j| \ge |w_i|} w_j^2
 
     over the weights of a leaf, or of a layer in a stack of them. The largest weight of each scores 1, so that no leaf
-    vanishes before all are down to one weight. Each mask update sorts each leaf, and gathers those that are sharded.
+    vanishes before all are down to one weight. Of groups, a unit's score is the sum of those of its weights. Each mask
+    update sorts each leaf, and gathers those that are sharded.
 
     Raises:
       ValueError: for `use_normalization=True`: the scores are normalised by what they are.
