@@ -11,6 +11,8 @@ from jaxpruner_baselines.hush import hushed
 MODULES = {
     "digits_vit": "jaxpruner_baselines.digits_vit:BASELINE",
     "compact": "jaxpruner_baselines.compact:BASELINE",
+    "oneshot": "jaxpruner_baselines.oneshot:BASELINE",
+    "oneshot_retrieval": "jaxpruner_baselines.oneshot:RETRIEVAL",
     "vit": "jaxpruner_baselines.scenic_images:VIT",
     "resnet": "jaxpruner_baselines.scenic_images:RESNET",
     "t5": "jaxpruner_baselines.t5:BASELINE",

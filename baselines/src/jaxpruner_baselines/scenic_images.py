@@ -28,7 +28,7 @@ import jaxpruner_scenic
 from jaxpruner_baselines.background import Report, follow
 from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
-from jaxpruner_baselines.costs import SHARES, costs
+from jaxpruner_baselines.costs import DEAD, SHARES, costs, dead_units
 from jaxpruner_baselines.hush import hushed
 from jaxpruner_baselines.methods import is_dense
 
@@ -165,8 +165,13 @@ def _costs(config: ml_collections.ConfigDict, state: Any) -> dict[str, Any]:
     model = main.get_model(config.model_name)(config, data).flax_model
     image = jax.ShapeDtypeStruct((1, *data["input_shape"][1:]), jnp.float32)
     chosen = config.sparsity_config
-    return costs(
-        lambda params, image: model.apply({"params": params, **(state.model_state or {})}, image, train=False),
+    variables = {"params": state.params, **(state.model_state or {})}
+
+    def forward(variables, image):
+        return model.apply(variables, image, train=False)
+
+    return dead_units(forward, variables, image) | costs(
+        lambda params, image: forward({**variables, "params": params}, image),
         state.params,
         image,
         updater=None if chosen is None else sparse.create_updater(chosen),
@@ -195,7 +200,7 @@ VIT = Baseline(
     name="vit",
     summary="a vision transformer on digits, natural images or ImageNet (Scenic)",
     metric="accuracy",
-    also=SHARES,
+    also=(*SHARES, DEAD),
     presets=VIT_PRESETS,
     train=train,
     prepare=prepare,
@@ -205,7 +210,7 @@ RESNET = Baseline(
     name="resnet",
     summary="a residual network on digits, natural images or ImageNet (Scenic)",
     metric="accuracy",
-    also=SHARES,
+    also=(*SHARES, DEAD),
     presets=RESNET_PRESETS,
     train=train,
     prepare=prepare,

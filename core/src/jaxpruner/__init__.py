@@ -46,6 +46,7 @@ from jaxpruner.api import (
     sparsify,
 )
 from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.calibration.oneshot import prune_oneshot
 from jaxpruner.compaction.compact import Compact, Report, compact
 from jaxpruner.compaction.finding import find_groups
 from jaxpruner.compaction.groups import Group, Groups
@@ -133,6 +134,7 @@ __all__ = [
     "init_projection",
     "mask_calculator",
     "project",
+    "prune_oneshot",
     "register_algorithm",
     "shifted_parameters",
     "sparsify",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -267,7 +266,7 @@ class NByM(SparsityType):
     def check_shape(self, shape):
         if not 0 < self.n <= self.m:
             raise ValueError(f"n={self.n} of every m={self.m} weights cannot be kept; choose 1 <= n <= m.")
-        axes = self._axes(shape)
+        axes = _axes(self.axis, shape)
         for axis in axes:
             check_axis(axis, shape)
         if math.prod(shape[axis] for axis in axes) % self.m:
@@ -278,12 +277,8 @@ class NByM(SparsityType):
 
     def mask(self, scores, sparsity):
         self.check_shape(scores.shape)
-        axes = tuple(axis % scores.ndim for axis in self._axes(scores.shape))
-        return _n_of_m(scores, self.n, self.m, axes) | (jnp.asarray(sparsity) == 0)
-
-    def _axes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        axis = contracted_axes((), shape) if self.axis == "input" else self.axis
-        return axis if isinstance(axis, tuple) else (axis,)
+        axes = tuple(axis % scores.ndim for axis in _axes(self.axis, scores.shape))
+        return selection.n_of_m(scores, self.n, self.m, axes) | (jnp.asarray(sparsity) == 0)
 
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
         drop = Scores.of(drop_scores).filled(~mask, jnp.nan)
@@ -293,42 +288,58 @@ class NByM(SparsityType):
         return jnp.where(jnp.all(mask), mask, refilled)
 
 
-# Of larger groups XLA's CPU backend stores the keys rather than compute them for each comparison: of so many scores at
-# a time, they stay in its cache.
-_LARGE_GROUP, _BLOCK = 8, 1 << 18
+@dataclasses.dataclass(frozen=True)
+class PerOutput(SparsityType):
+    """The same number of weights for each output of a layer: constant fan-in (Lasby et al., 2024; Sun et al., 2024).
+
+    Of the k inputs of each output `max(1, round_half_even(k * (1 - sparsity)))` are kept. `axis` has the inputs;
+    several axes are folded into one, in C order, and `"input"` stands for those that a layer contracts
+    (:func:`contracted_axes`). Ties keep the lower index.
+    """
+
+    axis: int | tuple[int, ...] | str = "input"
+
+    def __post_init__(self):
+        if isinstance(self.axis, list):
+            object.__setattr__(self, "axis", tuple(self.axis))
+        if isinstance(self.axis, str) and self.axis != "input":
+            raise ValueError(f"axis: {self.axis!r} is not known; give a number, several, or 'input'.")
+
+    def for_leaf(self, path, shape):
+        return dataclasses.replace(self, axis=contracted_axes(path, shape)) if self.axis == "input" else self
+
+    def check_shape(self, shape):
+        for axis in _axes(self.axis, shape):
+            check_axis(axis, shape)
+
+    def mask(self, scores, sparsity):
+        inputs = math.prod(scores.shape[axis] for axis in _axes(self.axis, scores.shape))
+        return self._highest(scores, counts.keep_count(inputs, sparsity).lo)
+
+    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+        # Each output drops as many as the others, and grows as many again.
+        number = self._inputs_first(mask).sum(0, dtype=jnp.int32).max(initial=0)
+        stay = counts.keep_count(counts.from_int(0)._replace(lo=number.astype(jnp.uint32)), drop_fraction).lo
+        survivors = self._highest(Scores.of(drop_scores).filled(~mask, jnp.nan), stay)
+        return self._highest(jnp.where(survivors, jnp.inf, as_array(grow_scores)), number)
+
+    def _highest(self, scores, keep) -> Bool[Array, "*s"]:
+        self.check_shape(scores.shape)
+        first = self._inputs_first(as_array(scores))
+        kept = selection.highest_of_each(first.reshape(math.prod(first.shape[: self._number(scores)]), -1), keep)
+        return jnp.moveaxis(kept.reshape(first.shape), range(self._number(scores)), _axes(self.axis, scores.shape))
+
+    def _inputs_first(self, scores):
+        return jnp.moveaxis(scores, _axes(self.axis, scores.shape), range(self._number(scores)))
+
+    def _number(self, scores) -> int:
+        return len(_axes(self.axis, scores.shape))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
-def _n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -> Bool[Array, "*s"]:
-    """Elementwise comparisons within groups of m: no sort, no gather, m of them for each score."""
-    axis = min(axes)
-    together = tuple(range(axis, axis + len(axes)))
-    moved = jnp.moveaxis(scores, axes, together)
-    after = moved.shape[axis + len(axes) :]
-    if m > _LARGE_GROUP and moved.size and selection.is_one_cpu():
-        groups = moved.reshape(-1, m, *([math.prod(after)] if math.prod(after) > 1 else []))
-        blocks = math.gcd(len(groups), max(1, moved.size // _BLOCK))
-        highest = functools.partial(_highest, n=n, axis=1)
-        kept = jax.lax.map(highest, groups.reshape(blocks, -1, *groups.shape[1:]))
-    else:
-        kept = _highest(moved.reshape(*moved.shape[:axis], -1, m, *after), n, axis + 1)
-    return jnp.moveaxis(kept.reshape(moved.shape), together, axes)
-
-
-def _highest(scores: Float[Array, "*s"], n: int, axis: int) -> Bool[Array, "*s"]:
-    """The n highest along an axis, of equal ones the later."""
-    keys = selection.order_preserving_keys(scores)
-    position = jax.lax.broadcasted_iota(keys.dtype, keys.shape, axis)
-    better = jnp.zeros(keys.shape, jnp.int32)
-    for i in range(keys.shape[axis]):
-        other = jax.lax.slice_in_dim(keys, i, i + 1, axis=axis)
-        if jnp.issubdtype(scores.dtype, jnp.floating):
-            # In one comparison, `>` for the earlier ones and itself, `>=` for the later: no float has the highest key.
-            wins = other >= keys + (position >= i)
-        else:
-            wins = (other > keys) | ((other == keys) & (position < i))
-        better += wins.astype(jnp.int32)
-    return better < n
+def _axes(axis: int | tuple[int, ...] | str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One or several axes as several."""
+    axis = contracted_axes((), shape) if axis == "input" else axis
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 @dataclasses.dataclass(frozen=True)

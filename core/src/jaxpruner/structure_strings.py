@@ -35,6 +35,8 @@ def parse_sparsity_type(value: Any) -> Any:
 def _parse(text: str) -> sparsity_types.SparsityType:
     if text == "unstructured":
         return sparsity_types.Unstructured()
+    if text == "per_output":
+        return sparsity_types.PerOutput()
     try:
         if found := _NM.fullmatch(text):
             gradual, n, m, axis = found.groups()
@@ -61,7 +63,8 @@ def _parse(text: str) -> sparsity_types.SparsityType:
 
 def _unknown(value: Any) -> str:
     return (
-        f"Sparsity type {value!r} is not known; use 'unstructured', 'nm_2,4' or 'nm_2:4', 'nm_2,4,axis=0', "
-        "'nm_2,4,axis=input', 'gradual_nm_2,4', 'block_4,4', 'block_4,4,axes=1:2', 'channel_-1', 'channel_input', "
-        "'groups', 'groups_*mlp*:*attention*,multiple_of=8,budget=flops', or an object of jaxpruner.sparsity_types."
+        f"Sparsity type {value!r} is not known; use 'unstructured', 'per_output', 'nm_2,4' or 'nm_2:4', "
+        "'nm_2,4,axis=0', 'nm_2,4,axis=input', 'gradual_nm_2,4', 'block_4,4', 'block_4,4,axes=1:2', 'channel_-1', "
+        "'channel_input', 'groups', "
+        "'groups_*mlp*:*attention*,multiple_of=8,budget=flops', or an object of jaxpruner.sparsity_types."
     )

@@ -14,7 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxpruner_baselines import provenance
-from jaxpruner_baselines.benchmarks import accelerators, compaction, masks, overheads, peers, sharding, steps
+from jaxpruner_baselines.benchmarks import (
+    accelerators,
+    calibration,
+    compaction,
+    masks,
+    overheads,
+    peers,
+    sharding,
+    steps,
+)
 from jaxpruner_baselines.benchmarks.figures import Figure
 from jaxpruner_baselines.report import markdown_table, update_markdown
 from jaxpruner_baselines.results import Results, Row
@@ -34,13 +43,15 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "first_steps": (overheads.first_steps, overheads.Sizes(), overheads.QUICK),
     "eager_steps": (overheads.eager_steps, overheads.Sizes(), overheads.QUICK),
     "compact_speed": (compaction.compact_speed, compaction.Sizes(), compaction.QUICK),
+    "oneshot_layers": (calibration.oneshot_layers, calibration.Sizes(), calibration.QUICK),
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
     "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),
 }
 # Too large for a CPU: left out there, unless they are asked for by name or with --quick.
 ACCELERATOR_GROUPS = ("accelerator_masks", "accelerator_steps")
-# Steps of several networks, each in several ways: left out unless asked for by name or with --quick.
-LONG_GROUPS = ("network_steps",)
+# Steps of several networks, each in several ways, and layers of large models: left out unless asked for by name or with
+# --quick.
+LONG_GROUPS = ("network_steps", "oneshot_layers")
 
 HEADER = ("row", "ours", "peer", "ratio", "reach", "met")
 

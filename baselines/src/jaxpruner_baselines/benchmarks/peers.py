@@ -11,12 +11,13 @@ import dataclasses
 import importlib.util
 import multiprocessing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxpruner_baselines.memory import Peak
 
 SPARSITY = 0.8
 
@@ -120,14 +121,7 @@ def _measure_growth(name: str, size: int) -> int:
     # Made by a small call first, so that libraries are loaded and their threads started.
     host_peers()[name].make(np.random.default_rng(0).random(1000, dtype=np.float32))()
     call = host_peers()[name].make(np.random.default_rng(0).random(size, dtype=np.float32))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; getrusage's is inherited from the parent
-    before = _status_bytes("VmRSS")
-    mask = call()
-    grown = _status_bytes("VmHWM") - before
+    with Peak() as peak:
+        mask = call()
     del mask
-    return grown
-
-
-def _status_bytes(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[name].split()[0])
+    return peak.bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -168,13 +168,14 @@ class Groups(coupled_structures.Coupled):
         owned = [group.size for group in self.removable if _ends(group.owner, path)]
         return owned[0] if owned else 1
 
-    def masks(self, scores, sparsities, updater):
+    def masks(self, scores, sparsities, updater, is_scored: Callable[[trees.KeyPath, int], bool] = lambda *_: True):
+        """See the base class; `is_scored` says along which axes of a leaf scores are those of units."""
         axes_of = self._axes_in(scores)
         asked = dict(trees.named_leaves(sparsities))
         # Leaves that other groups reach have a sparsity, and units of their own that nobody chose.
         chosen = _chosen(updater, scores) & asked.keys()
         pruned = {group.name: group for group in self._pruned_in(axes_of) if group.owner in chosen}
-        units = self._pool(scores, axes_of, pruned)
+        units = self._pool(scores, axes_of, pruned, is_scored)
         shares = {name: asked[group.owner] for name, group in pruned.items()}
         if self.budget == "flops":
             kept = self._within_budget(units, pruned, next(iter(shares.values())))
@@ -213,13 +214,17 @@ class Groups(coupled_structures.Coupled):
         return asked / total, 1 - sum(counts.values()) / total, slack
 
     def _pool(
-        self, scores: Any, axes_of: Mapping[trees.KeyPath, tuple[Axis, ...]], pruned: Mapping[str, Group]
+        self,
+        scores: Any,
+        axes_of: Mapping[trees.KeyPath, tuple[Axis, ...]],
+        pruned: Mapping[str, Group],
+        is_scored: Callable[[trees.KeyPath, int], bool],
     ) -> dict[str, Float[Array, " units"]]:
         units = {name: jnp.zeros(group.size) for name, group in pruned.items()}
         for path, score in trees.named_leaves(scores):
             wide = None
             for axis, along in enumerate(axes_of.get(path, ())):
-                if axes.groups_of(along).isdisjoint(pruned):
+                if axes.groups_of(along).isdisjoint(pruned) or not is_scored(path, axis):
                     continue
                 if wide is None:
                     wide = as_array(score)

@@ -1,6 +1,7 @@
 """Exact top-k masks without a sort: which entries of one leaf or of many are the highest, by counting."""
 
 from jaxpruner.selection import counts, score_reading
+from jaxpruner.selection.in_rows import highest_of_each, n_of_m
 from jaxpruner.selection.score_reading import Scores, order_preserving_keys
 from jaxpruner.selection.top_k import (
     Choosing,
@@ -21,7 +22,9 @@ __all__ = [
     "Scores",
     "count_true",
     "counts",
+    "highest_of_each",
     "is_one_cpu",
+    "n_of_m",
     "order_preserving_keys",
     "score_reading",
     "select",

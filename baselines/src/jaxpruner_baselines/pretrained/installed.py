@@ -1,0 +1,24 @@
+"""Where the files of an installed package are."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+
+def folder(package: str, distribution: str) -> Path:
+    """The folder of a package, which is not imported: its code may need what is not installed, its files do not.
+
+    Args:
+      package: its name in an import.
+      distribution: its name for pip.
+
+    Raises:
+      ImportError: if it is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"No module named {package!r}. Install it: pip install --no-deps {distribution}", name=package
+        )
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,1 @@
+"""Pruning networks that are trained already, with a few batches of data."""

@@ -1,0 +1,86 @@
+"""What is finished of a calibration, in a folder, so that one that was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpruner import trees
+
+
+class Finished:
+    """Layers that are done, one file each.
+
+    Args:
+      folder: where they are; made if it is not there. None keeps nothing.
+      description: what the calibration is of, equal if it may go on.
+
+    Raises:
+      ValueError: if the folder is of another calibration.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, description: Mapping[str, Any]):
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / "calibration.json"
+        if file.exists():
+            before = json.loads(file.read_text())
+            differing = sorted(key for key in {*before, *description} if before.get(key) != description.get(key))
+            if differing:
+                raise ValueError(
+                    f"checkpoint: {self._folder} is of another calibration: {', '.join(differing)} differ; give an "
+                    "empty folder, or what it was begun with."
+                )
+        else:
+            _write(file, json.dumps(dict(description), indent=1).encode())
+
+    def __contains__(self, number: int) -> bool:
+        return self._folder is not None and self._file(number).exists()
+
+    def read(self, number: int) -> tuple[Any, Any]:
+        """The matrices of a layer and which of their entries stay."""
+        with np.load(self._file(number)) as file:
+            weights = file["weights"]
+            kept = np.unpackbits(file["kept"], count=weights.size).reshape(weights.shape).astype(bool)
+        return weights, kept
+
+    def write(self, number: int, weights: Any, kept: Any) -> None:
+        """Keeps a layer; whole or absent however the program ends."""
+        if self._folder is None:
+            return
+        file = self._file(number)
+        partial = file.with_suffix(".partial")
+        with open(partial, "wb") as opened:
+            np.savez(opened, weights=np.asarray(weights), kept=np.packbits(np.asarray(kept)))
+        os.replace(partial, file)
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"layer_{number:05d}.npz"
+
+
+def _write(file: Path, content: bytes) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
+def checksum(tree: Any) -> int:
+    """Of all entries of the arrays of a tree."""
+    total = 0
+    for leaf in jax.tree.leaves(trees.numbers_only(tree)):
+        total = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8), total)
+    return total
+
+
+def shapes(paths: Sequence[trees.KeyPath], leaves: Sequence[Any]) -> dict[str, str]:
+    """What the parameters are called and how they look."""
+    return {trees.leaf_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in zip(paths, leaves, strict=True)}

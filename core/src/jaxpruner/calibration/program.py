@@ -1,0 +1,248 @@
+"""A function as a list of operations: calls are inlined, and loops over layers unrolled.
+
+The jaxpr of a function is its whole data flow, the same for every framework. What calibration needs of it is an order:
+each product of a parameter after all that comes before it, one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpruner.compaction.reading import bind
+
+# What only moves entries. `name` and the like do nothing to them.
+MOVES = {
+    "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice", "expand_dims", "gather", "name",
+    "optimization_barrier", "pvary", "reshape", "rev", "sharding_constraint", "slice", "split", "squeeze",
+    "stop_gradient", "transpose",
+}  # fmt: skip
+CASTS = {"convert_element_type", "reduce_precision"}
+# Linear, entry by entry: masks, scales, signs.
+SCALES = {"div", "mul", "neg", "select_n"}
+PRODUCTS = {"dot_general", "conv_general_dilated"}
+_CALLS = {
+    "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
+    "custom_lin", "jit", "pjit", "remat", "remat2",
+}  # fmt: skip
+
+
+class Leaf(NamedTuple):
+    """A parameter, or a layer of one that is a stack of them: its number, and where in the stack."""
+
+    number: int
+    index: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A value of the program: what it is depends on its operation, or it is given."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A value that is known when the program is made; a literal is part of it."""
+
+    value: Any
+    is_literal: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """One operation.
+
+    Attributes:
+      name: its primitive.
+      run: from its operands to its results.
+      inputs: its operands.
+      outputs: its results.
+      key: equal for operations that are the same but for their operands.
+      params: those of the equation.
+    """
+
+    name: str
+    run: Callable[[Sequence[Any]], list[Any]]
+    inputs: tuple[Value | Constant, ...]
+    outputs: tuple[Value, ...]
+    key: Any
+    params: Mapping[str, Any]
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    """Operations in their order.
+
+    Attributes:
+      operations: the operations.
+      leaves: what is read of the parameters.
+      arguments: the values of the other arguments, in order.
+    """
+
+    operations: list[Operation]
+    leaves: dict[Leaf, Value]
+    arguments: list[Value]
+
+
+def program_of(closed: Any, parameters: int, prunable: set[int]) -> Program:
+    """The program of a closed jaxpr.
+
+    Args:
+      closed: the jaxpr.
+      parameters: how many of its first arguments are parameters.
+      prunable: the numbers of those that may be pruned. Loops that multiply with them are unrolled, others are one
+        operation each.
+    """
+    return _Writer(prunable).write(closed, parameters)
+
+
+class _Writer:
+    def __init__(self, prunable: set[int]):
+        self._prunable = prunable
+        self._operations: list[Operation] = []
+        self._leaves: dict[Leaf, Value] = {}
+        # Values that are a leaf, cast or not: those casts lie between it and a stack that is run through.
+        self._leaf_of: dict[Value, tuple[Leaf, tuple[Any, ...]]] = {}
+        self._weights: set[Value] = set()
+        self._keys: dict[int, Any] = {}
+
+    def write(self, closed: Any, parameters: int) -> Program:
+        variables = closed.jaxpr.invars
+        given = [self._leaf(Leaf(i), variable.aval) for i, variable in enumerate(variables[:parameters])]
+        arguments = [_value(variable.aval) for variable in variables[parameters:]]
+        self._inline(closed.jaxpr, closed.consts, [*given, *arguments])
+        return Program(self._operations, self._leaves, arguments)
+
+    def _leaf(self, leaf: Leaf, aval: Any) -> Value:
+        if leaf not in self._leaves:
+            value = self._leaves[leaf] = _value(aval)
+            self._leaf_of[value] = (leaf, ())
+            if leaf.number in self._prunable:
+                self._weights.add(value)
+        return self._leaves[leaf]
+
+    def _inline(self, jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(Constant, constants), *inputs], strict=True))
+
+        def look_up(atom: Any) -> Any:
+            return _literal(atom) if hasattr(atom, "val") else values[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [look_up(atom) for atom in equation.invars]
+            values.update(zip(equation.outvars, self._equation(equation, operands), strict=True))
+        return [look_up(atom) for atom in jaxpr.outvars]
+
+    def _equation(self, equation: Any, operands: list[Any]) -> Sequence[Any]:
+        name = equation.primitive.name
+        if name in _CALLS and (inner := _called(equation)) is not None:
+            return self._inline(*inner, operands)
+        is_weighted = any(operand in self._weights for operand in operands)
+        if name == "scan" and is_weighted and _has_product(equation.params["jaxpr"].jaxpr):
+            return self._unrolled(equation, operands)
+        outputs = tuple(_value(variable.aval) for variable in equation.outvars)
+        key = self._keys.setdefault(id(equation), (name, _text(equation.params)))
+
+        def run(values: Sequence[Any]) -> list[Any]:
+            return bind(equation, values)
+
+        self._operations.append(Operation(name, run, tuple(operands), outputs, key, equation.params))
+        if is_weighted and name in MOVES | CASTS | SCALES:
+            self._weights.update(outputs)
+        if name in CASTS and operands[0] in self._leaf_of:
+            leaf, casts = self._leaf_of[operands[0]]
+            self._leaf_of[outputs[0]] = leaf, (*casts, equation)
+        return outputs
+
+    def _unrolled(self, equation: Any, operands: list[Any]) -> list[Any]:
+        params = equation.params
+        constants, carried, length = params["num_consts"], params["num_carry"], params["length"]
+        body = params["jaxpr"]
+        carry, stacks = operands[constants : constants + carried], operands[constants + carried :]
+        avals = [variable.aval for variable in body.jaxpr.invars[constants + carried :]]
+        rows: list[Any] = [None] * length
+        for i in reversed(range(length)) if params["reverse"] else range(length):
+            layer = [self._row(stack, i, aval) for stack, aval in zip(stacks, avals, strict=True)]
+            outputs = self._inline(body.jaxpr, body.consts, [*operands[:constants], *carry, *layer])
+            carry, rows[i] = outputs[:carried], outputs[carried:]
+        results = equation.outvars[carried:]
+        columns = zip(*rows, strict=True) if length else ()
+        return [*carry, *(self._stacked(column, v.aval) for column, v in zip(columns, results, strict=False))]
+
+    def _row(self, stack: Any, i: int, aval: Any) -> Any:
+        """What one turn of a loop sees of what is run through: of a parameter its layer."""
+        if isinstance(stack, Value) and stack in self._leaf_of:
+            leaf, casts = self._leaf_of[stack]
+            source = jax.ShapeDtypeStruct(aval.shape, casts[0].invars[0].aval.dtype) if casts else aval
+            row = self._leaf(Leaf(leaf.number, (*leaf.index, i)), source)
+            for cast in casts:
+                params = {**cast.params, "sharding": None} if "sharding" in cast.params else cast.params
+                to = jax.ShapeDtypeStruct(aval.shape, cast.outvars[0].aval.dtype)
+                row = self._append(cast.primitive.name, _binding(cast.primitive, params), (row,), to, _text(params))
+                if leaf.number in self._prunable:
+                    self._weights.add(row)
+            return row
+        number = Constant(jnp.asarray(i, jnp.int32))
+        return self._append("index", _index, (stack, number), aval)
+
+    def _stacked(self, rows: Sequence[Any], aval: Any) -> Value:
+        return self._append("stack", _stack, tuple(rows), aval)
+
+    def _append(self, name: str, run: Any, inputs: tuple[Any, ...], aval: Any, key: Any = None) -> Value:
+        output = _value(aval)
+        self._operations.append(Operation(name, run, inputs, (output,), (name, key), {}))
+        return output
+
+
+def _binding(primitive: Any, params: Mapping[str, Any]) -> Callable[[Sequence[Any]], list[Any]]:
+    return lambda values: [primitive.bind(*values, **params)]
+
+
+def _index(values: Sequence[Any]) -> list[Any]:
+    return [jax.lax.dynamic_index_in_dim(values[0], values[1], keepdims=False)]
+
+
+def _stack(values: Sequence[Any]) -> list[Any]:
+    return [jnp.stack(values)]
+
+
+def _literal(atom: Any) -> Constant:
+    value = atom.val if hasattr(atom.val, "aval") else np.asarray(atom.val, atom.aval.dtype)
+    return Constant(value, is_literal=True)
+
+
+def _value(aval: Any) -> Value:
+    return Value(tuple(aval.shape), aval.dtype)
+
+
+def _called(equation: Any) -> tuple[Any, Sequence[Any]] | None:
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = equation.params.get(key)
+        if inner is not None:
+            return (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+    return None
+
+
+def _has_product(jaxpr: Any) -> bool:
+    return any(
+        equation.primitive.name in PRODUCTS or any(map(_has_product, _inside(equation.params)))
+        for equation in jaxpr.eqns
+    )
+
+
+def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if hasattr(inner := getattr(each, "jaxpr", each), "eqns"):
+                yield inner
+
+
+def _text(params: Mapping[str, Any]) -> str:
+    """Equal for parameters of equations that are equal; functions are equal to themselves only."""
+    return repr(sorted((key, repr(value)) for key, value in params.items()))

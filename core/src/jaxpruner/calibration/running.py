@@ -1,0 +1,227 @@
+"""Runs a program over all batches side by side, one product of a parameter after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpruner.calibration import statistics
+from jaxpruner.calibration.program import Constant, Leaf, Operation, Program, Value
+from jaxpruner.calibration.statistics import Statistics
+from jaxpruner.calibration.weights import Use, Weights
+
+
+class Layer(NamedTuple):
+    """What calibration sees of a part of a leaf, at its last use.
+
+    Attributes:
+      use: the product.
+      weights: its matrices, as they are.
+      statistics: of their inputs, over all uses; None if it was asked to do without.
+    """
+
+    use: Use
+    weights: Any
+    statistics: Statistics | None
+
+
+class Calibration:
+    """One forward pass over batches.
+
+    Args:
+      program: the function.
+      weights: what becomes of its parameters.
+      leaves: their values, which `run` changes.
+      batches: the values of the other arguments, for each batch.
+      known: the value of what depends on no argument.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights,
+        leaves: dict[Leaf, Any],
+        batches: Sequence[Sequence[Any]],
+        known: Callable[[Any], Any],
+    ):
+        self._program, self._weights, self._known = program, weights, known
+        self.leaves = leaves
+        self._batches = batches
+        self._uses: dict[Operation, list[Use]] = {}
+        for use in weights.uses:
+            self._uses.setdefault(use.operation, []).append(use)
+        self._order = self._needed()
+        self._last = {value: i for i, op in enumerate(self._order) for value in self._reads(op)}
+        self._compiled: dict[Any, Any] = {}
+
+    def run(
+        self, name_of: Callable[[Leaf], str], with_gram: bool, skips: Callable[[Use], bool] = lambda use: False
+    ) -> Iterator[Layer]:
+        """Yields each part of each leaf at its last use.
+
+        What is done to `self.leaves` until the next is asked for is what the pass goes on with.
+
+        Args:
+          name_of: what a leaf is called.
+          with_gram: whether statistics have Gram matrices.
+          skips: the uses whose statistics are not needed.
+
+        Raises:
+          ValueError: if the inputs of a layer are not finite.
+        """
+        values: dict[Any, list[Any]] = {
+            argument: [batch[i] for batch in self._batches] for i, argument in enumerate(self._program.arguments)
+        }
+        pending: list[Operation] = []
+        # Layers that read the same share its statistics, such as query, key and value.
+        seen: dict[Any, Statistics] = {}
+        sums: dict[int, Statistics] = {}
+        for i, operation in enumerate(self._order):
+            if uses := self._uses.get(operation):
+                self._flush(pending, values, i)
+                seen = {key: found for key, found in seen.items() if key[0] in values}
+                for use in uses:
+                    if not skips(use):
+                        found = self._statistics(use, values, with_gram, seen, name_of(use.leaf))
+                        sums[use.part] = statistics.added(sums.get(use.part), found)
+                    if use.is_last:
+                        yield Layer(use, self._matrices(use), sums.pop(use.part, None))
+            pending.append(operation)
+
+    def _needed(self) -> list[Operation]:
+        """What the inputs of the products are made of, in order, but for what depends on no data."""
+        needed: set[Any] = set()
+        kept = []
+        for operation in reversed(self._program.operations):
+            uses = self._uses.get(operation, ())
+            is_read = not needed.isdisjoint(operation.outputs)
+            if uses or is_read:
+                is_data = any(output in self._weights.data for output in operation.outputs)
+                needed.update(use.activation for use in uses)
+                if is_read:
+                    needed.update(self._reads(operation))
+                if uses or is_data:
+                    kept.append(operation)
+        return kept[::-1]
+
+    def _reads(self, operation: Operation) -> set[Any]:
+        return {
+            operand
+            for operand in operation.inputs
+            if isinstance(operand, Value) and operand in self._weights.data and not self._weights.leaves_of(operand)
+        }
+
+    def _flush(self, pending: list[Operation], values: dict[Any, list[Any]], now: int) -> None:
+        """Runs what waits, for each batch, and forgets what nothing needs any more."""
+        waiting = list(pending)
+        pending.clear()
+        made = {output for operation in waiting for output in operation.outputs}
+        read = dict.fromkeys(value for operation in waiting for value in self._reads(operation))
+        given = [value for value in read if value not in made]
+        kept = [value for value in made if self._last.get(value, -1) >= now]
+        fixed = list(
+            dict.fromkeys(
+                operand
+                for operation in waiting
+                for operand in operation.inputs
+                if operand not in made and operand not in read and not _is_literal(operand)
+            )
+        )
+        if kept:
+            run = self._segment(waiting, fixed, given, kept)
+            constants = [self._constant(value) for value in fixed]
+            rows = []
+            for batch in range(len(self._batches)):
+                rows.append(run(constants, [values[value][batch] for value in given]))
+                for value in given:
+                    if self._last[value] < now:
+                        values[value][batch] = None
+            values.update(zip(kept, map(list, zip(*rows, strict=True)), strict=True))
+        for value in [value for value in values if self._last.get(value, -1) < now]:
+            del values[value]
+
+    def _constant(self, value: Any) -> Any:
+        if self._weights.leaves_of(value):
+            return self._weights.value(value, self.leaves)
+        return self._known(value)
+
+    def _segment(self, operations: Sequence[Operation], fixed, given, kept) -> Callable[..., list[Any]]:
+        """One compiled function for operations; layers that are alike share it."""
+        numbers = {value: i for i, value in enumerate([*fixed, *given])}
+        key: list[Any] = [tuple(map(_kind, [*fixed, *given])), len(fixed)]
+
+        def name(operand: Any) -> Any:
+            return (_kind(operand), repr(operand.value)) if _is_literal(operand) else numbers[operand]
+
+        for operation in operations:
+            key.append((operation.key, tuple(map(name, operation.inputs))))
+            for output in operation.outputs:
+                numbers[output] = len(numbers)
+        key.append(tuple(numbers[value] for value in kept))
+
+        def run(constants: Sequence[Any], data: Sequence[Any]) -> list[Any]:
+            found = dict(zip([*fixed, *given], [*constants, *data], strict=True))
+            for operation in operations:
+                results = operation.run([o.value if _is_literal(o) else found[o] for o in operation.inputs])
+                found.update(zip(operation.outputs, results, strict=True))
+            return [found[value] for value in kept]
+
+        return self._compiled.setdefault(tuple(key), jax.jit(run))
+
+    def _matrices(self, use: Use) -> Any:
+        matrices = use.layout.matrices(self._weights.value(use.weight, self.leaves))
+        return matrices if use.columns is None else matrices[:, :, use.columns]
+
+    def _statistics(self, use, values, with_gram: bool, seen: dict[Any, Statistics], name: str) -> Statistics:
+        key = use.activation, use.features
+        if key not in seen:
+            key_of_program = "statistics", use.operation.key, use.side, with_gram
+
+            def of_batch(x):
+                return statistics.of_batch(statistics.features(use.operation, use.side, x), with_gram)
+
+            sums = self._compiled.setdefault(key_of_program, jax.jit(of_batch))
+            total = None
+            is_data = use.activation in self._weights.data
+            for batch, x in enumerate(values[use.activation] if is_data else [self._known(use.activation)]):
+                total = statistics.added(total, sums(x))
+                if not np.isfinite(np.asarray(total.squares)).all():
+                    raise ValueError(
+                        f"{name}: its inputs are not finite in batch {batch}; look at the parameters before it, or at "
+                        "the batch, or compute in a wider dtype."
+                    )
+            seen[key] = total
+        return seen[key]
+
+
+def _is_literal(operand: Any) -> bool:
+    return isinstance(operand, Constant) and operand.is_literal
+
+
+def _kind(value: Any) -> Any:
+    of = value.value if isinstance(value, Constant) else value
+    return tuple(of.shape), str(of.dtype)
+
+
+def leaf_arrays(program: Program, params: Sequence[Any]) -> dict[Leaf, Any]:
+    """The values of leaves: parameters, and layers of those that are stacks."""
+    return {leaf: params[leaf.number][leaf.index] if leaf.index else params[leaf.number] for leaf in program.leaves}
+
+
+def known_values(program: Program, leaves: Mapping[Leaf, Any]) -> Callable[[Any], Any]:
+    """A function from what depends on no argument to its value, with the parameters as they were given."""
+    producers = {output: operation for operation in program.operations for output in operation.outputs}
+    done: dict[Any, Any] = {value: leaves[leaf] for leaf, value in program.leaves.items()}
+
+    def look_up(value: Any) -> Any:
+        if isinstance(value, Constant):
+            return value.value
+        if value not in done:
+            operation = producers[value]
+            done.update(zip(operation.outputs, operation.run([*map(look_up, operation.inputs)]), strict=True))
+        return done[value]
+
+    return look_up

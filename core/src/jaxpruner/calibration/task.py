@@ -1,0 +1,79 @@
+"""A function with its parameters and batches, ready to be calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxpruner import trees
+from jaxpruner.calibration.program import Leaf, program_of
+from jaxpruner.calibration.running import Calibration, known_values, leaf_arrays
+from jaxpruner.calibration.weights import Weights
+from jaxpruner.compaction.finding import is_array
+
+
+class Task:
+    """A function and its parameters, with batches to run it on."""
+
+    def __init__(self, forward: Callable[[Any, Any], Any], params: Any, batches: Sequence[Any]):
+        check_batches(batches)
+        leaves, self._treedef = jax.tree.flatten(params)
+        # What is no array, such as the functions in a module of Equinox, stays as it is.
+        self._places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+        self._leaves = leaves
+        self.arrays = [leaves[i] for i in self._places]
+        self.paths = [path for path, leaf in trees.named_leaves(params) if is_array(leaf)]
+        self.params = params
+
+        def of_arrays(arrays, batch):
+            return forward(self.with_arrays(arrays), batch)
+
+        self._closed = jax.make_jaxpr(of_arrays)(self.arrays, batches[0])
+        self.batches = [jax.tree.leaves(batch) for batch in batches]
+
+    def with_arrays(self, arrays: Sequence[Any], **otherwise: Any) -> Any:
+        """The parameters with these in the places of their arrays, and with `otherwise` in those of all else."""
+        leaves = [otherwise.get("otherwise", leaf) for leaf in self._leaves]
+        for place, array in zip(self._places, arrays, strict=True):
+            leaves[place] = array
+        return self._treedef.unflatten(leaves)
+
+    def calibration(self, prunable: set[int]) -> tuple[Weights, Calibration]:
+        """What becomes of the parameters of these numbers, and the pass."""
+        program = program_of(self._closed, len(self.arrays), prunable)
+        leaves = leaf_arrays(program, self.arrays)
+        known = known_values(program, leaves)
+        weights = Weights(program, prunable, known)
+        if not weights.uses:
+            reasons = "; ".join(f"{self.name(leaf)} {why}" for leaf, why in list(weights.dense.items())[:4])
+            raise ValueError(
+                f"prune_oneshot: forward has no product with a parameter that filter_fn selects ({reasons}). Let it "
+                "take them as its first argument, such as lambda params, x: model.apply({'params': params}, x)."
+            )
+        return weights, Calibration(program, weights, leaves, self.batches, known)
+
+    def name(self, leaf: Leaf) -> str:
+        """What a leaf is called, with its number in a stack."""
+        return trees.leaf_name(self.paths[leaf.number]) + "".join(f"[{i}]" for i in leaf.index)
+
+
+def check_batches(batches: Sequence[Any]) -> None:
+    """Raises a ValueError unless all batches have one structure and one shape."""
+    if not batches:
+        raise ValueError("batches: there are none; give some batches of data like that of the training.")
+    structure = jax.tree.structure(batches[0])
+    first = {
+        path: (jax.numpy.shape(leaf), jax.numpy.result_type(leaf)) for path, leaf in trees.named_leaves(batches[0])
+    }
+    for i, batch in enumerate(batches):
+        if jax.tree.structure(batch) != structure:
+            raise ValueError(f"batches: number {i} is {jax.tree.structure(batch)}, the first is {structure}.")
+        for path, leaf in trees.named_leaves(batch):
+            here = jax.numpy.shape(leaf), jax.numpy.result_type(leaf)
+            if here != first[path]:
+                raise ValueError(
+                    f"batches: {trees.leaf_name(path)} of number {i} is {here[1]}{list(here[0])}, that of the first "
+                    f"{first[path][1]}{list(first[path][0])}; leave a smaller last batch out, or pad it."
+                )
