@@ -21,7 +21,7 @@ ALGORITHMS = (
 # The others are choices among the same parts, and each has an oracle in tests/core/test_methods.py. One case each, with
 # a structure, a storage, an optimizer and a tree, is enough to see that they fit; where the state has a part of its
 # own, `movement` stands for all (statistics and dense weights). `grasp` and `synflow` need a loss, which no trainer
-# hands on.
+# hands on; `srigl` has a structure of its own, and another number of weights when neurons have gone.
 MORE = {
     "lamp": ("unstructured", True, "adamw", "list"),
     "movement": ("block_3,4", True, "sgd", "nnx"),

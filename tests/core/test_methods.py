@@ -262,6 +262,33 @@ def test_granet():
     compare("granet", oracle(), drop_fraction=0.5)
 
 
+def test_srigl():
+    """Three outputs have gradients of next to nothing and small weights, and go."""
+    weights = START["a"] * np.where(np.arange(8) < 3, 0.01, 1)
+    g = np.abs(RNG.normal(size=(8, 8))) * np.where(np.arange(8) < 3, 1e-3, 1)
+    updater = jaxpruner.create_updater_from_config(
+        {"algorithm": "srigl", "sparsity": 0.5, "drop_fraction": 0.5, "stack_axes": {"stack": 0}} | DATES
+    )
+    mask = np.stack([top(RNG.normal(size=8), 4) for _ in range(8)], 1)
+    params = {"a": weights * mask, "stack": np.stack([weights * mask] * 2)}
+    masks = {"a": mask, "stack": np.stack([mask] * 2)}
+    targets = dict.fromkeys(params, jnp.float32(0.5))
+    state = jaxpruner.SparseState(masks, target_sparsities=targets, count=jnp.int32(2))
+    new = compiled(updater.update_state, state, params, {"a": g, "stack": np.stack([g] * 2)}).masks
+
+    stay = top(np.where(mask, np.abs(weights), -1), keep(32, 0.5 * 0.5 * (1 + np.cos(np.pi * 2 / 6))))
+    chosen = stay | top(np.where(stay, -1, g), 32 - stay.sum())
+    alive = chosen.sum(0) >= 0.3 * 4
+    assert 0 < alive.sum() < 8
+    number = min(8, 32 // alive.sum())
+    expected = np.stack([top(np.where(chosen & mask, np.inf, g)[:, o], number) & alive[o] for o in range(8)], 1)
+    np.testing.assert_array_equal(new["a"], expected)
+    np.testing.assert_array_equal(new["stack"], np.stack([expected] * 2))
+    tx = jaxpruner.sparsify(optax.sgd(LR), algorithm="srigl", sparsity=0.5, sparsity_type="block_2,2", **DATES)
+    with pytest.raises(ValueError, match="a: cannot use SRigL with Block"):
+        tx.init(START)
+
+
 def test_mest_drops_what_is_small_and_does_not_move():
     updater = jaxpruner.create_updater_from_config(
         {"algorithm": "mest", "sparsity": 0.5, "gradient_weight": 2.0, "drop_fraction": 0.5} | DATES

@@ -38,6 +38,7 @@ ALGORITHM_REGISTRY: dict[str, Callable[..., BaseUpdater]] = {
     "acdc": algorithms.ACDC,
     "granet": algorithms.GraNet,
     "mest": algorithms.MEST,
+    "srigl": algorithms.SRigL,
     "sr_ste": algorithms.SrSte,
     "top_kast": algorithms.TopKast,
     "snip": algorithms.SNIP,
@@ -156,17 +157,17 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
       algorithm: a name of `all_algorithm_names()`.
       sparsity: final fraction of zeros, in [0, 1).
       dist_type: `uniform` (default) or `erk`; global algorithms have their own.
-      sparsity_type: `unstructured` (default), `nm_2,4` or `nm_2:4`, `block_4,4`, `channel_-1`, with an axis
-        `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`, `block_4,4,axes=1:2`, `channel_input`;
-        `gradual_nm_2,4`, unstructured before it is n:m; where
-        an adapter of a framework finds them in its model (see `find_groups`) `groups`, `groups_*mlp*:*attention*`
-        (patterns), `groups,multiple_of=8`, `groups,budget=flops`; or what `BaseUpdater.sparsity_type` takes.
+      sparsity_type: `unstructured` (default, but `per_output` for `srigl`), `nm_2,4` or `nm_2:4`, `block_4,4`,
+        `channel_-1`, with an axis `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`,
+        `block_4,4,axes=1:2`, `channel_input`; `gradual_nm_2,4`, unstructured before it is n:m; where an adapter of
+        a framework finds them in its model (see `find_groups`) `groups`, `groups_*mlp*:*attention*` (patterns),
+        `groups,multiple_of=8`, `groups,budget=flops`; or what `BaseUpdater.sparsity_type` takes.
       update_start_step, update_end_step, update_freq: masks are made on multiples of `update_freq`
         (default 1) from start to end, sparser with each along a cubic polynomial, the last with the final sparsity
         exactly; at once if start equals end; never without a start.
       initial_sparsity: where the polynomial starts (default 0), or `from_params`: zeros of the parameters at the first
         step stay, and pruning goes on from them.
-      drop_fraction: share of active weights that SET, MEST, RigL and GraNet replace, cosine-decayed to 0 at
+      drop_fraction: share of active weights that SET, MEST, RigL, SRigL and GraNet replace, cosine-decayed to 0 at
         `update_end_step` (default 0.1).
       filter_fn: `filter_fn(path, param)` takes the parameters to prune (default: two or more axes).
       custom_sparsity_map: path or pattern -> sparsity; the most specific pattern holds.
@@ -245,7 +246,8 @@ def _common_fields(config: Mapping[str, Any], gradual: type[sparsity_schedules.S
     if "update_start_step" in config:
         offered["scheduler"] = _parse_schedule(config, gradual, 0.0 if initial == FROM_PARAMS else initial)
     offered["drop_fraction_fn"] = _parse_drop_fraction(config)
-    offered["sparsity_type"] = parse_sparsity_type(config.get("sparsity_type", "unstructured"))
+    if "sparsity_type" in config:
+        offered["sparsity_type"] = parse_sparsity_type(config["sparsity_type"])
     return offered
 
 

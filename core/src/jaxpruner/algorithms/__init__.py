@@ -13,6 +13,7 @@ from jaxpruner.algorithms.pruners import (
 from jaxpruner.algorithms.remembering import AdamFisherPruning, FisherPruning, MovementPruning
 from jaxpruner.algorithms.sparse_trainers import MEST, SET, RigL, StaticRandomSparse
 from jaxpruner.algorithms.ste import SrSte, SteMagnitudePruning, SteRandomPruning, TopKast
+from jaxpruner.algorithms.structured_rigl import SRigL
 
 __all__ = [
     "ACDC",
@@ -32,6 +33,7 @@ __all__ = [
     "PreserveSparsity",
     "RandomPruning",
     "RigL",
+    "SRigL",
     "SaliencyPruning",
     "SrSte",
     "StaticRandomSparse",

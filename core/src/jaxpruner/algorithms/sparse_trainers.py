@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import mask_storage, scores, sparsity_types, trees
+from jaxpruner import mask_storage, scores, selection, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, as_state
 from jaxpruner.choosing import map_choosing
@@ -86,6 +86,13 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
         del targets, drop_scores
         return self.current_masks(sparse_state, params)
 
+    def regrown(
+        self, structure: Any, mask: Any, drop: Any, grow: Any, fraction: Any, target: Any
+    ) -> selection.Choosing[Any]:
+        """The new mask of a leaf: of its structure, with as many weights as it had."""
+        del target
+        return (yield from sparsity_types.regrowing(structure, mask, drop, grow, fraction))
+
     def update_state(self, sparse_state, params, grads, **kwargs):
         targets = self._targets_at_hand(params, sparse_state)
         fraction = self.drop_fraction_fn(sparse_state.count)
@@ -93,15 +100,15 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
         masks = self.masks_to_regrow(sparse_state, params, targets, drop_scores)
         grow_scores = self.grow_scores(params, grads, sparse_state.count)
 
-        def regrow(path, mask, drop, grow):
+        def regrow(path, mask, drop, grow, target):
             if trees.is_unpruned(mask):
                 return None
             with trees.errors_at(path):
-                new = yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction)
+                new = yield from self.regrown(self.structure(path, drop), mask, drop, grow, fraction, target)
             # Gradients that overflowed say nothing of where to grow.
             return jnp.where(jnp.all(jnp.isfinite(as_array(grow))), trees.laid_out_like(mask, new), mask)
 
-        masks = map_choosing(regrow, masks, drop_scores, grow_scores)
+        masks = map_choosing(regrow, masks, drop_scores, grow_scores, targets)
         return sparse_state._replace(
             masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=as_state(targets)
         )

@@ -22,8 +22,8 @@ FilterFn = Callable[[tuple[str, ...], Any], bool]
 IsFrozen = Callable[[str], bool]
 
 _SCORED_BY_GRADIENTS = (
-    "saliency", "global_saliency", "rigl", "granet", "mest", "movement", "fisher", "sr_ste", "top_kast", "snip",
-    "grasp", "synflow",
+    "saliency", "global_saliency", "rigl", "srigl", "granet", "mest", "movement", "fisher", "sr_ste", "top_kast",
+    "snip", "grasp", "synflow",
 )  # fmt: skip
 
 
