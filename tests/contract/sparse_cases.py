@@ -13,7 +13,27 @@ import optax
 
 import jaxpruner
 
-ALGORITHMS = jaxpruner.all_algorithm_names()
+# Those of the paper's library, which all cases are for: between them they have every way to make, keep and use a mask.
+ALGORITHMS = (
+    "no_prune", "magnitude", "random", "saliency", "magnitude_ste", "random_ste", "global_magnitude", "global_saliency",
+    "static_sparse", "rigl", "set", "preserve",
+)  # fmt: skip
+# The others are choices among the same parts, and each has an oracle in tests/core/test_methods.py. One case each, with
+# a structure, a storage, an optimizer and a tree, is enough to see that they fit; where the state has a part of its
+# own, `movement` stands for all (statistics and dense weights). `grasp` and `synflow` need a loss, which no trainer
+# hands on; `srigl` has a structure of its own, and another number of weights when neurons have gone.
+MORE = {
+    "lamp": ("unstructured", True, "adamw", "list"),
+    "movement": ("block_3,4", True, "sgd", "nnx"),
+    "fisher": ("nm_2,4", False, "lion", "namedtuple"),
+    "adam_fisher": ("channel_-1", True, "adamw", "nnx"),
+    "acdc": ("block_3,4", False, "adamw", "dict"),
+    "granet": ("unstructured", True, "sgd", "nnx"),
+    "mest": ("block_3,4", False, "sgd", "list"),
+    "sr_ste": ("nm_2,4", True, "sgd", "dict"),
+    "top_kast": ("block_3,4", False, "adafactor", "list"),
+    "snip": ("unstructured", False, "sgd", "nnx"),
+}
 GLOBAL = ("global_magnitude", "global_saliency")
 STRAIGHT_THROUGH = ("magnitude_ste", "random_ste")
 DROP_AND_GROW = ("rigl", "set")
@@ -21,6 +41,13 @@ SPARSE_FROM_START = ("static_sparse", *DROP_AND_GROW)
 SPARSE_GRADIENTS = (*SPARSE_FROM_START, "preserve")
 WITHOUT_SPARSITY = ("no_prune", "preserve")
 STRUCTURED = tuple(name for name in ALGORITHMS if name not in (*GLOBAL, *WITHOUT_SPARSITY))
+# The same kinds with the other methods among them.
+ALL_GLOBAL = (*GLOBAL, "lamp", "snip")
+ALL_STRAIGHT_THROUGH = (*STRAIGHT_THROUGH, "movement", "sr_ste", "top_kast")
+ALL_DROP_AND_GROW = (*DROP_AND_GROW, "mest", "granet")
+ALL_SPARSE_FROM_START = (*SPARSE_FROM_START, "mest")
+ALL_SPARSE_GRADIENTS = (*SPARSE_GRADIENTS, "mest", "granet", "movement", "snip")
+AT_FIRST_STEP = ("preserve", "snip")
 
 STRUCTURES = ("unstructured", "nm_2,4", "block_3,4", "channel_-1")
 SPARSITY = 0.7

@@ -47,11 +47,11 @@ def test_jit_equals_no_jit(algorithm):
         cases.assert_same_bits(one.new_state, other.new_state)
 
 
-@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*cases.ALGORITHMS, "movement"])
 def test_state_survives_orbax_and_pickle(algorithm, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     params = cases.tree("dict", kernels=kernels(algorithm))
-    packed = cases.ALGORITHMS.index(algorithm) % 2 == 0
+    packed = [*cases.ALGORITHMS, *cases.MORE].index(algorithm) % 2 == 0
     tx = jaxpruner.sparsify(optax.adamw(1e-2), cases.config(algorithm, packed=packed))
     update = cases.compiled(tx.update)
     steps = cases.run(tx, params, 6, update=update)
@@ -78,7 +78,7 @@ def test_state_survives_orbax_and_pickle(algorithm, tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*cases.ALGORITHMS, "movement"])
 def test_state_is_a_scan_carry(algorithm, packed):
     """Same structure, shapes, dtypes and weak types after a step: `lax.scan` accepts no less."""
     params = cases.tree("dict", kernels=kernels(algorithm))

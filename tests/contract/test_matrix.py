@@ -18,6 +18,7 @@ import pytest
 import sparse_cases as cases
 
 import jaxpruner
+from jaxpruner.training.optimizer_state import reset_moments
 
 
 def covering_design():
@@ -28,15 +29,14 @@ def covering_design():
         for i, (structure, packed) in enumerate(itertools.islice(itertools.cycle(pairs), 8)):
             optimizer = list(cases.OPTIMIZERS)[(i + row) % len(cases.OPTIMIZERS)]
             kind = cases.TREES[(i + i // 4 + row) % len(cases.TREES)]
-            storage = "packed" if packed else "dense"
-            yield pytest.param(
-                algorithm,
-                structure,
-                packed,
-                optimizer,
-                kind,
-                id="-".join((algorithm, structure, storage, optimizer, kind)),
-            )
+            yield algorithm, structure, packed, optimizer, kind
+    for algorithm, case in cases.MORE.items():
+        yield algorithm, *case
+
+
+def name_of(case):
+    algorithm, structure, packed, optimizer, kind = case
+    return "-".join((algorithm, structure, "packed" if packed else "dense", optimizer, kind))
 
 
 @functools.cache
@@ -44,8 +44,13 @@ def bare_update(optimizer: str):
     return cases.compiled(cases.OPTIMIZERS[optimizer]().update)
 
 
+@functools.cache
+def step_gradients(updater):
+    return cases.compiled(updater.step_gradients)
+
+
 def initial_params(algorithm: str, kind: str):
-    params = cases.tree(kind, kernels=2 if algorithm in cases.GLOBAL else 1)
+    params = cases.tree(kind, kernels=2 if algorithm in cases.ALL_GLOBAL else 1)
     if algorithm != "preserve":
         return params
     return jax.tree.map(lambda p: jnp.where(p < 0.5, 0, p) if p.ndim > 1 else p, params)
@@ -54,14 +59,17 @@ def initial_params(algorithm: str, kind: str):
 def is_due(algorithm: str, count: int) -> bool:
     if algorithm in ("no_prune", "static_sparse"):
         return False
-    if algorithm == "preserve":
+    if algorithm in cases.AT_FIRST_STEP:
         return count == 0
-    if algorithm in cases.STRAIGHT_THROUGH:  # for the next step, at the sparsity it has then
+    if algorithm in cases.ALL_STRAIGHT_THROUGH:  # for the next step, at the sparsity it has then
         return count + 1 >= cases.FIRST
     return cases.FIRST <= count <= cases.LAST and count % cases.FREQ == 0
 
 
-@pytest.mark.parametrize(("algorithm", "structure", "packed", "optimizer", "kind"), list(covering_design()))
+@pytest.mark.parametrize(
+    ("algorithm", "structure", "packed", "optimizer", "kind"),
+    [pytest.param(*case, id=name_of(case)) for case in covering_design()],
+)
 def test_contract(algorithm, structure, packed, optimizer, kind):
     params = initial_params(algorithm, kind)
     updater = cases.make_updater(algorithm, structure, packed)
@@ -83,8 +91,8 @@ def test_contract(algorithm, structure, packed, optimizer, kind):
 
     check_masks(steps, updater, algorithm, structure, params)
     check_storage(cases.sparse_state(steps[-1].new_state), params, packed)
-    if every > 1 and algorithm not in (*cases.SPARSE_FROM_START, "preserve"):
-        dense = cases.FIRST - (algorithm in cases.STRAIGHT_THROUGH)  # which make the mask of the next step
+    if every > 1 and algorithm not in (*cases.ALL_SPARSE_FROM_START, "preserve"):
+        dense = cases.FIRST - (algorithm in cases.ALL_STRAIGHT_THROUGH)  # which make the mask of the next step
         check_dense_phase(steps[: dense * every], cases.around(optimizer, cases.OPTIMIZERS[optimizer]()))
 
 
@@ -92,25 +100,32 @@ def check_against_the_bare_optimizer(step, updater, algorithm, optimizer):
     """Kept entries move, bit for bit, as the inner optimizer alone moves them from the same point."""
     before, after = cases.sparse_state(step.state), cases.sparse_state(step.new_state)
     masks = cases.mask_list(updater, after, step.params)
+    in_force = cases.mask_list(updater, before, step.params) if algorithm in cases.ALL_STRAIGHT_THROUGH else masks
     inner, new_inner, params = before.inner_state, after.inner_state, step.params
-    if algorithm in cases.STRAIGHT_THROUGH:
+    if algorithm in cases.ALL_STRAIGHT_THROUGH:
         if step.index:
             params = merge(inner.weights, params)
         inner, new_inner = inner.inner_state, new_inner.inner_state
-    grads = cases.masked(step.grads, masks) if algorithm in cases.SPARSE_GRADIENTS else step.grads
-    if algorithm in cases.DROP_AND_GROW and is_due(algorithm, step.index):
+    grads = cases.masked(step.grads, in_force) if algorithm in cases.ALL_SPARSE_GRADIENTS else step.grads
+    if algorithm in ("sr_ste", "top_kast"):  # with decay, see tests/core/test_methods.py
+        current = updater.current_masks(before, params)
+        grads = step_gradients(updater)(params, grads, current, before._replace(inner_state=None))
+    if algorithm == "acdc" and is_due(algorithm, step.index):
+        everywhere = jax.tree.map(lambda p: jnp.ones_like(p, bool), params)
+        inner = reset_moments(cases.OPTIMIZERS[optimizer](), inner, params, everywhere)
+    if algorithm in cases.ALL_DROP_AND_GROW and is_due(algorithm, step.index):
         expected = jax.tree.map(jnp.zeros_like, params)
     else:
         expected, expected_inner = bare_update(optimizer)(grads, inner, params)
         cases.assert_same_bits(new_inner, expected_inner)
-    if algorithm in cases.STRAIGHT_THROUGH:
+    if algorithm in cases.ALL_STRAIGHT_THROUGH:
         # Dense weights step; what is seen is their masked projection.
         stepped = optax.apply_updates(params, expected)
         cases.assert_same_bits(merge(after.inner_state.weights, step.new_params), stepped)
         cases.assert_same_bits(step.new_params, cases.masked(stepped, masks))
     else:
         cases.assert_same_bits(cases.masked(step.updates, masks), cases.masked(expected, masks))
-        if algorithm not in cases.DROP_AND_GROW:
+        if algorithm not in cases.ALL_DROP_AND_GROW:
             projected = cases.masked(optax.apply_updates(step.params, expected), masks)
             cases.assert_same_bits(step.new_params, projected)
 
@@ -134,19 +149,21 @@ def check_masks(steps, updater, algorithm, structure, params):
     elif algorithm == "preserve":
         for mask, p in zip(final, [p for p in jax.tree.leaves(params) if p.ndim > 1], strict=True):
             np.testing.assert_array_equal(mask, np.asarray(p) != 0)
-    elif algorithm in cases.GLOBAL:
+    elif algorithm in cases.ALL_GLOBAL:
         total = sum(math.prod(shape) for shape in cases.SHAPES.values())
         assert sum(mask.sum() for mask in final) == cases.kept_number(total)
     else:
         for mask in final:
             cases.check_structure(mask, structure)
-    if algorithm in cases.SPARSE_FROM_START:
+    if algorithm in cases.ALL_SPARSE_FROM_START:
         for masks in history:
             # The number of units never changes: it is that of the final sparsity all along.
             for mask in (mask for mask in masks if mask is not None):
                 cases.check_structure(mask, structure)
     else:
         assert all(mask.all() for mask in first)
+    if algorithm == "acdc":  # dense between its sparse phases
+        assert [all(mask.all() for mask in history[count] if mask is not None) for count in (2, 4, 6)] == [0, 1, 0]
     if algorithm == "random":
         # What was pruned stays pruned.
         for earlier, later in itertools.pairwise(history):
@@ -157,7 +174,7 @@ def check_masks(steps, updater, algorithm, structure, params):
         if any(not np.array_equal(a, b) for a, b in zip(masks, previous, strict=True) if a is not None)
     }
     assert all(is_due(algorithm, count) for count in changed)
-    if algorithm not in ("no_prune", "static_sparse", "preserve"):
+    if algorithm not in ("no_prune", "static_sparse", *cases.AT_FIRST_STEP):
         assert changed
 
 

@@ -48,6 +48,7 @@ WRAPPED = {
     "alone": lambda: sparse(),
     "packed": lambda: sparse(use_packed_masks=True),
     "straight-through": lambda: sparse(algorithm="magnitude_ste"),
+    "remembering": lambda: sparse(algorithm="movement"),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), sparse()),
     "multi_transform": lambda: optax.multi_transform({"all": sparse()}, one_label),
     "masked": lambda: optax.masked(sparse(), {"attention": {"kernel": True}, "mlp": {"kernel": True, "bias": False}}),

@@ -93,10 +93,10 @@ def test_updaters_pickle_compare_and_hash(algorithm):
         assert other != one
     assert copy.deepcopy(one) == one
     assert one != updater(algorithm, drop_fraction=0.3, custom_sparsity_map={"a": 0.5}, rng_seed=jax.random.key(4))
-    inner = optax.adam(0.1)
-    assert transformation(algorithm, inner) == transformation(algorithm, inner)
+    inner, longer = optax.adam(0.1), {"update_end_step": 6}  # of which phases alternate
+    assert transformation(algorithm, inner, **longer) == transformation(algorithm, inner, **longer)
     if algorithm not in ("no_prune", "preserve"):
-        assert transformation(algorithm, inner) != transformation(algorithm, inner, sparsity=0.5)
+        assert transformation(algorithm, inner, **longer) != transformation(algorithm, inner, sparsity=0.5, **longer)
 
 
 def test_a_changed_updater_is_no_longer_equal():

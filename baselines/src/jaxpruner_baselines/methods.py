@@ -7,7 +7,11 @@ from typing import Any
 import jaxpruner
 
 DENSE = "dense"
-_NOT_COMPARED = {"no_prune", "preserve"}  # the dense run itself; resuming a sparse checkpoint
+# The dense run itself; resuming a sparse checkpoint; and what the paper does not compare.
+_NOT_COMPARED = {
+    "no_prune", "preserve", "lamp", "movement", "fisher", "adam_fisher", "acdc", "granet", "mest", "sr_ste", "top_kast",
+    "snip", "grasp", "synflow", "srigl",
+}  # fmt: skip
 
 
 def is_dense(method: str) -> bool:
@@ -16,7 +20,7 @@ def is_dense(method: str) -> bool:
 
 
 def all_methods() -> list[str]:
-    """`dense` and every algorithm of the core, those added by `register_algorithm` included."""
+    """`dense` and every algorithm that the paper compares, and those added by `register_algorithm`."""
     return [DENSE, *(n for n in jaxpruner.all_algorithm_names() if n not in _NOT_COMPARED)]
 
 

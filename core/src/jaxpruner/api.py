@@ -31,6 +31,19 @@ ALGORITHM_REGISTRY: dict[str, Callable[..., BaseUpdater]] = {
     "rigl": algorithms.RigL,
     "set": algorithms.SET,
     "preserve": algorithms.PreserveSparsity,
+    "lamp": algorithms.LampPruning,
+    "movement": algorithms.MovementPruning,
+    "fisher": algorithms.FisherPruning,
+    "adam_fisher": algorithms.AdamFisherPruning,
+    "acdc": algorithms.ACDC,
+    "granet": algorithms.GraNet,
+    "mest": algorithms.MEST,
+    "srigl": algorithms.SRigL,
+    "sr_ste": algorithms.SrSte,
+    "top_kast": algorithms.TopKast,
+    "snip": algorithms.SNIP,
+    "grasp": algorithms.GraSP,
+    "synflow": algorithms.SynFlow,
 }
 
 _DISTRIBUTIONS = {"uniform": sparsity_distributions.uniform, "erk": sparsity_distributions.erk}
@@ -144,16 +157,17 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
       algorithm: a name of `all_algorithm_names()`.
       sparsity: final fraction of zeros, in [0, 1).
       dist_type: `uniform` (default) or `erk`; global algorithms have their own.
-      sparsity_type: `unstructured` (default), `nm_2,4` or `nm_2:4`, `block_4,4`, `channel_-1`, with an axis
-        `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`, `block_4,4,axes=1:2`, `channel_input`; where
-        an adapter of a framework finds them in its model (see `find_groups`) `groups`, `groups_*mlp*:*attention*`
-        (patterns), `groups,multiple_of=8`, `groups,budget=flops`; or what `BaseUpdater.sparsity_type` takes.
+      sparsity_type: `unstructured` (default, but `per_output` for `srigl`), `nm_2,4` or `nm_2:4`, `block_4,4`,
+        `channel_-1`, with an axis `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`,
+        `block_4,4,axes=1:2`, `channel_input`; `gradual_nm_2,4`, unstructured before it is n:m; where an adapter of
+        a framework finds them in its model (see `find_groups`) `groups`, `groups_*mlp*:*attention*` (patterns),
+        `groups,multiple_of=8`, `groups,budget=flops`; or what `BaseUpdater.sparsity_type` takes.
       update_start_step, update_end_step, update_freq: masks are made on multiples of `update_freq`
         (default 1) from start to end, sparser with each along a cubic polynomial, the last with the final sparsity
         exactly; at once if start equals end; never without a start.
       initial_sparsity: where the polynomial starts (default 0), or `from_params`: zeros of the parameters at the first
         step stay, and pruning goes on from them.
-      drop_fraction: share of active weights that SET and RigL replace, cosine-decayed to 0 at
+      drop_fraction: share of active weights that SET, MEST, RigL, SRigL and GraNet replace, cosine-decayed to 0 at
         `update_end_step` (default 0.1).
       filter_fn: `filter_fn(path, param)` takes the parameters to prune (default: two or more axes).
       custom_sparsity_map: path or pattern -> sparsity; the most specific pattern holds.
@@ -184,7 +198,7 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
     _parse_distribution(config.get("dist_type", "uniform"))
     if name not in _WITHOUT_SPARSITY and not {"sparsity", "sparsity_distribution_fn"} & set(config):
         raise ValueError("sparsity: missing; give the final fraction of zeros, such as sparsity=0.8.")
-    offered = _common_fields(config)
+    offered = _common_fields(config, getattr(algorithm, "gradual_schedule", sparsity_schedules.PolynomialSchedule))
     if name in _WITHOUT_SPARSITY:
         for key in ("scheduler", "masks"):
             offered.pop(key, None)
@@ -210,7 +224,7 @@ def all_algorithm_names() -> tuple[str, ...]:
     return tuple(ALGORITHM_REGISTRY)
 
 
-def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _common_fields(config: Mapping[str, Any], gradual: type[sparsity_schedules.Schedule]) -> dict[str, Any]:
     """Constructor arguments from the common keys; an algorithm takes those that it has."""
     if not callable(config.get("filter_fn", callable)):
         raise ValueError(f"filter_fn: {config['filter_fn']!r} is no function; give one of (path, param).")
@@ -230,9 +244,10 @@ def _common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         offered["masks"] = FROM_PARAMS
     # Without a start the algorithm's own schedule stands, which makes no updates.
     if "update_start_step" in config:
-        offered["scheduler"] = _parse_schedule(config, 0.0 if initial == FROM_PARAMS else initial)
+        offered["scheduler"] = _parse_schedule(config, gradual, 0.0 if initial == FROM_PARAMS else initial)
     offered["drop_fraction_fn"] = _parse_drop_fraction(config)
-    offered["sparsity_type"] = parse_sparsity_type(config.get("sparsity_type", "unstructured"))
+    if "sparsity_type" in config:
+        offered["sparsity_type"] = parse_sparsity_type(config["sparsity_type"])
     return offered
 
 
@@ -242,16 +257,21 @@ def _parse_distribution(dist_type: Any) -> Callable[..., Any]:
     return _DISTRIBUTIONS[dist_type]
 
 
-def _parse_schedule(config: Mapping[str, Any], initial_sparsity: float) -> sparsity_schedules.Schedule:
+def _parse_schedule(
+    config: Mapping[str, Any], gradual: type[sparsity_schedules.Schedule], initial_sparsity: float
+) -> sparsity_schedules.Schedule:
     start, end = config["update_start_step"], config.get("update_end_step")
     if start == end:
         return sparsity_schedules.OneShotSchedule(start)
-    return sparsity_schedules.PolynomialSchedule(
-        update_freq=config.get("update_freq", 1),
-        update_start_step=start,
-        update_end_step=end,
-        initial_sparsity=initial_sparsity,
-    )
+    dates = {"update_freq": config.get("update_freq", 1), "update_start_step": start, "update_end_step": end}
+    if issubclass(gradual, sparsity_schedules.PolynomialSchedule):
+        return gradual(initial_sparsity=initial_sparsity, **dates)
+    if initial_sparsity:
+        raise ValueError(
+            f"initial_sparsity: {initial_sparsity!r} has no effect on algorithm {config['algorithm']!r}, whose "
+            "sparsity does not rise; leave it out."
+        )
+    return gradual(**dates)
 
 
 def _parse_drop_fraction(config: Mapping[str, Any]) -> Callable[[Any], Any]:

@@ -16,12 +16,13 @@ from jaxpruner import (
     coupled_structures,
     equality,
     mask_storage,
-    selection,
     sparsity_distributions,
     sparsity_schedules,
     sparsity_types,
     trees,
 )
+from jaxpruner.choosing import map_choosing
+from jaxpruner.elementwise import own_mark, require_grads
 from jaxpruner.inspection import checks
 from jaxpruner.selection import counts
 from jaxpruner.selection.score_reading import Scores, as_array
@@ -32,62 +33,9 @@ from jaxpruner.training.projection import SparseState, apply_mask
 __all__ = ["BaseUpdater", "NoPruning", "SparseState", "apply_mask"]
 
 
-def elementwise_scores(score: Callable[..., Any], needs_grads: bool = False) -> Callable[..., Any]:
-    """A `calculate_scores` of an elementwise function of weights, or of weights and gradients.
-
-    Called, it returns arrays like any other. Mask updates take its `unevaluated` scores instead,
-    which selection evaluates while it reads the weights, so that they are never stored.
-
-    Args:
-      score: `score(w)`, or `score(w, g)`.
-      needs_grads: whether it takes gradients.
-    """
-
-    def unevaluated(updater: BaseUpdater, params: Any, grads: Any) -> Any:
-        if not needs_grads:
-            return jax.tree.map(lambda w: Scores(score, (w,)), params)
-        require_grads(updater, grads)
-        return jax.tree.map(lambda w, g: Scores(score, (w, g)), params, grads)
-
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
-        del sparse_state, kwargs
-        return jax.tree.map(Scores.evaluate, unevaluated(self, params, grads))
-
-    calculate_scores.unevaluated = unevaluated
-    calculate_scores.__doc__ = score.__doc__
-    return calculate_scores
-
-
-def map_choosing(choose: Callable[..., selection.Choosing], tree: Any, *rest: Any) -> Any:
-    """`trees.map_named` of a generator function, the selections of all leaves made together."""
-    choosing: list[selection.Choosing] = []
-
-    def place(*arguments):
-        choosing.append(choose(*arguments))
-        return len(choosing) - 1
-
-    places = trees.map_named(place, tree, *rest)
-    chosen = selection.together(choosing)
-    return jax.tree.map(lambda i: chosen[i], places)
-
-
 def as_state(targets: Any) -> Any:
     """Target sparsities as a state keeps them: an array for each leaf, since no buffer may be donated twice."""
     return trees.to_state(jax.tree.map(lambda target: jnp.asarray(target, jnp.float32), targets))
-
-
-def _own_mark(method: Callable[..., Any], mark: str) -> Any:
-    """A mark on a method of ours; `functools.wraps` copies marks to wrappers, which do not count."""
-    return None if hasattr(method, "__wrapped__") else getattr(method, mark, None)
-
-
-def require_grads(updater: BaseUpdater, grads: Any) -> None:
-    """Raises a ValueError for an algorithm that scores with gradients and got none."""
-    if grads is None:
-        raise ValueError(
-            f"grads: {type(updater).__name__} scores with gradients and got none; pass grads=, for "
-            "example of the loss on one batch."
-        )
 
 
 class _TopK:
@@ -153,6 +101,14 @@ class BaseUpdater:
     is_global: ClassVar[bool] = False
     # Whether masks are made when the schedule says so; else they are what training starts with.
     follows_schedule: ClassVar[bool] = True
+    # Whether training starts dense; else with a mask of the final sparsity.
+    starts_dense: ClassVar[bool] = True
+    # What a configuration with a start and an end makes of them.
+    gradual_schedule: ClassVar[type[Schedule]] = sparsity_schedules.PolynomialSchedule
+    # Whether a mask update that regrows starts the optimizer statistics of all weights anew, not of those alone.
+    renews_all: ClassVar[bool] = False
+    # Whether scores read the state of the inner optimizer, in `sparse_state.inner_state`.
+    reads_optimizer: ClassVar[bool] = False
 
     def wrap_optax(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         """The inner optimizer, made sparse. It must come last in a chain.
@@ -178,6 +134,54 @@ class BaseUpdater:
         """
         raise NotImplementedError(f"{type(self).__name__} does not override calculate_scores.")
 
+    def init_statistics(self, params: Any) -> Any:
+        """What the algorithm remembers at count 0; None, here, if it remembers nothing.
+
+        They are in `sparse_state.statistics`, and everywhere that masks are: in checkpoints, shardings, loops.
+
+        Args:
+          params: the parameters that are pruned, MaskedNode elsewhere, which `jax.tree.map` passes over. Only their
+            shapes count: hosts restore parameters after `init`.
+
+        Returns:
+          A tree like `params`, or a dict or tuple of such trees, with leaves of the parameters' shapes.
+        """
+        del params
+        return None
+
+    def update_statistics(self, params: Any, grads: Any, statistics: Any) -> Any:
+        """The statistics after one more step; called in every step, before masks are made.
+
+        Args:
+          params: the parameters before the step, of the pruned leaves (dense weights if straight-through).
+          grads: their gradients as they came, not masked.
+          statistics: those before the step. What is returned takes their dtypes.
+        """
+        del params, grads
+        return statistics
+
+    def known_statistics(self, params: Any, sparse_state: SparseState | None, grads: Any) -> Any:
+        """The statistics to score with; without a state those of a single step from these gradients."""
+        if sparse_state is not None:
+            return sparse_state.statistics
+        require_grads(self, grads)
+        return self.update_statistics(params, grads, self.init_statistics(params))
+
+    def step_gradients(self, params: Any, grads: Any, masks: Any, sparse_state: SparseState) -> Any:
+        """The gradients that the inner optimizer steps with.
+
+        Args:
+          params: the parameters that it steps from (dense weights if straight-through).
+          grads: the gradients as they came.
+          masks: the boolean masks in force, None where a leaf is not pruned.
+          sparse_state: the state, with these masks, at the count of this step.
+        """
+        del params, sparse_state
+        return apply_mask(grads, masks) if self.is_sparse_gradients else grads
+
+    def check_inner_state(self, inner_state: Any, params: Any) -> None:
+        """Raises a ValueError if the inner optimizer lacks what the algorithm reads of it; called by `init`."""
+
     def init_state(self, params: Any) -> SparseState:
         """The state at count 0.
 
@@ -189,11 +193,12 @@ class BaseUpdater:
         masks = self.get_initial_masks(params, targets)
         if self.masks is not None and not self._reads_params:
             masks = fit.given_masks(self.masks, params, targets)
-        return SparseState(
+        state = SparseState(
             masks=mask_storage.encode_tree(self.storage, masks),
             target_sparsities=as_state(self._as_float32(params, targets)),
             count=jnp.zeros((), jnp.int32),
         )
+        return projection.with_statistics(state, self.init_statistics(projection.pruned_only(params, state.masks)))
 
     def get_target_sparsities(self, params: Any) -> Any:
         """The checked final sparsity of each leaf, None where it is not pruned."""
@@ -218,15 +223,7 @@ class BaseUpdater:
         Towards the sparsities of this configuration, whatever the state was made with.
         """
         targets = self._targets_at_hand(params, sparse_state)
-        now: dict[Any, Any] = {}  # equal targets, such as those of leaves of one shape, share the arithmetic
-
-        def sparsity(target, _):
-            key = float(target) if isinstance(target, np.floating) else id(target)
-            if key not in now:
-                now[key] = self.sparsity_at(target, sparse_state.count)
-            return now[key]
-
-        sparsities = trees.map_pruned(sparsity, targets, targets)
+        sparsities = self._sparsities_at(targets, sparse_state.count)
         scores = self._scores(params, sparse_state, grads, **kwargs)
         if self.masks is not None:
             before = self.current_masks(sparse_state, params)
@@ -237,6 +234,18 @@ class BaseUpdater:
         return sparse_state._replace(
             masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=as_state(targets)
         )
+
+    def _sparsities_at(self, targets: Any, count: Any) -> Any:
+        """The sparsities of the masks in force at a count, None where a leaf is not pruned."""
+        now: dict[Any, Any] = {}  # equal targets, such as those of leaves of one shape, share the arithmetic
+
+        def sparsity(target, _):
+            key = float(target) if isinstance(target, np.floating) else id(target)
+            if key not in now:
+                now[key] = self.sparsity_at(target, count)
+            return now[key]
+
+        return trees.map_pruned(sparsity, targets, targets)
 
     def sparsity_at(self, target: Any, count: Any) -> Any:
         """The sparsity of a leaf, of the masks in force at a count."""
@@ -301,6 +310,12 @@ class BaseUpdater:
         return self.apply_masks(params, self.current_masks(sparse_state, params))
 
     @property
+    def remembers(self) -> bool:
+        """Whether it keeps statistics: whether someone overrode `init_statistics`."""
+        hook = self.init_statistics
+        return getattr(hook, "__func__", hook) is not BaseUpdater.init_statistics
+
+    @property
     def storage(self) -> mask_storage.MaskStorage:
         """How the state keeps masks."""
         if self._is_coupled:
@@ -361,8 +376,8 @@ class BaseUpdater:
 
     def _scores(self, params: Any, sparse_state: SparseState | None, grads: Any, **kwargs) -> Any:
         """What `calculate_scores` gives, unevaluated unless someone overrode it or what reads it."""
-        unevaluated = _own_mark(self.calculate_scores, "unevaluated")
-        if unevaluated and _own_mark(self.create_masks, "reads_unevaluated"):
+        unevaluated = own_mark(self.calculate_scores, "unevaluated")
+        if unevaluated and own_mark(self.create_masks, "reads_unevaluated"):
             return unevaluated(self, params, grads)
         return self.calculate_scores(params, sparse_state=sparse_state, grads=grads, **kwargs)
 
@@ -418,7 +433,7 @@ class BaseUpdater:
         if trees.is_unpruned(mask) or isinstance(self.structure(path, score).of_layer, pooled):
             return score
         filled = Scores.of(score).filled(~mask, jnp.nan)
-        return filled if _own_mark(self.create_masks, "reads_unevaluated") else as_array(filled)
+        return filled if own_mark(self.create_masks, "reads_unevaluated") else as_array(filled)
 
     def __eq__(self, other: Any) -> bool:
         return type(self) is type(other) and equality.comparable(vars(self)) == equality.comparable(vars(other))

@@ -26,6 +26,28 @@ def saliency(w: Float[Array, "*s"], g: Float[Array, "*s"]) -> Float[Array, "*s"]
     return jnp.abs(w.astype(wide) * g.astype(wide))
 
 
+def cost(w: Float[Array, "*s"], curvature: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """`w ** 2 * h`, twice the second-order change of the loss when w is removed, with the diagonal h of its Hessian."""
+    wide = jnp.promote_types(jnp.result_type(w, curvature), jnp.float32)
+    return jnp.square(w.astype(wide)) * curvature.astype(wide)
+
+
+def lamp(w: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    r"""The share of a weight among those of its leaf that are not smaller (Lee et al., 2021).
+
+    .. math:: s_i = w_i^2 / \sum_{j : |w_j| \ge |w_i|} w_j^2
+
+    Of equal weights the earlier is taken for the larger, so that all sums differ. 0 where w is 0.
+    """
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    squares = jnp.square(w.astype(wide)).reshape(-1)
+    order = jnp.argsort(-squares, stable=True)
+    descending = squares[order]
+    sums = jnp.cumsum(descending)
+    shares = jnp.where(descending > 0, descending / jnp.where(sums > 0, sums, 1), 0)
+    return jnp.zeros_like(shares).at[order].set(shares).reshape(w.shape)
+
+
 def uniform_random(
     key: PRNGKeyArray, shape: tuple[int, ...], among: Bool[Array, "*s"] | None = None, layout: Any = None
 ) -> Float[Array, "*s"]:

@@ -203,6 +203,29 @@ class PolynomialSchedule(PeriodicSchedule):
 
 
 @dataclasses.dataclass(frozen=True)
+class AlternatingSchedule(PeriodicSchedule):
+    """Sparse and dense phases in turn, each of `update_freq` steps; the last one is sparse (Peste et al., 2021).
+
+    A phase begins at each update, at the final sparsity or at 0. Counted from the last update backwards every second
+    one is dense: of an even number of updates the first begins a dense phase, which is none where training is dense
+    before.
+    """
+
+    update_start_step: int = 0
+    update_end_step: int | None = None
+
+    def __post_init__(self):
+        if self.update_end_step is None:
+            raise ValueError("update_end_step: missing; give the step at which the last phase, a sparse one, begins.")
+        super().__post_init__()
+
+    def _sparsity(self, target: Sparsity, step: Step) -> Sparsity:
+        last = self.update_end_step if self.last_update_step is None else self.last_update_step
+        phases_left = -((jnp.minimum(step, last) - last) // self.update_freq)
+        return jnp.where(phases_left % 2 == 0, target, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class CosineDecay:
     r"""The share of active weights that SET and RigL replace (Evci et al., 2020).
 

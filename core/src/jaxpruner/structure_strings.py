@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jaxpruner import coupled_structures, sparsity_types
+from jaxpruner import coupled_structures, gradual_structures, sparsity_types
 
 _NUMBER = r"-?[0-9]+"
 _NUMBERS = rf"{_NUMBER}(?::{_NUMBER})*"
-_NM = re.compile(rf"nm_([0-9]+)[,:]([0-9]+)(?:,axis=({_NUMBERS}|input))?")
+_NM = re.compile(rf"(gradual_)?nm_([0-9]+)[,:]([0-9]+)(?:,axis=({_NUMBERS}|input))?")
 _BLOCK = re.compile(rf"block_([0-9]+),([0-9]+)(?:,axes=({_NUMBER}):({_NUMBER}))?")
 _CHANNEL = re.compile(rf"channel_(?:axis=)?({_NUMBER}|input|output)")
 _GROUPS = re.compile(r"groups(?:_([^,]+))?(?:,multiple_of=([1-9][0-9]*))?(?:,budget=(units|flops))?")
@@ -39,11 +39,12 @@ def _parse(text: str) -> sparsity_types.SparsityType:
         return sparsity_types.PerOutput()
     try:
         if found := _NM.fullmatch(text):
-            n, m, axis = found.groups()
+            gradual, n, m, axis = found.groups()
+            kind = sparsity_types.NByM if gradual is None else gradual_structures.GradualNByM
             if axis is None:
-                return sparsity_types.NByM(int(n), int(m))
+                return kind(int(n), int(m))
             axes = axis if axis == "input" else tuple(map(int, axis.split(":")))
-            return sparsity_types.NByM(int(n), int(m), axes[0] if len(axes) == 1 else axes)
+            return kind(int(n), int(m), axes[0] if len(axes) == 1 else axes)
         if found := _BLOCK.fullmatch(text):
             h, w, *axes = found.groups()
             tiled = {} if axes[0] is None else {"axes": tuple(map(int, axes))}
@@ -63,6 +64,7 @@ def _parse(text: str) -> sparsity_types.SparsityType:
 def _unknown(value: Any) -> str:
     return (
         f"Sparsity type {value!r} is not known; use 'unstructured', 'per_output', 'nm_2,4' or 'nm_2:4', "
-        "'nm_2,4,axis=0', 'nm_2,4,axis=input', 'block_4,4', 'block_4,4,axes=1:2', 'channel_-1', 'channel_input', "
-        "'groups', 'groups_*mlp*:*attention*,multiple_of=8,budget=flops', or an object of jaxpruner.sparsity_types."
+        "'nm_2,4,axis=0', 'nm_2,4,axis=input', 'gradual_nm_2,4', 'block_4,4', 'block_4,4,axes=1:2', 'channel_-1', "
+        "'channel_input', 'groups', "
+        "'groups_*mlp*:*attention*,multiple_of=8,budget=flops', or an object of jaxpruner.sparsity_types."
     )

@@ -317,7 +317,7 @@ def test_another_sparsity_holds_from_where_a_checkpoint_is_continued(tmp_path, c
         late.check_sparse()
 
 
-@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
+@pytest.mark.parametrize("algorithm", ["magnitude", "movement"])
 def test_zeros_of_a_sparse_checkpoint_can_be_preserved(algorithm, tmp_path):
     agent = make("dqn", *cases.bind(algorithm=algorithm))
     cases.feed(agent, 32)

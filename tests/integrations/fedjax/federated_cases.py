@@ -18,10 +18,13 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
-import jaxpruner  # noqa: E402
 import jaxpruner_fedjax  # noqa: E402
 
-ALGORITHMS = jaxpruner.all_algorithm_names()
+# Those of the paper's library, and `movement`, whose state has all that a state may have: statistics and dense weights.
+ALGORITHMS = (
+    "no_prune", "magnitude", "random", "saliency", "magnitude_ste", "random_ste", "global_magnitude", "global_saliency",
+    "static_sparse", "rigl", "set", "preserve", "movement",
+)  # fmt: skip
 GLOBAL = ("global_magnitude", "global_saliency")
 ROUNDS = 3
 BATCHES = fedjax.ShuffleRepeatBatchHParams(batch_size=16, num_steps=2, seed=0)

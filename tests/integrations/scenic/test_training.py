@@ -62,7 +62,7 @@ def test_frozen_parameters_are_left_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "data"), [("rigl", {}), ("magnitude_ste", {"dataset_name": "digits", "replay_data_on_resume": True})]
+    ("algorithm", "data"), [("rigl", {}), ("movement", {"dataset_name": "digits", "replay_data_on_resume": True})]
 )
 def test_resumed_is_the_run_that_went_through(algorithm, data, tmp_path, monkeypatch):
     """From the middle of the mask updates; masks packed. And data in their order, where that is asked for."""

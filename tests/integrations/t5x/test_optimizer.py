@@ -81,7 +81,7 @@ INNER = {
 }
 
 
-@pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*cases.ALGORITHMS, "adam_fisher"])  # which reads T5X's optimizer here
 def test_it_does_what_the_optax_transformation_does(algorithm):
     """Statistics of regrown weights and dense weights of straight-through methods included."""
     ours = train(jaxpruner_t5x.SparseOptimizer(optimizers.adamw(1e-2), updater(algorithm)))
@@ -142,7 +142,7 @@ def test_a_state_that_is_restored_is_the_state_that_was_saved(algorithm, packed)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["SparseOptimizer", "OptaxWrapper"])
 def test_masks_and_dense_weights_have_the_axes_of_their_parameters(wrapped, packed):
-    chosen = updater("magnitude_ste", use_packed_masks=packed)
+    chosen = updater("movement", use_packed_masks=packed)
     if wrapped:
         state = state_of(optimizers.OptaxWrapper(jaxpruner.sparsify(optax.adam(1e-3), chosen)))
         sparse = state.as_logical_axes()._optimizer.state.param_states
@@ -157,6 +157,8 @@ def test_masks_and_dense_weights_have_the_axes_of_their_parameters(wrapped, pack
     assert sparse.masks["mlp"]["wi"]["kernel"] == (PartitionSpec("embed", None) if packed else kernel)
     assert sparse.masks["embedding"] == optax.MaskedNode()
     assert sparse.inner_state.weights["mlp"]["wi"]["kernel"] == kernel
+    assert sparse.statistics["mlp"]["wi"]["kernel"] == kernel
+    assert sparse.statistics["embedding"] == optax.MaskedNode()
     assert sparse.count == PartitionSpec()
 
 

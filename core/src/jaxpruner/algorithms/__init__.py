@@ -1,6 +1,8 @@
 """The named algorithms: short choices among scores, structures and the time masks are made."""
 
-from jaxpruner.algorithms.global_pruners import GlobalMagnitudePruning, GlobalSaliencyPruning
+from jaxpruner.algorithms.at_initialisation import SNIP, GraSP, SynFlow
+from jaxpruner.algorithms.global_pruners import GlobalMagnitudePruning, GlobalSaliencyPruning, LampPruning
+from jaxpruner.algorithms.gradual import ACDC, GraNet
 from jaxpruner.algorithms.preserve import PreserveSparsity
 from jaxpruner.algorithms.pruners import (
     MagnitudePruning,
@@ -8,20 +10,35 @@ from jaxpruner.algorithms.pruners import (
     RandomPruning,
     SaliencyPruning,
 )
-from jaxpruner.algorithms.sparse_trainers import SET, RigL, StaticRandomSparse
-from jaxpruner.algorithms.ste import SteMagnitudePruning, SteRandomPruning
+from jaxpruner.algorithms.remembering import AdamFisherPruning, FisherPruning, MovementPruning
+from jaxpruner.algorithms.sparse_trainers import MEST, SET, RigL, StaticRandomSparse
+from jaxpruner.algorithms.ste import SrSte, SteMagnitudePruning, SteRandomPruning, TopKast
+from jaxpruner.algorithms.structured_rigl import SRigL
 
 __all__ = [
+    "ACDC",
+    "MEST",
     "SET",
+    "SNIP",
+    "AdamFisherPruning",
+    "FisherPruning",
     "GlobalMagnitudePruning",
     "GlobalSaliencyPruning",
+    "GraNet",
+    "GraSP",
+    "LampPruning",
     "MagnitudePruning",
+    "MovementPruning",
     "NoPruning",
     "PreserveSparsity",
     "RandomPruning",
     "RigL",
+    "SRigL",
     "SaliencyPruning",
+    "SrSte",
     "StaticRandomSparse",
     "SteMagnitudePruning",
     "SteRandomPruning",
+    "SynFlow",
+    "TopKast",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import selection, sparsity_distributions, sparsity_types, trees
+from jaxpruner import scores, selection, sparsity_distributions, sparsity_types, trees
 from jaxpruner.algorithms.pruners import MagnitudePruning, SaliencyPruning
 from jaxpruner.base_updater import BaseUpdater
 from jaxpruner.selection import counts
@@ -18,7 +18,7 @@ from jaxpruner.training import fit
 
 
 @dataclasses.dataclass(eq=False)
-class _GlobalPruning(BaseUpdater):
+class GlobalPruning(BaseUpdater):
     r"""Keeps the highest normalised scores of all selected leaves together.
 
     The scores of a leaf are divided by :math:`\lVert s \rVert_2 + \epsilon`, so that no layer wins
@@ -139,10 +139,43 @@ class _GlobalPruning(BaseUpdater):
 
 
 @dataclasses.dataclass(eq=False)
-class GlobalMagnitudePruning(_GlobalPruning, MagnitudePruning):
+class GlobalMagnitudePruning(GlobalPruning, MagnitudePruning):
     """Global pruning by `|w|`."""
 
 
 @dataclasses.dataclass(eq=False)
-class GlobalSaliencyPruning(_GlobalPruning, SaliencyPruning):
+class LampPruning(GlobalPruning):
+    r"""Global pruning by the layer-adaptive magnitude score (Lee et al., 2021).
+
+    .. math:: s_i = w_i^2 / \sum_{j : |w_j| \ge |w_i|} w_j^2
+
+    over the weights of a leaf, or of a layer in a stack of them. The largest weight of each scores 1, so that no leaf
+    vanishes before all are down to one weight. Of groups, a unit's score is the sum of those of its weights. Each mask
+    update sorts each leaf, and gathers those that are sharded.
+
+    Raises:
+      ValueError: for `use_normalization=True`: the scores are normalised by what they are.
+    """
+
+    use_normalization: bool = False
+
+    def __post_init__(self):
+        if self.use_normalization:
+            raise ValueError("use_normalization: lamp's scores are normalised by what they are; leave it out.")
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+        """The share of each weight among those of its layer that are not smaller."""
+        del sparse_state, grads, kwargs
+
+        def score(path, p):
+            axis = None if trees.is_unpruned(p) else self.stack_axis(path, p)
+            if axis is None:
+                return p if trees.is_unpruned(p) else scores.lamp(p)
+            return jax.vmap(scores.lamp, axis, axis)(p)
+
+        return trees.map_named(score, params)
+
+
+@dataclasses.dataclass(eq=False)
+class GlobalSaliencyPruning(GlobalPruning, SaliencyPruning):
     """Global pruning by `|w * g|`."""

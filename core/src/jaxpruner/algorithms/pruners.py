@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpruner import scores, trees
-from jaxpruner.base_updater import BaseUpdater, NoPruning, elementwise_scores
+from jaxpruner.base_updater import BaseUpdater, NoPruning
+from jaxpruner.elementwise import elementwise_scores
 
 
 @dataclasses.dataclass(eq=False)

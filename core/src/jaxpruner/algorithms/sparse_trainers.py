@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import mask_storage, scores, sparsity_types, trees
+from jaxpruner import mask_storage, scores, selection, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
-from jaxpruner.base_updater import BaseUpdater, as_state, elementwise_scores, map_choosing, require_grads
+from jaxpruner.base_updater import BaseUpdater, as_state
+from jaxpruner.choosing import map_choosing
+from jaxpruner.elementwise import elementwise_scores, require_grads
 from jaxpruner.selection.score_reading import Scores, as_array
 from jaxpruner.sparsity_schedules import CosineDecay
 
@@ -24,6 +26,7 @@ class StaticRandomSparse(BaseUpdater):
     is_sparse_gradients: bool = True
 
     follows_schedule = False
+    starts_dense = False
 
     def get_initial_masks(self, params, target_sparsities):
         return self.create_masks(random_scores(self, params), target_sparsities)
@@ -74,22 +77,38 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     # By |w| active weights are dropped.
     calculate_scores = elementwise_scores(scores.magnitude)
 
+    def drop_scores(self, params: Any, grads: Any, sparse_state: Any, **kwargs) -> Any:
+        """A tree of scores; the lowest of the active weights are dropped. Those of `calculate_scores`, here `|w|`."""
+        return self._scores(params, sparse_state, grads, **kwargs)
+
+    def masks_to_regrow(self, sparse_state: Any, params: Any, targets: Any, drop_scores: Any) -> Any:
+        """The masks of which weights are dropped and grown again, None where a leaf is not pruned."""
+        del targets, drop_scores
+        return self.current_masks(sparse_state, params)
+
+    def regrown(
+        self, structure: Any, mask: Any, drop: Any, grow: Any, fraction: Any, target: Any
+    ) -> selection.Choosing[Any]:
+        """The new mask of a leaf: of its structure, with as many weights as it had."""
+        del target
+        return (yield from sparsity_types.regrowing(structure, mask, drop, grow, fraction))
+
     def update_state(self, sparse_state, params, grads, **kwargs):
         targets = self._targets_at_hand(params, sparse_state)
         fraction = self.drop_fraction_fn(sparse_state.count)
-        masks = self.current_masks(sparse_state, params)
-        drop_scores = self._scores(params, sparse_state, grads, **kwargs)
+        drop_scores = self.drop_scores(params, grads, sparse_state, **kwargs)
+        masks = self.masks_to_regrow(sparse_state, params, targets, drop_scores)
         grow_scores = self.grow_scores(params, grads, sparse_state.count)
 
-        def regrow(path, mask, drop, grow):
+        def regrow(path, mask, drop, grow, target):
             if trees.is_unpruned(mask):
                 return None
             with trees.errors_at(path):
-                new = yield from sparsity_types.regrowing(self.structure(path, drop), mask, drop, grow, fraction)
+                new = yield from self.regrown(self.structure(path, drop), mask, drop, grow, fraction, target)
             # Gradients that overflowed say nothing of where to grow.
             return jnp.where(jnp.all(jnp.isfinite(as_array(grow))), trees.laid_out_like(mask, new), mask)
 
-        masks = map_choosing(regrow, masks, drop_scores, grow_scores)
+        masks = map_choosing(regrow, masks, drop_scores, grow_scores, targets)
         return sparse_state._replace(
             masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=as_state(targets)
         )
@@ -102,6 +121,30 @@ class SET(_DropAndGrow):
     def grow_scores(self, params, grads, step):
         del grads
         return random_scores(self, params, step)
+
+
+@dataclasses.dataclass(eq=False)
+class MEST(SET):
+    r"""SET that drops the smallest :math:`|w| + \lambda |g|` (Yuan et al., 2021): what is small, but moves, stays.
+
+    Attributes:
+      gradient_weight: the :math:`\lambda` above; 0 is SET.
+
+    Raises:
+      ValueError: for a negative weight.
+    """
+
+    gradient_weight: float = 1.0
+
+    def __post_init__(self):
+        if not self.gradient_weight >= 0:
+            raise ValueError(f"gradient_weight: {self.gradient_weight!r} is negative; give 0 (which is set) or more.")
+
+    def drop_scores(self, params, grads, sparse_state, **kwargs):
+        """`|w| + gradient_weight * |g|`."""
+        del sparse_state, kwargs
+        require_grads(self, grads)
+        return jax.tree.map(lambda w, g: jnp.abs(w) + self.gradient_weight * jnp.abs(g), params, grads)
 
 
 @dataclasses.dataclass(eq=False)

@@ -7,14 +7,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxpruner import scores
+from jaxpruner import scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
-from jaxpruner.base_updater import BaseUpdater, elementwise_scores
+from jaxpruner.base_updater import BaseUpdater
+from jaxpruner.elementwise import elementwise_scores
 from jaxpruner.training import projection, transformation
 
 
 @dataclasses.dataclass(eq=False)
-class _StraightThrough(BaseUpdater):
+class StraightThrough(BaseUpdater):
     """Gradients at the masked weights move the dense weights (Bengio et al., 2013).
 
     A mask is made in every step, from the weights as they are then, at the sparsity that the schedule has for that
@@ -50,16 +51,106 @@ class _StraightThrough(BaseUpdater):
 
 
 @dataclasses.dataclass(eq=False)
-class SteMagnitudePruning(_StraightThrough):
+class SteMagnitudePruning(StraightThrough):
     """Masks the smallest `|w|` of the dense weights."""
 
     calculate_scores = elementwise_scores(scores.magnitude)
 
 
 @dataclasses.dataclass(eq=False)
-class SteRandomPruning(_StraightThrough):
+class SteRandomPruning(StraightThrough):
     """Masks random weights, drawn anew in each step."""
 
     def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
         del grads, kwargs
         return random_scores(self, params, -1 if sparse_state is None else sparse_state.count)
+
+
+@dataclasses.dataclass(eq=False)
+class SrSte(SteMagnitudePruning):
+    r"""Straight-through training with decay of what is masked (Zhou et al., 2021), made for n:m from scratch.
+
+    .. math:: \tilde g = g + \lambda \, (1 - m) \odot w
+
+    is what the inner optimizer steps the dense weights with, so that masked ones shrink and masks settle.
+
+    Attributes:
+      decay: the :math:`\lambda` above, the paper's 2e-4 by default; 0 is `magnitude_ste`.
+
+    Raises:
+      ValueError: for a negative decay.
+    """
+
+    decay: float = 2e-4
+
+    def __post_init__(self):
+        _check_decay(self.decay)
+
+    def step_gradients(self, params, grads, masks, sparse_state):
+        grads = super().step_gradients(params, grads, masks, sparse_state)
+
+        def decayed(g, mask, w):
+            return jnp.where(mask, g, g + (self.decay * w).astype(g.dtype))
+
+        return trees.map_pruned(decayed, grads, masks, params, otherwise=projection.same)
+
+
+@dataclasses.dataclass(eq=False)
+class TopKast(SteMagnitudePruning):
+    r"""The model runs with the top k of the dense weights, and a larger set of them trains (Jayakumar et al., 2020).
+
+    With :math:`A` the weights of the mask, a share :math:`D` of the leaf, and :math:`B` the largest :math:`D + M`,
+
+    .. math:: \tilde g = \mathbb 1_B \odot (g + \lambda \, w \odot c), \qquad c = 1 \text{ in } A, \; 1 / D
+        \text{ in } B \setminus A
+
+    is what the inner optimizer steps with: weights outside of :math:`B` stay as they are, and those that are explored
+    but not in use shrink faster. Two masks are made in every step, the second one is not stored.
+
+    Attributes:
+      extra_density: the :math:`M` above, the share of a leaf that trains beside what is in use, in (0, 1].
+      decay: the :math:`\lambda` above.
+
+    Raises:
+      ValueError: for an `extra_density` that explores nothing, a negative decay, and n:m, which has one number of
+        weights only.
+    """
+
+    extra_density: float = 0.1
+    decay: float = 1e-4
+
+    def __post_init__(self):
+        _check_decay(self.decay)
+        if not 0 < self.extra_density <= 1:
+            raise ValueError(
+                f"extra_density: {self.extra_density!r} is outside (0, 1]; it is the share of the weights that trains "
+                "beside those in use (without any, weights never come back)."
+            )
+
+    def get_target_sparsities(self, params):
+        targets = super().get_target_sparsities(params)
+        pruned = trees.map_pruned(lambda p, _: p, params, targets)
+        for path, param in trees.named_leaves(pruned):
+            if isinstance(self.structure(path, param).of_layer, sparsity_types.NByM):
+                raise ValueError(
+                    f"{trees.leaf_name(path)}: cannot use TopKast with n:m. This is because n:m has no larger set to "
+                    "train beside what is in use; use sr_ste or magnitude_ste."
+                )
+        return targets
+
+    def step_gradients(self, params, grads, masks, sparse_state):
+        targets = self._targets_at_hand(params, sparse_state)
+        sparsities = self._sparsities_at(targets, sparse_state.count)
+        wider = trees.map_pruned(lambda s, _: jnp.maximum(s - self.extra_density, 0.0), sparsities, sparsities)
+        explored = self.create_masks(self._scores(params, sparse_state, grads), wider)
+
+        def step(g, mask, more, sparsity, w):
+            penalty = self.decay * w / jnp.where(mask, 1.0, jnp.maximum(1.0 - sparsity, 1e-6))
+            return jnp.where(mask | more, g + penalty.astype(g.dtype), 0)
+
+        return trees.map_pruned(step, grads, masks, explored, sparsities, params, otherwise=projection.same)
+
+
+def _check_decay(decay: float) -> None:
+    if not decay >= 0:
+        raise ValueError(f"decay: {decay!r} is negative, and weights would grow; give 0 or more.")

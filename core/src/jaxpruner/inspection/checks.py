@@ -37,10 +37,11 @@ def check_schedule(updater: BaseUpdater, num_steps: int | None = None) -> None:
         return
     schedule = updater.scheduler
     name = type(updater).__name__
-    if updater.regrows:
-        _check_regrowth(updater, schedule, name)
-    elif not updater.straight_through:
+    if updater.starts_dense and not updater.straight_through:
         _check_pruning(schedule, name)
+        _check_phases(updater, schedule, name)
+    if hasattr(updater, "drop_fraction_fn") and updater.regrows:
+        _check_regrowth(updater, schedule, name)
     if num_steps is None:
         return
     first = schedule.start_step if updater.straight_through else schedule.first_update_step
@@ -73,6 +74,18 @@ def _check_pruning(schedule: sparsity_schedules.Schedule, name: str) -> None:
             f"update_freq: {number} of {freq} lies between update_start_step={start} and update_end_step={end}, so "
             f"masks would {'never be made' if schedule.num_updates == 0 else 'not rise, but prune all at once'}; the "
             f"nearest that does is update_freq={max(1, (end - start) // 2)}, or update_start_step={end} for one update."
+        )
+
+
+def _check_phases(updater: BaseUpdater, schedule: sparsity_schedules.Schedule, name: str) -> None:
+    if not issubclass(updater.gradual_schedule, sparsity_schedules.AlternatingSchedule):
+        return
+    number = schedule.num_updates
+    if isinstance(schedule, sparsity_schedules.OneShotSchedule | sparsity_schedules.AlternatingSchedule) and number < 3:
+        raise ValueError(
+            f"update_freq: {name} is sparse and dense in turn, and this schedule has {number} mask updates, of which "
+            "it would make one sparse phase; give a start, an end and a period with three updates at least, or use "
+            "algorithm='magnitude'."
         )
 
 
@@ -158,7 +171,7 @@ def _tell_of_zeros(updater: BaseUpdater, params: Any, targets: Any) -> None:
     """Weights that are all zero rank alike, so that masks made before they are trained keep the first of them."""
     first = 0 if updater.straight_through else updater.scheduler.first_update_step
     is_coupled = isinstance(updater.sparsity_type, coupled_structures.Coupled)  # whose scores are of several leaves
-    if first != 0 or not updater.follows_schedule or updater.regrows or is_coupled:
+    if first != 0 or not updater.follows_schedule or not updater.starts_dense or is_coupled:
         return
     for path, param in trees.named_leaves(trees.map_pruned(lambda p, t: p if t else None, params, targets)):
         if isinstance(param, jax.Array | np.ndarray) and not isinstance(param, jax.core.Tracer) and param.size:
@@ -224,7 +237,8 @@ def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
 
 def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseUpdater) -> None:
     last, count = _end(updater), _count(state)
-    if not updater.follows_schedule or updater.regrows or updater.masks is not None or last is None or count <= last:
+    is_over = last is not None and count > last
+    if not (updater.follows_schedule and updater.starts_dense and updater.masks is None and is_over):
         return
     try:
         asked, held, slack = shares_pruned(params, state, updater)

@@ -25,6 +25,13 @@ def check_state(updater: Algorithm, state: SparseState, params: Any) -> None:
             "with the algorithm that it was made by, or start from the parameters: tx.init(params), with "
             "initial_sparsity='from_params' to keep their zeros."
         )
+    if (state.statistics is not None) != updater.remembers:
+        has, does = ("no ", "remembers some") if updater.remembers else ("", "remembers nothing")
+        raise ValueError(
+            f"opt_state: holds {has}statistics, and {name}, the algorithm now, {does}; go on with the algorithm that "
+            "it was made by, or start from the parameters: tx.init(params), with initial_sparsity='from_params' to "
+            "keep their zeros."
+        )
 
     def check(path: trees.KeyPath, mask: Any, param: Any) -> None:
         if trees.is_unpruned(mask) or not hasattr(mask, "dtype"):

@@ -39,6 +39,24 @@ def reset_moments(inner: optax.GradientTransformation, inner_state: Any, params:
     return trees.map_named(reset, inner_state, _statistics_owners(inner, inner_state, params))
 
 
+def second_moments(inner_state: Any, params: Any) -> dict[trees.KeyPath, Any]:
+    """The second moments of single weights in an optimizer state, however it is wrapped, by the path of the parameter.
+
+    These are leaves `nu` of a parameter's shape (Adam and all that keep its state, RMSProp, AdaBelief), and `v`
+    (Adafactor's, where it does not factor). T5X's own optimizers keep parameter/v, optax v/parameter.
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in trees.named_leaves(params)}
+    found: dict[trees.KeyPath, Any] = {}
+    for path, leaf in trees.named_leaves(inner_state):
+        for owner, name in ((owner_of(path, shapes), None), (owner_of(path[:-1], shapes), path[-1:])):
+            if owner is None:
+                continue
+            before = path[: len(path) - len(owner)][-1:] if name is None else name
+            if before in (("nu",), ("v",)) and jnp.shape(leaf) == shapes[owner]:
+                found.setdefault(owner, leaf)
+    return found
+
+
 def _statistics_owners(inner: optax.GradientTransformation, inner_state: Any, params: Any) -> Any:
     """A tree like the state: the name of the parameter that a leaf belongs to, or an empty string."""
     names = trees.map_named(lambda path, _: trees.leaf_name(path), params)

@@ -27,12 +27,40 @@ class SparseState(NamedTuple):
       inner_state: the state of the wrapped optimizer.
       target_sparsities: the final sparsity of each leaf, float32 scalars.
       count: the number of updates seen, int32.
+      statistics: what an algorithm remembers of steps, in a `RememberingState`; None here.
     """
 
     masks: Any
     inner_state: Any = None
     target_sparsities: Any = None
     count: Any = None
+
+    @property
+    def statistics(self) -> Any:
+        """What the algorithm remembers: nothing."""
+        return None
+
+
+class _FiveFields(NamedTuple):
+    masks: Any
+    inner_state: Any = None
+    target_sparsities: Any = None
+    count: Any = None
+    statistics: Any = None
+
+
+class RememberingState(_FiveFields, SparseState):
+    """A `SparseState` of an algorithm that remembers, with a fifth field.
+
+    A class of its own, since checkpoints (flax, orbax) name the fields of a state and restore into the same names only:
+    states of algorithms that remember nothing are what they always were.
+
+    Attributes:
+      statistics: a tree like the parameters, or a dict or tuple of such trees, with MaskedNode where a leaf is not
+        pruned; see `BaseUpdater.init_statistics`.
+    """
+
+    __slots__ = ()
 
 
 class StraightThroughState(NamedTuple):
@@ -87,7 +115,7 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
     before = updater.starting_masks(params, state)
     if is_hidden:
         params = dense_weights(params, state, mask_storage.decode_tree(updater.storage, before, params))
-    state = state._replace(masks=before)
+    state = remembered(updater, params, grads, state._replace(masks=before))
     remask = None
     due = False
     count = state.count if isinstance(state.count, jax.core.Tracer) else int(state.count)
@@ -110,7 +138,7 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
         )
     return Step(
         params=params,
-        grads=apply_mask(grads, masks) if updater.is_sparse_gradients else grads,
+        grads=updater.step_gradients(params, grads, masks, state),
         masks=masks,
         previous_masks=previous_masks,
         is_mask_update=due,
@@ -177,7 +205,8 @@ def _made(
     updater: Algorithm, state: SparseState, params: Any, grads: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The masks and the target sparsities of an update."""
-    state = state._replace(inner_state=None)
+    if not updater.reads_optimizer:
+        state = state._replace(inner_state=None)
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, params, grads)))
     # Eagerly it is one program, compiled once for equal algorithms; with hooks of a user's own, call by call.
     if is_traced or extra_args or not updater.is_stock:
@@ -193,6 +222,25 @@ def _compiled(updater: Algorithm, state: SparseState, params: Any, grads: Any) -
 def _laid_out(new: SparseState, old: SparseState) -> tuple[Any, Any]:
     masks = _laid_out_as(old.masks, trees.to_state(new.masks))
     return masks, _laid_out_as(old.target_sparsities, new.target_sparsities)
+
+
+def remembered(updater: Algorithm, params: Any, grads: Any, state: SparseState) -> SparseState:
+    """The state with the statistics of this step; the same where the algorithm remembers nothing.
+
+    Raises:
+      ValueError: if `update_statistics` gives another tree than it was given.
+    """
+    old = state.statistics
+    if old is None:
+        return state
+    new = updater.update_statistics(pruned_only(params, state.masks), pruned_only(grads, state.masks), old)
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"statistics: update_statistics of {type(updater).__name__} gives {jax.tree.structure(new)} in place of "
+            f"{jax.tree.structure(old)}; give a tree of what init_statistics gave, with the same leaves."
+        )
+    # In the same dtype, whatever that of the gradients is: a state is the carry of a loop.
+    return state._replace(statistics=jax.tree.map(lambda o, n: trees.laid_out_like(o, n.astype(o.dtype)), old, new))
 
 
 def _check_gradients(grads: Any, params: Any, masks: Any) -> None:
@@ -299,7 +347,8 @@ def _as_state(node: Any) -> SparseState:
     inner_state = node.get("inner_state")
     if isinstance(inner_state, Mapping) and "weights" in inner_state:
         inner_state = StraightThroughState(inner_state["weights"], inner_state.get("inner_state"))
-    return SparseState(node["masks"], inner_state, node["target_sparsities"], node["count"])
+    state = SparseState(node["masks"], inner_state, node["target_sparsities"], node["count"])
+    return with_statistics(state, node.get("statistics"))
 
 
 def find_state(opt_state: Any) -> SparseState:
@@ -312,6 +361,11 @@ def find_state(opt_state: Any) -> SparseState:
     if len(found) != 1:
         raise ValueError(f"opt_state: holds {len(found)} sparse states; pass the state of one sparse transformation.")
     return found[0]
+
+
+def with_statistics(state: SparseState, statistics: Any) -> SparseState:
+    """The state with these statistics; one without that field if they are None."""
+    return SparseState(*state[:4]) if statistics is None else RememberingState(*state[:4], statistics)
 
 
 def with_weights(state: SparseState, params: Any) -> SparseState:

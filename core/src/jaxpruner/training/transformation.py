@@ -67,7 +67,9 @@ class _Parts:
 class _Init(_Parts):
     def __call__(self, params: Any) -> projection.SparseState:
         params = trees.numbers_only(params)
-        return self.updater.init_state(params)._replace(inner_state=self.inner.init(params))
+        inner_state = self.inner.init(params)
+        self.updater.check_inner_state(inner_state, params)
+        return self.updater.init_state(params)._replace(inner_state=inner_state)
 
 
 class _HiddenInit(_Init):
@@ -87,7 +89,7 @@ class _TrackedUpdate(_Parts):
             return inner.update(step.grads, inner_state, step.params, **extra_args)
 
         def renew():
-            regrown = trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
+            regrown = renewed(updater, step)
             return reset_moments(inner, inner_state, apply_mask(step.params, step.masks), regrown)
 
         def skip():
@@ -111,6 +113,13 @@ class _TrackedUpdate(_Parts):
         if step.remask is not None:
             state = step.remask(state, optax.apply_updates(step.params, updates))
         return updates, state._replace(inner_state=inner_state)
+
+
+def renewed(updater: Algorithm, step: projection.Step) -> Any:
+    """Boolean masks of the weights whose optimizer statistics a mask update starts anew, None where it starts none."""
+    if updater.renews_all:
+        return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), step.params)
+    return trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
 
 
 class _MaskedUpdate(_TrackedUpdate):

@@ -106,7 +106,7 @@ class SparseAgent:
             self.check_sparse()
         except ValueError as error:
             return str(error)
-        if self.updater is None or not self.updater.follows_schedule or self.updater.regrows:
+        if self.updater is None or not (self.updater.follows_schedule and self.updater.starts_dense):
             return None
         last, count = self.updater.scheduler.last_update_step, int(self.optimizer_state.count)
         if last is None or count > last:

@@ -21,7 +21,10 @@ from jaxpruner_scenic.forward import Forward
 FilterFn = Callable[[tuple[str, ...], Any], bool]
 IsFrozen = Callable[[str], bool]
 
-_SCORED_BY_GRADIENTS = ("saliency", "global_saliency", "rigl")
+_SCORED_BY_GRADIENTS = (
+    "saliency", "global_saliency", "rigl", "srigl", "granet", "mest", "movement", "fisher", "sr_ste", "top_kast",
+    "snip", "grasp", "synflow",
+)  # fmt: skip
 
 
 class Made:

@@ -18,6 +18,7 @@ from jaxpruner import sparsity_distributions, trees
 from jaxpruner.coupled_structures import AllGroups
 from jaxpruner.training import optimizer_state
 from jaxpruner.training.projection import when
+from jaxpruner.training.transformation import renewed
 from jaxpruner_t5x import functions, layers, metrics
 from jaxpruner_t5x.partition_rules import sparse_state_axes
 from jaxpruner_t5x.plan import Plan
@@ -115,6 +116,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
             self.updater.sparsity_type = functions.groups_of(self._model(), self.updater.sparsity_type)
         dense = self.inner.init_state(params)
         sparse = jaxpruner.init_projection(self.updater, params)
+        self.updater.check_inner_state(dense.param_states, params)
         if not (self.plan.relative_steps or self.plan.initial_checkpoint):  # else it is known when that is restored
             self._refuse_late(0, 0)
         self._refuse_frozen(sparse.masks, dense.param_states)
@@ -149,7 +151,11 @@ class SparseOptimizer(optimizers.OptimizerDef):
     def apply_gradient(
         self, hyper_params: Any, params: Any, state: SparseOptimizerState, grads: Any
     ) -> tuple[Any, SparseOptimizerState]:
-        step = jaxpruner.begin_step(self.updater, params, grads, state.sparse)
+        before = state.sparse
+        if self.updater.reads_optimizer:
+            before = before._replace(inner_state=state.param_states)
+        step = jaxpruner.begin_step(self.updater, params, grads, before)
+        step = step._replace(state=step.state._replace(inner_state=state.sparse.inner_state))
         slots = kept = state.param_states
         if self.updater.regrows:
             slots = when(step.is_mask_update, lambda: self._renewed(step, kept), lambda: kept)
@@ -170,11 +176,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
 
     def _renewed(self, step: Any, slots: Any) -> Any:
         """The dense optimizer's state with statistics of new weights where weights regrow."""
-        regrown = dict(
-            trees.named_leaves(
-                trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
-            )
-        )
+        regrown = dict(trees.named_leaves(renewed(self.updater, step)))
         fresh = self.inner.init_state(jaxpruner.apply_mask(step.params, step.masks)).param_states
 
         def reset(path: trees.KeyPath, old: Any, new: Any) -> Any:

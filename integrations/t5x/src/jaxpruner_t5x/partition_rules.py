@@ -10,7 +10,9 @@ import optax
 from jax.sharding import PartitionSpec
 from t5x.optimizers import OptaxStatePartitionRules
 
-from jaxpruner import SparseState, StraightThroughState
+from jaxpruner import RememberingState, SparseState, StraightThroughState, trees
+from jaxpruner.training import optimizer_state
+from jaxpruner.training.projection import with_statistics
 
 # T5X asks for axes before it knows the mesh. The bytes of a packed mask are spread over devices where they can be dealt
 # to 2, 4, 8 or 16 of them, the usual numbers for a model's axes; else an axis is whole on every device.
@@ -21,6 +23,7 @@ def register_partition_rules() -> None:
     """Adds rules for JaxPruner's states and for `optax.FactoredState`, so that `OptaxWrapper` takes them too."""
     for state, rule in (
         (SparseState, sparse_state_axes),
+        (RememberingState, sparse_state_axes),
         (StraightThroughState, straight_through_axes),
         (optax.FactoredState, factored_state_axes),
     ):
@@ -28,14 +31,15 @@ def register_partition_rules() -> None:
 
 
 def sparse_state_axes(state: SparseState, params_axes: Any) -> SparseState:
-    """Masks take the axes of their parameters; counts and targets are everywhere."""
-    return SparseState(
+    """Masks and statistics take the axes of their parameters; counts and targets are everywhere."""
+    axes = SparseState(
         masks=jax.tree.map(_mask_axes, params_axes, state.masks),
         inner_state=OptaxStatePartitionRules.derive_optax_logical_axes(state.inner_state, params_axes),
         # Not None, for which T5X casts what it restores to the dtype of parameters.
         target_sparsities=jax.tree.map(lambda _: PartitionSpec(), state.target_sparsities),
         count=PartitionSpec(),
     )
+    return with_statistics(axes, _statistics_axes(state.statistics, params_axes))
 
 
 def straight_through_axes(state: StraightThroughState, params_axes: Any) -> StraightThroughState:
@@ -70,6 +74,16 @@ def _mask_axes(axes: PartitionSpec, mask: Any) -> Any:
     if len(mask.shape) != len(axes):  # of groups, a bit an entry of each axis
         return PartitionSpec(*(None for _ in mask.shape))
     return PartitionSpec(*(None if size % _DEALT else axis for axis, size in zip(axes, mask.shape, strict=True)))
+
+
+def _statistics_axes(statistics: Any, params_axes: Any) -> Any:
+    """Those of the parameter whose path a leaf's own ends with: statistics may be several trees."""
+    axes = dict(trees.named_leaves(params_axes))
+
+    def place(path: trees.KeyPath, leaf: Any) -> Any:
+        return leaf if trees.is_unpruned(leaf) else axes.get(optimizer_state.owner_of(path, axes))
+
+    return None if statistics is None else trees.map_named(place, statistics)
 
 
 def _everywhere(tree: Any) -> Any:

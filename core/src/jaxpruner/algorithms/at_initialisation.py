@@ -1,0 +1,174 @@
+"""Pruning at initialisation: masks of scores that one or a few batches give, before anything is trained.
+
+In a loop of one's own the loss travels with the update, `tx.update(grads, state, params, loss_fn=..., batches=...)`. A
+stock trainer is given masks that were made before:
+
+    _, masks = updater.instant_sparsify(params, loss_fn=loss_fn, batches=batches)
+    tx = sparsify(inner, StaticRandomSparse(masks=masks, ...)), or PreserveSparsity(masks=masks)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpruner import scores, trees
+from jaxpruner.algorithms.global_pruners import GlobalPruning
+from jaxpruner.elementwise import require_grads
+from jaxpruner.sparsity_schedules import OneShotSchedule, Schedule
+from jaxpruner.training.projection import apply_mask
+
+Loss = Callable[..., Any]
+
+
+@dataclasses.dataclass(eq=False)
+class _AtInitialisation(GlobalPruning):
+    """One global mask, made in the first step, which never changes; whatever schedule is given.
+
+    A leaf that is zero throughout scores 0 and goes first: exclude it with `filter_fn`.
+    """
+
+    is_sparse_gradients: bool = True
+    use_normalization: bool = False
+    scheduler: Schedule = OneShotSchedule(0)
+
+    follows_schedule = False
+
+    def __post_init__(self):
+        self.scheduler = OneShotSchedule(0)
+
+    def _objective(self, loss_fn: Loss | None, batches: Iterable[Any] | None) -> Loss:
+        """The mean of a loss over batches, a function of the parameters."""
+        if loss_fn is None:
+            raise ValueError(
+                f"loss_fn: {type(self).__name__} scores with the loss and got none; give tx.update(grads, state, "
+                "params, loss_fn=..., batches=...), or, in a trainer that is not yours, make masks before, "
+                "updater.instant_sparsify(params, loss_fn=..., batches=...), and train with masks= of static_sparse or "
+                "preserve."
+            )
+        if batches is None:
+            return loss_fn
+        batches = list(batches)
+        if not batches:
+            raise ValueError("batches: holds none; give one or more, or leave it out for loss_fn(params).")
+        return lambda params: sum(loss_fn(params, batch) for batch in batches) / len(batches)
+
+
+@dataclasses.dataclass(eq=False)
+class SNIP(_AtInitialisation):
+    r"""Keeps the largest :math:`|w \, g|` of all leaves together, at initialisation (Lee et al., 2019).
+
+    The gradients are those of the first step, or of `loss_fn` over `batches`.
+    """
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, loss_fn=None, batches=None, **kwargs):
+        """`|w * g|`.
+
+        Args:
+          params: the parameters.
+          sparse_state: not used.
+          grads: the gradients, unless there is a loss.
+          loss_fn: `loss_fn(params, batch)`, or `loss_fn(params)` without batches, to a number.
+          batches: the batches over which the loss is averaged.
+          **kwargs: not used.
+        """
+        del sparse_state, kwargs
+        if loss_fn is not None:
+            grads = jax.grad(self._objective(loss_fn, batches))(params)
+        require_grads(self, grads)
+        return jax.tree.map(scores.saliency, params, grads)
+
+
+@dataclasses.dataclass(eq=False)
+class GraSP(_AtInitialisation):
+    r"""Keeps the weights whose removal would lessen the gradient flow most (Wang et al., 2020).
+
+    .. math:: s = w \odot (H g)
+
+    with the Hessian :math:`H` and the gradient :math:`g` of the loss. To first order, the removal of a weight changes
+    :math:`g^T g` by :math:`-2 s`; the paper removes the largest :math:`-w \odot (H g)`, which are the lowest of these.
+    Its temperature, 200, is the loss's: divide logits by it.
+    """
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, loss_fn=None, batches=None, **kwargs):
+        """`w * (H g)`.
+
+        Args:
+          params: the parameters.
+          sparse_state: not used.
+          grads: not used: the Hessian needs the loss.
+          loss_fn: `loss_fn(params, batch)`, or `loss_fn(params)` without batches, to a number.
+          batches: the batches over which the loss is averaged.
+          **kwargs: not used.
+
+        Raises:
+          ValueError: without a loss.
+        """
+        del sparse_state, grads, kwargs
+        gradient = jax.grad(self._objective(loss_fn, batches))
+        _, curved = jax.jvp(gradient, (params,), (gradient(params),))
+        return jax.tree.map(jnp.multiply, params, curved)
+
+
+@dataclasses.dataclass(eq=False)
+class SynFlow(_AtInitialisation):
+    r"""Keeps the weights of the strongest paths, without data and without losing a layer (Tanaka et al., 2020).
+
+    .. math:: s = |w| \odot \partial R / \partial |w|, \qquad R = \mathbb 1^T f(\mathbb 1; |w|)
+
+    where :math:`f` is the network without what is not positively homogeneous. In round :math:`k` of :math:`n`, a share
+    :math:`(1 - sparsity)^{k/n}` of the weights stays, by the scores of those that stayed before.
+
+    Attributes:
+      rounds: the :math:`n` above.
+
+    Raises:
+      ValueError: for less than one round.
+    """
+
+    rounds: int = 100
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds: {self.rounds} prunes nothing; give 1 or more (the paper's are 100).")
+
+    def calculate_scores(self, params, sparse_state=None, grads=None, loss_fn=None, batches=None, **kwargs):
+        """The scores of the last round, below all where an earlier round pruned.
+
+        Args:
+          params: the parameters; the flow is that of their absolute values.
+          sparse_state: not used.
+          grads: not used.
+          loss_fn: `loss_fn(params)`, the sum of the network's outputs for an input of ones (the R above).
+          batches: as for the others, in place of the ones.
+          **kwargs: not used.
+
+        Raises:
+          ValueError: without a function.
+        """
+        del sparse_state, grads, kwargs
+        flow = jax.grad(self._objective(loss_fn, batches))
+        targets, positive = self.get_target_sparsities(params), jax.tree.map(jnp.abs, params)
+
+        def score(masks):
+            thin = apply_mask(positive, masks)
+            return jax.tree.map(lambda w, g: jnp.abs(w * g), thin, flow(thin))
+
+        def thinned(k, masks):
+            now = trees.map_pruned(lambda t, _: 1.0 - (1.0 - t) ** ((k + 1) / self.rounds), targets, targets)
+            # Those before stay pruned: their weights are 0 here, and where all are, the first would be kept.
+            found = self.create_masks(trees.map_pruned(_last, score(masks), masks), now)
+            return trees.map_pruned(jnp.logical_and, found, masks)
+
+        masks = self.get_initial_masks(params, targets)
+        masks = jax.lax.fori_loop(0, self.rounds - 1, thinned, masks)
+        return trees.map_pruned(_last, score(masks), masks, otherwise=lambda score: score)
+
+
+def _last(score: Any, mask: Any) -> Any:
+    return jnp.where(mask, score, -1.0)

@@ -1,0 +1,55 @@
+"""Dense and sparse in turn, and pruning with regrowth: schedules that go down as well as up."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxpruner import sparsity_schedules, trees
+from jaxpruner.algorithms.pruners import MagnitudePruning
+from jaxpruner.algorithms.sparse_trainers import RigL
+from jaxpruner.base_updater import BaseUpdater
+
+
+@dataclasses.dataclass(eq=False)
+class ACDC(MagnitudePruning):
+    r"""Alternating compressed and decompressed training (Peste et al., 2021).
+
+    At each mask update a phase begins: sparse, with the largest `|w|` of each leaf, or dense, in which what was pruned
+    trains on from 0; the last one is sparse. All optimizer statistics start anew with each phase (its counts and
+    schedules of learning rates go on).
+
+    A configuration with a start, an end and a period gives an `AlternatingSchedule`, whose period is the length of a
+    phase. With a scheduler of another kind each update makes a sparse phase.
+    """
+
+    regrows = True
+    renews_all = True
+    gradual_schedule = sparsity_schedules.AlternatingSchedule
+
+
+@dataclasses.dataclass(eq=False)
+class GraNet(RigL):
+    r"""Gradual pruning with regrowth (Liu et al., 2021).
+
+    Each mask update prunes to the sparsity :math:`s_t` of the schedule by `|w|`, which leaves :math:`k_t` weights of a
+    leaf, and then does what RigL does: the :math:`\mathrm{round}(k_t (1 - f))` largest of these stay, and the weights
+    of the largest `|g|` among all others take the places that are free. It starts dense, or at `initial_sparsity`.
+
+    Attributes:
+      drop_fraction_fn: count -> the fraction :math:`f` that is replaced.
+    """
+
+    starts_dense = True
+
+    instant_sparsify = BaseUpdater.instant_sparsify
+
+    def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
+        """All ones, None where a leaf is not pruned."""
+        return BaseUpdater.get_initial_masks(self, params, target_sparsities)
+
+    def masks_to_regrow(self, sparse_state, params, targets, drop_scores):
+        """Those of the weights that the sparsity of this update leaves."""
+        before = self.current_masks(sparse_state, params)
+        among = trees.map_named(self._pruned_last, drop_scores, before)
+        return self.create_masks(among, self._sparsities_at(targets, sparse_state.count))

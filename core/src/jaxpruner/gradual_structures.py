@@ -1,0 +1,32 @@
+"""Structures that are reached by and by: less than the final sparsity is less structured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxpruner.selection.score_reading import as_array
+from jaxpruner.sparsity_types import NByM, Unstructured
+
+
+@dataclasses.dataclass(frozen=True)
+class GradualNByM(NByM):
+    r"""n:m, reached by and by: the survivors of n:m rank first, then all other weights by their scores.
+
+    A leaf of :math:`N` keeps as many weights as an unstructured one at the same sparsity, but no survivor is pruned,
+    until at the sparsity :math:`1 - n / m` only they are left (the paper's library has it as an extension). For
+    schedules that rise; what is sparse from the start regrows within plain n:m.
+    """
+
+    def mask(self, scores, sparsity):
+        scores = as_array(scores)
+        survivors = super().mask(scores, 0.5)
+        ranked = jnp.where(survivors, jnp.inf, scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
+        return survivors | Unstructured().mask(ranked, sparsity)
+
+    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+        raise ValueError(
+            f"gradual n:m cannot be regrown. This is because only its final sparsity is {self.n}:{self.m}; use "
+            f"nm_{self.n},{self.m}."
+        )
