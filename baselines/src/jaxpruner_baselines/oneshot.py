@@ -121,7 +121,8 @@ def smollm(preset: Preset, layers: int | None = None) -> Network:
         whole = float(np.exp(np.concatenate([*each.values()]).mean()))
         return whole, {f"perplexity_{name}": float(np.exp(found.mean())) for name, found in each.items()}
 
-    return Network(forward, params, batches[: preset.windows, None], score, batches[preset.windows :, None])
+    together = np.array_split(batches[: preset.windows], max(1, preset.windows // 4))
+    return Network(forward, params, together, score, batches[preset.windows :, None])
 
 
 @functools.cache

@@ -130,7 +130,10 @@ def prune_oneshot(
     done = files.Finished(checkpoint, description)
     solve = _Solve(algorithm, sparsities, structures, damping, block_size, task.name)
     masks: dict[Leaf, Any] = {}
-    layers = calibration.run(task.name, algorithm == "sparsegpt", lambda use: use.part in done)
+    if algorithm == "magnitude":
+        layers = calibration.layers()
+    else:
+        layers = calibration.run(task.name, algorithm == "sparsegpt", lambda use: use.part in done)
     for layer in _bar(layers, weights, task, progress, algorithm):
         use = layer.use
         if use.part in done:

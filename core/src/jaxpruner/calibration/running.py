@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +91,12 @@ class Calibration:
                     if use.is_last:
                         yield Layer(use, self._matrices(use), sums.pop(use.part, None))
             pending.append(operation)
+
+    def layers(self) -> Iterator[Layer]:
+        """The same parts without statistics, for which nothing has to be run."""
+        for use in self._weights.uses:
+            if use.is_last:
+                yield Layer(use, self._matrices(use), None)
 
     def _needed(self) -> list[Operation]:
         """What the inputs of the products are made of, in order, but for what depends on no data."""
@@ -184,17 +191,21 @@ class Calibration:
                 return statistics.of_batch(statistics.features(use.operation, use.side, x), with_gram)
 
             sums = self._compiled.setdefault(key_of_program, jax.jit(of_batch))
-            total = None
             is_data = use.activation in self._weights.data
-            for batch, x in enumerate(values[use.activation] if is_data else [self._known(use.activation)]):
-                total = statistics.added(total, sums(x))
-                if not np.isfinite(np.asarray(total.squares)).all():
-                    raise ValueError(
-                        f"{name}: its inputs are not finite in batch {batch}; look at the parameters before it, or at "
-                        "the batch, or compute in a wider dtype."
-                    )
+            inputs = values[use.activation] if is_data else [self._known(use.activation)]
+            total = functools.reduce(statistics.added, map(sums, inputs), None)
+            if not _is_finite(total):  # asked once, so that batches need not wait for one another
+                batch = next((i for i, x in enumerate(inputs) if not _is_finite(sums(x))), 0)
+                raise ValueError(
+                    f"{name}: its inputs are not finite in batch {batch}; look at the parameters before it, or at the "
+                    "batch, or compute in a wider dtype."
+                )
             seen[key] = total
         return seen[key]
+
+
+def _is_finite(found: Statistics) -> bool:
+    return bool(np.isfinite(np.asarray(found.squares)).all())
 
 
 def _is_literal(operand: Any) -> bool:
