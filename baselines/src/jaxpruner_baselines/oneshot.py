@@ -51,9 +51,10 @@ class Preset:
     repeats: int = 5  # of timed forward passes
 
 
-def _grid(*algorithms: str) -> dict[str, tuple[float, ...]]:
-    weights = dict.fromkeys(algorithms, (0.5, 0.6))
-    return weights | {f"{name}+{structure}": (0.5,) for structure in STRUCTURES for name in algorithms}
+def _weights(*sparsities: float) -> dict[str, tuple[float, ...]]:
+    algorithms = ("magnitude", "wanda", "sparsegpt")
+    structured = {f"{name}+{structure}": (0.5,) for structure in STRUCTURES for name in algorithms}
+    return dict.fromkeys(algorithms, sparsities) | structured | {"wanda+owl": sparsities[-1:]}
 
 
 def _units(heads: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
@@ -61,7 +62,6 @@ def _units(heads: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
     return {f"{name}+{units}": shares[units] for units in shares for name in ("magnitude", "flap")}
 
 
-_WEIGHTS = _grid("magnitude", "wanda", "sparsegpt") | {"wanda+owl": (0.6,)}
 _TUNED = {f"{name}+tuned": (0.6,) for name in ("magnitude", "sparsegpt")}
 _SHORT = dict.fromkeys(("magnitude", "wanda", "sparsegpt", "wanda+2:4", "sparsegpt+2:4"), (0.5,)) | {
     "flap+mlp": (0.25,)
@@ -69,14 +69,16 @@ _SHORT = dict.fromkeys(("magnitude", "wanda", "sparsegpt", "wanda+2:4", "sparseg
 
 PRESETS = {
     # It has three heads of keys and values: a quarter of them is one.
-    "smollm": Preset("smollm", _WEIGHTS | _units(heads=(0.25,)) | _TUNED, tuning_steps=50),
+    "smollm": Preset("smollm", _weights(0.5, 0.6) | _units(heads=(0.25,)) | _TUNED, tuning_steps=50),
     "smollm_short": Preset("smollm", _SHORT, windows=4, scored=1, repeats=3),
     "smoke": Preset(
         "smollm_smoke", {"sparsegpt": (0.5,), "flap+mlp": (0.25,)}, windows=2, length=64, scored=1, repeats=1
     ),
 }
 RETRIEVAL_PRESETS = {
-    "minilm": Preset("minilm", _WEIGHTS | _units(heads=(0.25, 0.5)), windows=256, length=32, scored=1000),
+    "minilm": Preset(
+        "minilm", _weights(0.5, 0.6, 0.7) | _units(heads=(0.25, 0.5)), windows=256, length=32, scored=500
+    ),
     "smoke": Preset("minilm", {"wanda": (0.5,)}, windows=8, length=16, scored=20, repeats=1),
 }
 
@@ -290,7 +292,7 @@ _ALSO = ("pruning_seconds", "peak_bytes", "parameters_share", "tokens_per_second
 _SHARED = {
     "train": train,
     "prepare": prepare,
-    "sparsities": (0.25, 0.5, 0.6),
+    "sparsities": (0.25, 0.5, 0.6, 0.7),
 }
 BASELINE = _OneShot(
     name="oneshot",
