@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -82,6 +84,10 @@ class Training:
         tx = optax.adamw(schedule, weight_decay=p.weight_decay)
         return jaxpruner.sparsify(tx, **self.sparsity_config, rng_seed=jax.random.key(seed))  # the one-line change
 
+    def scored_with(self, loss_fn: Callable[..., Any], batch: tuple[Any, ...]) -> dict[str, Any]:
+        """What an update is given beside gradients: nothing; of methods that score with the loss, that."""
+        return {}
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: ViT, seed: jax.Array, images: jax.Array) -> Any:
@@ -105,7 +111,7 @@ def train_epoch(training: Training, state: tuple, seed: jax.Array, images: jax.A
     def train_step(state, batch):
         params, opt_state = state
         loss, grads = jax.value_and_grad(loss_fn)(params, *batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params, **training.scored_with(loss_fn, batch))
         return (optax.apply_updates(params, updates), opt_state), loss
 
     state, losses = jax.lax.scan(train_step, state, (images, labels))
@@ -117,21 +123,24 @@ def accuracy(model: ViT, params: Any, images: jax.Array, labels: jax.Array) -> j
     return jnp.mean(model.apply(params, images).argmax(-1) == labels)
 
 
-def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
+def train(run: Run, checkpoint: Checkpoint, make: Callable[..., Training] = Training) -> Iterator[Progress | Outcome]:
     preset = run.preset
     dataset = data.DATASETS[preset.dataset](validation=preset.validation)
     steps_per_epoch = len(dataset.train) // preset.batch_size
-    training = Training(preset, run.method, run.sparsity, steps=preset.epochs * steps_per_epoch)
+    training = make(preset, run.method, run.sparsity, steps=preset.epochs * steps_per_epoch)
 
     params = init_params(training.model, run.seed, dataset.train.images[: preset.batch_size])
     state = params, init_optimizer(training, run.seed, params)
     first_epoch, state = checkpoint.load(like=state)
+    times = []
     for epoch in range(first_epoch, preset.epochs):
         # From seed and epoch alone, so that a resumed run sees the same batches.
         order = np.random.default_rng([run.seed, epoch]).permutation(len(dataset.train))
         order = order[: steps_per_epoch * preset.batch_size].reshape(steps_per_epoch, preset.batch_size)
         batches = dataset.train.take(order)
-        state, loss = train_epoch(training, state, run.seed, batches.images, batches.labels)
+        started = time.perf_counter()
+        state, loss = jax.block_until_ready(train_epoch(training, state, run.seed, batches.images, batches.labels))
+        times.append(1e3 * (time.perf_counter() - started) / steps_per_epoch)
         done = epoch + 1
         if preset.checkpoint_every and done % preset.checkpoint_every == 0 and done < preset.epochs:
             checkpoint.save(done, state)
@@ -145,6 +154,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         steps=training.steps,
         details={
             "train_loss": float(loss),
+            "step_milliseconds": statistics.median(times),
             "prunable_weights": sum(leaf.size for leaf in kernels),
             **costs(
                 training.model.apply,

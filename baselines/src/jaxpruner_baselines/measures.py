@@ -38,6 +38,7 @@ MEASURES = {
     "pruning_seconds": Measure("seconds", decimals=0, differs=False),
     "peak_bytes": Measure("peak (GB)", scale=1e-9, decimals=2, differs=False),
     "tokens_per_second": Measure("tokens a second", decimals=0, differs=False),
+    "step_milliseconds": Measure("step (ms)", decimals=2, differs=False),
     "speedup": Measure("speed-up", decimals=2, differs=False),
     "return": Measure("return"),
     "bleu": Measure("BLEU"),

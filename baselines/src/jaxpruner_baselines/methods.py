@@ -7,11 +7,12 @@ from typing import Any
 import jaxpruner
 
 DENSE = "dense"
-# The dense run itself; resuming a sparse checkpoint; and what the paper does not compare.
-_NOT_COMPARED = {
-    "no_prune", "preserve", "lamp", "movement", "fisher", "adam_fisher", "acdc", "granet", "mest", "sr_ste", "top_kast",
-    "snip", "grasp", "synflow", "srigl",
-}  # fmt: skip
+# What later papers compare with.
+LATER = (
+    "lamp", "movement", "fisher", "adam_fisher", "acdc", "granet", "mest", "srigl", "sr_ste", "top_kast", "snip",
+    "grasp", "synflow",
+)  # fmt: skip
+_NOT_COMPARED = {"no_prune", "preserve", *LATER}  # the dense run itself; resuming a sparse checkpoint
 
 
 def is_dense(method: str) -> bool:

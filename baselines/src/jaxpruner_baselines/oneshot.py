@@ -76,9 +76,7 @@ PRESETS = {
     ),
 }
 RETRIEVAL_PRESETS = {
-    "minilm": Preset(
-        "minilm", _weights(0.5, 0.6, 0.7) | _units(heads=(0.25, 0.5)), windows=256, length=32, scored=500
-    ),
+    "minilm": Preset("minilm", _weights(0.5, 0.6, 0.7) | _units(heads=(0.25, 0.5)), windows=256, length=32, scored=500),
     "smoke": Preset("minilm", {"wanda": (0.5,)}, windows=8, length=16, scored=20, repeats=1),
 }
 

@@ -10,6 +10,7 @@ from jaxpruner_baselines.hush import hushed
 # name -> module:attribute; imported when asked for, as some need an extra.
 MODULES = {
     "digits_vit": "jaxpruner_baselines.digits_vit:BASELINE",
+    "later_methods": "jaxpruner_baselines.later_methods:BASELINE",
     "compact": "jaxpruner_baselines.compact:BASELINE",
     "oneshot": "jaxpruner_baselines.oneshot:BASELINE",
     "oneshot_retrieval": "jaxpruner_baselines.oneshot:RETRIEVAL",

@@ -1,0 +1,45 @@
+"""later_methods: what papers after the paper's compare with, on the vision transformer of digits_vit.
+
+    jaxpruner-baselines run later_methods --preset quick --seeds 5     # 241 runs, half an hour on 2 cores; dense: 0.0
+
+The model, the data and the loop are those of `digits_vit`, beside three of its methods. None is tuned here: all have
+the schedule of the others and their papers' defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpruner_baselines import digits_vit
+from jaxpruner_baselines.methods import DENSE, LATER
+
+BEFORE = ("magnitude", "magnitude_ste", "rigl")
+
+
+class Training(digits_vit.Training):
+    """Gives the loss to the methods that score with it."""
+
+    def scored_with(self, loss_fn: Callable[..., Any], batch: tuple[Any, ...]) -> dict[str, Any]:
+        """The loss of the first batch; for SynFlow the sum of the outputs for an image of ones."""
+        if self.method == "grasp":
+            return {"loss_fn": lambda params, batch: loss_fn(params, *batch), "batches": [batch]}
+        if self.method == "synflow":
+            ones = jnp.ones((1, *batch[0].shape[1:]))
+            return {"loss_fn": lambda params: self.model.apply(params, ones).sum()}
+        return {}
+
+
+BASELINE = dataclasses.replace(
+    digits_vit.BASELINE,
+    name="later_methods",
+    summary="methods of later papers on the vision transformer of digits_vit",
+    train=functools.partial(digits_vit.train, make=Training),
+    only=(DENSE, *BEFORE, *LATER),
+    also=("step_milliseconds", *digits_vit.BASELINE.also),
+    sparsities=(0.9, 0.95, 0.98),
+)
