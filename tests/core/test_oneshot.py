@@ -17,6 +17,9 @@ import optax
 import pytest
 
 import jaxpruner
+from jaxpruner.calibration import outliers, running
+from jaxpruner.calibration.program import Leaf
+from jaxpruner.calibration.task import Task
 
 STRUCTURES = {"unstructured": {"sparsity": 0.5}, "per_output": {"sparsity": 0.6}, "nm_2,4": {}}
 
@@ -238,6 +241,127 @@ def test_a_kernel_in_parts_and_kernels_as_one():
             np.testing.assert_allclose(values, alone["kernel"], atol=1e-5)
 
 
+def test_windows_of_other_shapes_have_statistics_of_their_own():
+    """All that the equations of these convolutions say is equal, but for their operands."""
+    params = {"high": drawn(3, 1, 2, 4).astype(np.float32), "wide": drawn(1, 3, 2, 4).astype(np.float32)}
+    images = correlated(2 * 6 * 6, 2).astype(np.float32).reshape(2, 6, 6, 2)
+
+    def forward(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return [jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=numbers) for w in p.values()]
+
+    _, masks = jaxpruner.prune_oneshot(forward, params, [images], algorithm="wanda", sparsity=0.5)
+    for name, axis in (("high", 1), ("wide", 2)):
+        windows = np.lib.stride_tricks.sliding_window_view(images, 3, axis)  # ..., channels, 3
+        x = np.moveaxis(windows, -1, -2).reshape(-1, 6)
+        _, mask = wanda(params[name].reshape(6, 4).T, x, "per_output")
+        np.testing.assert_array_equal(masks[name].reshape(6, 4), mask.T)
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "sparsegpt"])
+def test_numbers_are_exact_over_all_matrices_of_a_parameter(algorithm):
+    """A depthwise convolution is many small matrices, of which each would round."""
+    images, kernel = drawn(2, 4, 4, 6).astype(np.float32), drawn(3, 3, 1, 6).astype(np.float32)
+
+    def forward(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=6)
+
+    _, masks = jaxpruner.prune_oneshot(forward, {"w": kernel}, [images], algorithm=algorithm, sparsity=0.5)
+    assert int(masks["w"].sum()) == 27
+
+
+ON_THE_WAY = {
+    "a cast": (jnp.float32, lambda w: w.astype(jnp.bfloat16)),
+    "a scale": (jnp.float32, lambda w: w * 3),
+    "a scale of bfloat16": (jnp.bfloat16, lambda w: w * jnp.bfloat16(3)),
+    "halves": (jnp.float32, lambda w: (w[:, :6], w[:, 6:])),
+}
+
+
+@pytest.mark.parametrize("way", ON_THE_WAY)
+def test_weights_that_stay_do_so_to_the_bit(x64, way):
+    """Where float64 is enabled too, and parameters are narrower."""
+    dtype, move = ON_THE_WAY[way]
+    params, x = {"w": jnp.asarray(drawn(16, 12), dtype)}, drawn(32, 16).astype(np.float32)
+
+    def forward(p, x):
+        return [x @ w for w in jax.tree.leaves(move(p["w"]))]
+
+    pruned, masks = jaxpruner.prune_oneshot(forward, params, [x], algorithm="wanda", sparsity=0.5)
+    assert pruned["w"].dtype == dtype
+    assert int(masks["w"].sum()) == 96
+    np.testing.assert_array_equal(pruned["w"], jnp.where(masks["w"], params["w"], 0))
+
+
+def test_parameters_of_numpy_stay_as_they_are():
+    """Also those that are wider than what JAX computes in, and those without entries."""
+    params = {"kernel": drawn(16, 12), "none": np.zeros((0, 4))}
+    x = drawn(32, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruned, masks = jaxpruner.prune_oneshot(
+            lambda p, x: (x @ p["kernel"], x[:, :0] @ p["none"]), params, [x], sparsity=0.5
+        )
+    assert isinstance(pruned["kernel"], np.ndarray)
+    assert pruned["kernel"].dtype == np.float64
+    np.testing.assert_array_equal(pruned["kernel"] != 0, masks["kernel"])
+    assert masks["none"] is None
+
+
+def test_kernels_as_one_have_blocks_of_their_own():
+    params = {name: drawn(8, 8, seed=i).astype(np.float32) for i, name in enumerate("ab")}
+
+    def forward(p, x):
+        return x @ jnp.concatenate([p["a"], p["b"]], 1)
+
+    options = {"algorithm": "magnitude", "sparsity": 0.5, "sparsity_type": "block_4,4"}
+    _, masks = jaxpruner.prune_oneshot(forward, params, [drawn(4, 8).astype(np.float32)], **options)
+    for name, mask in masks.items():
+        scores = np.abs(params[name]).reshape(2, 4, 2, 4).sum((1, 3))
+        np.testing.assert_array_equal(mask, np.kron(keep_highest(scores, 2), np.ones((4, 4), bool)))
+
+
+def test_masks_that_are_too_large_to_be_printed_are_told_apart():
+    """As one they would be pruned by the last of them."""
+    halves = np.zeros((2, 40, 40), np.float32)
+    halves[0, 10:20], halves[1, 20:30] = 1, 1
+
+    def forward(p, x):
+        return x @ (p["w"] * halves[0]), x @ (p["w"] * halves[1]), x @ p["other"]
+
+    params = {name: drawn(40, 40).astype(np.float32) for name in ("w", "other")}
+    with pytest.warns(UserWarning, match=f"w {IN_TWO_WAYS}"):
+        _, masks = jaxpruner.prune_oneshot(forward, params, [drawn(4, 40)], algorithm="magnitude", sparsity=0.5)
+    assert masks["w"] is None
+
+
+def test_what_is_compiled_is_shared_by_equal_constants_only():
+    """Constants of a function that a loop calls are in no operand, and in no text of its jaxpr."""
+    ones = [np.ones((16, 64), np.float32), np.ones((16, 64), np.float32)]
+    ones[1][:, 8:56] = 0
+
+    def layer(x, constant):
+        scale = jax.jit(lambda h: h * constant)
+        return jax.lax.scan(lambda h, _: (scale(h), None), x, None, length=2)[0]
+
+    def forward(p, x):
+        return layer(layer(x @ p["a"], ones[0]) @ p["b"], ones[1]) @ p["c"]
+
+    params = {name: drawn(64, 64, seed=i).astype(np.float32) for i, name in enumerate("abc")}
+    _, masks = jaxpruner.prune_oneshot(forward, params, [drawn(16, 64)], algorithm="wanda", sparsity=0.5)
+    np.testing.assert_array_equal(masks["c"][:8] & masks["c"][56:], True)
+
+
+def test_what_is_in_no_product_is_told():
+    params = {"kernel": drawn(16, 12).astype(np.float32)}
+    with pytest.warns(UserWarning, match="entries that no product takes stay dense in kernel"):
+        _, masks = jaxpruner.prune_oneshot(
+            lambda p, x: x @ p["kernel"][:, :4], params, [drawn(32, 16)], algorithm="wanda", sparsity=0.5
+        )
+    assert masks["kernel"].sum(0).tolist() == [8] * 4 + [16] * 8
+
+
 # Networks.
 
 
@@ -256,7 +380,7 @@ SHAPES = {
 
 
 @functools.cache
-def transformer(layers: int = 3) -> Any:
+def transformer(layers: int = 2) -> Any:
     stack = {name: 0.3 * drawn(layers, *shape).astype(np.float32) for name, shape in SHAPES.items()}
     return {"embedding": drawn(40, 16).astype(np.float32), "layers": stack}
 
@@ -280,7 +404,7 @@ def tokens(number: int = 2) -> list[np.ndarray]:
 @pytest.mark.parametrize("algorithm", ["magnitude", "wanda", "sparsegpt"])
 def test_layers_that_are_run_through_by_scan_are_pruned_one_by_one(algorithm):
     params = transformer()
-    layers = [jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(3)]
+    layers = [jax.tree.map(lambda stack, i=i: stack[i], params["layers"]) for i in range(2)]
     with pytest.warns(UserWarning, match="embedding is looked up by the data"):
         stacked, masks = jaxpruner.prune_oneshot(scanned, params, tokens(), algorithm=algorithm, sparsity=0.5)
     with pytest.warns(UserWarning, match="1 parameters stay dense"):
@@ -296,6 +420,51 @@ def test_layers_that_are_run_through_by_scan_are_pruned_one_by_one(algorithm):
     np.testing.assert_array_equal(stacked["embedding"], params["embedding"])
 
 
+STACKS = {
+    "cast before": (lambda stack: stack, lambda w: w.astype(jnp.bfloat16).astype(jnp.float32)),
+    "another axis, scaled": (lambda stack: np.moveaxis(stack, 0, 1) / 2, lambda w: 2 * jnp.moveaxis(w, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("way", STACKS)
+def test_stacks_are_followed_into_scan(way):
+    place, move = STACKS[way]
+    stack = np.asarray(jnp.asarray(0.3 * drawn(2, 16, 16), jnp.bfloat16), np.float32)
+
+    def forward(p, x, move=lambda stack: stack):
+        step = lambda x, p: (jnp.tanh(x @ p["w"]) + p["b"], None)  # noqa: E731
+        return jax.lax.scan(step, x, {"w": move(p["w"]), "b": p["b"]})[0]
+
+    def pruned(stack, *move):
+        params = {"w": stack, "b": drawn(2, 16).astype(np.float32)}
+        with pytest.warns(UserWarning, match="1 parameters stay dense: 2 layers of b is used by add"):
+            return jaxpruner.prune_oneshot(
+                lambda p, x: forward(p, x, *move), params, [drawn(32, 16)], algorithm="wanda", sparsity=0.5
+            )[1]["w"]
+
+    np.testing.assert_array_equal(move(pruned(place(stack), move) * 1.0) > 0, pruned(stack))
+
+
+def test_layers_that_are_alike_share_what_is_compiled(monkeypatch):
+    segments, whole = set(), running.Calibration._segment
+
+    def segment(*arguments):
+        segments.add(found := whole(*arguments))
+        return found
+
+    monkeypatch.setattr(running.Calibration, "_segment", segment)
+    params = {f"{name}_{i}": drawn(8, 8, seed=i).astype(np.float32) for i in range(6) for name in ("q", "k", "up")}
+
+    def forward(p, x):
+        for i in range(6):
+            q, k = x @ p[f"q_{i}"], x @ p[f"k_{i}"]
+            x = x + jnp.tanh((q * k - k) @ p[f"up_{i}"])
+        return x
+
+    jaxpruner.prune_oneshot(forward, params, [drawn(4, 8)], algorithm="wanda", sparsity=0.5)
+    assert len(segments) == 3  # up to k, up to `up`, and up to the next layer
+
+
 def test_a_layer_that_is_used_twice_is_calibrated_on_both(x64):
     w, x = drawn(16, 16), correlated(64, 16)
 
@@ -307,25 +476,32 @@ def test_a_layer_that_is_used_twice_is_calibrated_on_both(x64):
     np.testing.assert_array_equal(masks["kernel"], wanda(w.T, both, "per_output")[1].T)
 
 
-UNFIT = {
-    "is multiplied with another parameter": lambda p, x: (x @ p["kernel"]) @ (p["a"] @ p["b"]),
-    "is used by exp": lambda p, x: (x @ p["kernel"]) @ jnp.exp(p["a"]) @ p["b"],
-    "is used inside of while": lambda p, x: jax.lax.fori_loop(
-        0, jnp.int32(x[0, 0]) + 1, lambda i, h: h @ p["a"] @ p["b"], x @ p["kernel"]
-    ),
-    "is repeated, or multiplied with along different axes": lambda p, x: (
-        (x @ p["kernel"]) @ p["a"] @ p["b"] @ p["a"].T @ p["b"]
-    ),
-    "is not used": lambda p, x: (x @ p["kernel"]) @ p["b"],
-}
+def contracted_in_two_ways(p, x):
+    """Axes in the same order, but one of them is an input here and an output there."""
+    h, a = x @ p["kernel"], p["a"].reshape(2, 4, 8)
+    return jnp.einsum("tij,ijo->to", h.reshape(-1, 2, 4), a) @ p["b"], jnp.einsum("ti,ijo->tjo", h[:, :2], a)
 
 
-@pytest.mark.parametrize("reason", UNFIT)
-def test_what_cannot_be_calibrated_stays_dense_and_is_told(reason):
+IN_TWO_WAYS = "is repeated, or multiplied with along different axes"
+UNFIT = [
+    ("is multiplied with another parameter", lambda p, x: (x @ p["kernel"]) @ (p["a"] @ p["b"])),
+    ("is used by exp", lambda p, x: (x @ p["kernel"]) @ jnp.exp(p["a"]) @ p["b"]),
+    (
+        "is used inside of while",
+        lambda p, x: jax.lax.fori_loop(0, jnp.int32(x[0, 0]) + 1, lambda i, h: h @ p["a"] @ p["b"], x @ p["kernel"]),
+    ),
+    (IN_TWO_WAYS, lambda p, x: (x @ p["kernel"]) @ p["a"] @ p["b"] @ p["a"].T @ p["b"]),
+    (IN_TWO_WAYS, contracted_in_two_ways),
+    ("is not used", lambda p, x: (x @ p["kernel"]) @ p["b"]),
+]
+
+
+@pytest.mark.parametrize(("reason", "forward"), UNFIT)
+def test_what_cannot_be_calibrated_stays_dense_and_is_told(reason, forward):
     params = {name: drawn(8, 8, seed=i).astype(np.float32) for i, name in enumerate(("kernel", "a", "b"))}
 
     with pytest.warns(UserWarning, match=rf"stay dense: .*a {reason}|stay dense: a .*{reason}"):
-        pruned, masks = jaxpruner.prune_oneshot(UNFIT[reason], params, [np.abs(drawn(16, 8))], sparsity=0.5)
+        pruned, masks = jaxpruner.prune_oneshot(forward, params, [np.abs(drawn(16, 8))], sparsity=0.5)
     assert masks["a"] is None
     assert masks["kernel"].sum() == 32
     np.testing.assert_array_equal(pruned["a"], params["a"])
@@ -370,7 +546,10 @@ def test_networks_of_any_framework(framework):
     before = jaxpruner.summarize_sparsity(params, only_total_sparsity=True)["_nparams"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # biases of Equinox's convolutions have three axes
-        pruned, masks = jaxpruner.prune_oneshot(forward, params, [drawn(4, 6, 6, 3).astype(np.float32)], sparsity=0.5)
+        pruned, masks = jaxpruner.prune_oneshot(
+            forward, params, [drawn(4, 6, 6, 3).astype(np.float32)],
+            algorithm="wanda", sparsity_type="unstructured", sparsity=0.5,
+        )  # fmt: skip
     kernels = [leaf for leaf in jax.tree.leaves(masks) if getattr(leaf, "dtype", None) == np.bool_]
     assert sorted(int(mask.sum()) for mask in kernels) == [16, 108]
     assert jaxpruner.summarize_sparsity(pruned)["_nparams_nnz"] <= before - 124
@@ -405,6 +584,12 @@ for algorithm in ("wanda", "sparsegpt"):
     _, here = jaxpruner.prune_oneshot(forward, params, batches, algorithm=algorithm, sparsity=0.5)
     _, there = jaxpruner.prune_oneshot(forward, params, spread, algorithm=algorithm, sparsity=0.5)
     print(json.dumps({name: int((here[name] != there[name]).sum()) for name in params}))
+# Parameters that are bound to no device go with data on all of them, before and after; others stay where they are.
+params = {"up": jax.numpy.asarray(params["up"]), "down": jax.device_put(
+    params["down"], NamedSharding(mesh, PartitionSpec()))}
+pruned, masks = jaxpruner.prune_oneshot(forward, params, spread, algorithm="wanda", sparsity=0.5)
+forward({name: leaf * masks[name] for name, leaf in pruned.items()}, spread[0])
+assert pruned["down"].sharding == masks["down"].sharding == params["down"].sharding
 """
 
 
@@ -436,6 +621,19 @@ def test_what_was_interrupted_goes_on(tmp_path):
         jaxpruner.prune_oneshot(forward, params, [x], sparsity=0.6, checkpoint=tmp_path / "layers")
     with pytest.raises(ValueError, match="of another calibration: batches, params differ"):
         jaxpruner.prune_oneshot(forward, {**params, "a": 2 * params["a"]}, [2 * x], **options)
+    with pytest.raises(ValueError, match="of another calibration: forward differ"):
+        jaxpruner.prune_oneshot(lambda p, x: x @ p["a"] @ p["b"] @ p["c"], params, [x], **options)
+
+
+def test_masks_alone_go_on_too(tmp_path):
+    options = {"algorithm": "wanda", "sparsity": 0.5, "checkpoint": tmp_path}
+    first = jaxpruner.prune_oneshot(dense, W16, [X16], **options)
+    jax.tree.map(np.testing.assert_array_equal, jaxpruner.prune_oneshot(dense, W16, [X16], **options), first)
+
+
+def test_magnitudes_need_no_pass():
+    _, masks = jaxpruner.prune_oneshot(nonfinite, W16_TWICE, [X16], algorithm="magnitude", sparsity=0.5)
+    assert int(masks["other"].sum()) == 128
 
 
 # Sparsities.
@@ -457,6 +655,25 @@ def test_blocks_with_more_outliers_stay_denser():
     assert kept == sorted(kept)
     assert kept[-1] - kept[0] == pytest.approx(0.16, abs=0.02)
     assert np.mean(kept) == pytest.approx(0.4, abs=0.01)
+
+
+def test_blocks_are_told_by_their_names_and_by_their_loops():
+    names = ["m1/layer_0/q", "m1/layer_0/mlp/up", "m1/layer_1/q", "m1/head"]
+    block_of = outliers.blocks([tuple(name.split("/")) for name in names], {})
+    assert [block_of(Leaf(i))[1:] for i in range(4)] == [("layer_0",), ("layer_0",), ("layer_1",), ("head",)]
+    params = {"all": {side: {name: drawn(2, 4, 4) for name in "ab"} for side in ("encoder", "decoder")}}
+
+    def forward(p, x):
+        for stack in p["all"].values():
+            x = jax.lax.scan(lambda x, p: (x @ p["a"] @ p["b"], None), x, stack)[0]
+        return x
+
+    weights, _ = Task(forward, params, [drawn(2, 4)]).calibration(set(range(4)))
+    block_of = outliers.blocks(names, weights.turns)
+    blocks = [[block_of(Leaf(number, (i,))) for i in range(2)] for number in range(4)]  # decoder a, b; encoder a, b
+    assert blocks[0] == blocks[1]
+    assert blocks[2] == blocks[3]
+    assert len({*blocks[0], *blocks[2]}) == 4
 
 
 def test_sparsities_of_their_own():
@@ -504,6 +721,32 @@ def test_units_leave(algorithm):
         np.testing.assert_allclose(pruned["b2"], params["b2"] + lost, rtol=1e-4)
 
 
+def test_units_of_a_model_with_functions_among_its_parameters():
+    params = {"act": jax.nn.relu, **mlp_params()}
+    forward = lambda p, x: mlp({name: p[name] for name in p if name != "act"}, x)  # noqa: E731
+    x = drawn(64, 8).astype(np.float32)
+    options = {"algorithm": "magnitude", "sparsity": 0.5, "sparsity_type": jaxpruner.find_groups(forward, params, x)}
+    pruned, masks = jaxpruner.prune_oneshot(forward, params, [x], **options)
+    scores = np.abs(params["up"]).sum(0) + np.abs(params["down"]).sum(1)
+    np.testing.assert_array_equal(masks["b1"], keep_highest(scores, 16))
+    assert pruned["act"] is jax.nn.relu
+    assert masks["act"] is None
+
+
+def test_units_that_no_product_scores_are_told():
+    params = {**mlp_params(), "in": drawn(8, 8).astype(np.float32), "down": drawn(32, 8).astype(np.float32)}
+
+    def forward(p, x):
+        step = lambda i, h: jax.nn.relu(h @ p["up"]) @ p["down"]  # noqa: E731
+        return jax.lax.fori_loop(0, jnp.int32(x[0, 0]), step, x @ p["in"])
+
+    params.pop("b1"), params.pop("b2")
+    x = drawn(64, 8).astype(np.float32)
+    groups = jaxpruner.find_groups(forward, params, x).choose("up*")
+    with pytest.raises(ValueError, match=r"up\[1\]: nothing scores its units"):
+        jaxpruner.prune_oneshot(forward, params, [x], algorithm="wanda", sparsity=0.5, sparsity_type=groups)
+
+
 def test_units_that_are_always_the_same_leave_without_a_trace():
     """Their mean is all that they add, and the bias takes it up."""
     params = mlp_params()
@@ -536,6 +779,8 @@ def nonfinite(p, x):
 
 X16 = drawn(32, 16).astype(np.float32)
 W16 = {"kernel": drawn(16, 16).astype(np.float32)}
+MLP = mlp_params()
+OF_UNITS = {"algorithm": "wanda", "sparsity": 0.5, "sparsity_type": "groups"}
 W16_TWICE, BLOCKS, NM = {**W16, "other": W16["kernel"]}, "block_4,4", "nm_2,4"
 ERRORS = {
     "no product with a parameter": (lambda p, x: x + p["kernel"].sum(), W16, [X16], {"sparsity": 0.5}),
@@ -555,6 +800,10 @@ ERRORS = {
     "'flap' ranks units": (dense, W16, [X16], {"sparsity": 0.5, "algorithm": "flap"}),
     "'owl' no room": (dense, W16, [X16], {"sparsity": 0.02, "dist_type": "owl"}),
     "damping: 0 is not above 0": (dense, W16, [X16], {"sparsity": 0.5, "damping": 0}),
+    "kernel: 2:4 has one sparsity": (dense, W16, [X16], {"sparsity_type": NM, "dist_type": "owl"}),
+    "sparsity_type: 'k' matches no parameter": (dense, W16, [X16], {"sparsity": 0.5, "sparsity_type": {"k": NM}}),
+    "dist_type: 'owl' spreads": (mlp, MLP, [X16[:, :8]], OF_UNITS | {"dist_type": "owl"}),
+    "checkpoint: units leave": (mlp, MLP, [X16[:, :8]], OF_UNITS | {"checkpoint": "folder"}),
 }  # fmt: skip
 
 

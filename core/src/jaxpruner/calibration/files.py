@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,19 @@ class Finished:
 
     Args:
       folder: where they are; made if it is not there. None keeps nothing.
-      description: what the calibration is of, equal if it may go on.
+      describe: gives what the calibration is of, equal if it may go on; not called without a folder, as it reads all
+        parameters.
 
     Raises:
       ValueError: if the folder is of another calibration.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, description: Mapping[str, Any]):
+    def __init__(self, folder: str | os.PathLike[str] | None, describe: Callable[[], Mapping[str, Any]]):
         self._folder = None if folder is None else Path(folder)
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
+        description = describe()
         file = self._folder / "calibration.json"
         if file.exists():
             before = json.loads(file.read_text())
@@ -46,21 +48,22 @@ class Finished:
     def __contains__(self, number: int) -> bool:
         return self._folder is not None and self._file(number).exists()
 
-    def read(self, number: int) -> tuple[Any, Any]:
-        """The matrices of a layer and which of their entries stay."""
+    def read(self, number: int) -> tuple[Any | None, Any]:
+        """The matrices of a layer, None if no weight changed, and which of their entries stay."""
         with np.load(self._file(number)) as file:
-            weights = file["weights"]
-            kept = np.unpackbits(file["kept"], count=weights.size).reshape(weights.shape).astype(bool)
-        return weights, kept
+            shape = tuple(file["shape"])
+            kept = np.unpackbits(file["kept"], count=int(np.prod(shape))).reshape(shape).astype(bool)
+            return file.get("weights"), kept
 
-    def write(self, number: int, weights: Any, kept: Any) -> None:
+    def write(self, number: int, weights: Any | None, kept: Any) -> None:
         """Keeps a layer; whole or absent however the program ends."""
         if self._folder is None:
             return
         file = self._file(number)
         partial = file.with_suffix(".partial")
         with open(partial, "wb") as opened:
-            np.savez(opened, weights=np.asarray(weights), kept=np.packbits(np.asarray(kept)))
+            changed = {} if weights is None else {"weights": np.asarray(weights)}
+            np.savez(opened, kept=np.packbits(np.asarray(kept)), shape=kept.shape, **changed)
         os.replace(partial, file)
 
     def _file(self, number: int) -> Path:
@@ -79,8 +82,3 @@ def checksum(tree: Any) -> int:
     for leaf in jax.tree.leaves(trees.numbers_only(tree)):
         total = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8), total)
     return total
-
-
-def shapes(paths: Sequence[trees.KeyPath], leaves: Sequence[Any]) -> dict[str, str]:
-    """What the parameters are called and how they look."""
-    return {trees.leaf_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in zip(paths, leaves, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,17 +11,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from jaxpruner import api, coupled_structures, sparsity_distributions, sparsity_types, trees
 from jaxpruner.base_updater import BaseUpdater
-from jaxpruner.calibration import files, outliers, solvers, units
+from jaxpruner.calibration import files, outliers, solvers, units, writing
 from jaxpruner.calibration.program import Leaf
 from jaxpruner.calibration.running import Calibration, Layer
 from jaxpruner.calibration.statistics import wide_dtype
 from jaxpruner.calibration.task import Task
 from jaxpruner.calibration.weights import Use, Weights
+from jaxpruner.selection import counts
 from jaxpruner.structure_strings import parse_sparsity_type
 
 ALGORITHMS = ("magnitude", "wanda", "sparsegpt", "flap")
@@ -70,20 +71,22 @@ def prune_oneshot(
         examples stay so; sums are added across devices.
       algorithm: see above; `flap` prunes units.
       sparsity: the share of zeros, in [0, 1); may be left out for n:m.
-      sparsity_type: as for `sparsify`, by default `per_output` for `wanda` and `unstructured` for the others. n:m runs
-        along the inputs of a layer, whatever its layout. With groups (:func:`find_groups`) whole units go, in one go
-        at the end of a dense pass.
+      sparsity_type: as for `sparsify`, by default `per_output` for `wanda` and `unstructured` for the others. n:m and
+        `per_output` run along the inputs of a layer, whatever its layout and whatever axis they have. With groups
+        (:func:`find_groups`) whole units go, in one go at the end of a dense pass, scored by the products with them:
+        what is looked up or added has no score.
       dist_type: how sparsities are spread: `uniform`, `erk`, `owl` (blocks with more outliers stay denser, Yin et al.,
-        2024); with groups also `global`, where units of all groups compete.
+        2024; not for n:m, nor for groups); with groups also `global`, where units of all groups compete.
       filter_fn: `filter_fn(path, param)` takes the parameters to prune.
       custom_sparsity_map: path or pattern -> sparsity of its own.
       damping: of SparseGPT's Hessian, a share of its mean diagonal.
       block_size: inputs for which SparseGPT chooses masks together.
-      checkpoint: a folder for finished layers; the same call goes on from there.
+      checkpoint: a folder for finished layers; the same call goes on from there. Not for groups.
       progress: whether to draw a bar with the layer and the time left.
 
     Returns:
-      The pruned parameters and their boolean masks, None where a parameter is not pruned.
+      The pruned parameters and their boolean masks, None where a parameter is not pruned; in the dtypes of the
+        parameters and on their devices.
 
     Raises:
       ValueError: if `forward` multiplies with none of the parameters, batches differ in structure or shape, the inputs
@@ -103,6 +106,7 @@ def prune_oneshot(
     updater = _updater(algorithm, sparsity, sparsity_type, dist_type, filter_fn, custom_sparsity_map)
     task = Task(forward, params, list(batches))
     if isinstance(updater.sparsity_type, coupled_structures.Coupled):
+        _check_options_of_units(dist_type, checkpoint)
         return _prune_units(task, algorithm, updater, progress)
     if algorithm == "flap" or dist_type == "global":
         asked = "algorithm='flap'" if algorithm == "flap" else "dist_type='global'"
@@ -114,35 +118,37 @@ def prune_oneshot(
     sparsities = {use.leaf: targets[use.leaf.number] for use in weights.uses}
     if dist_type == "owl":
         own = set(_custom(task, custom_sparsity_map))
+        _check_owl({leaf: structure for leaf, structure in structures.items() if leaf.number not in own}, task)
         dense = (layer for layer in _bar(calibration.run(task.name, False), weights, task, progress, "outliers"))
         outlying = (layer for layer in dense if layer.use.leaf.number not in own)
-        sparsities |= outliers.sparsities(outlying, dict(enumerate(task.paths)), sparsity)
+        sparsities |= outliers.sparsities(outlying, outliers.blocks(task.paths, weights.turns), sparsity)
         weights, calibration = task.calibration(set(targets))
-    description = {
-        "algorithm": algorithm,
-        "sparsities": {task.name(leaf): float(share) for leaf, share in sparsities.items()},
-        "structures": {task.name(leaf): str(structure) for leaf, structure in structures.items()},
-        "damping": damping,
-        "block_size": block_size,
-        "params": files.checksum(task.arrays),
-        "batches": files.checksum(task.batches),
-    }
-    done = files.Finished(checkpoint, description)
+
+    def describe() -> dict[str, Any]:
+        return {
+            "algorithm": algorithm,
+            "sparsities": {task.name(leaf): float(share) for leaf, share in sparsities.items()},
+            "structures": {task.name(leaf): str(structure) for leaf, structure in structures.items()},
+            "damping": damping,
+            "block_size": block_size,
+            "forward": calibration.fingerprint(),
+            "params": files.checksum(task.arrays),
+            "batches": files.checksum(task.batches),
+        }
+
+    done = files.Finished(checkpoint, describe)
     solve = _Solve(algorithm, sparsities, structures, damping, block_size, task.name)
     masks: dict[Leaf, Any] = {}
-    if algorithm == "magnitude":
-        layers = calibration.layers()
-    else:
-        layers = calibration.run(task.name, algorithm == "sparsegpt", lambda use: use.part in done)
+    layers = _layers(calibration, task, algorithm, lambda use: use.part in done)
     for layer in _bar(layers, weights, task, progress, algorithm):
         use = layer.use
         if use.part in done:
-            matrices, kept = done.read(use.part)
+            changed, kept = done.read(use.part)
         else:
-            matrices, kept = solve(layer, weights)
-            done.write(use.part, matrices, kept)
-        _write(calibration, weights, masks, use, jnp.asarray(matrices), jnp.asarray(kept))
-    return _assembled(task, calibration.leaves, masks)
+            changed, kept = solve(layer, weights)
+            done.write(use.part, changed, kept)
+        writing.write(calibration.leaves, weights, masks, use, changed, kept)
+    return writing.assembled(task, calibration.leaves, masks)
 
 
 def _check_options(algorithm: str, dist_type: str, damping: float, block_size: int) -> None:
@@ -154,6 +160,27 @@ def _check_options(algorithm: str, dist_type: str, damping: float, block_size: i
         raise ValueError(f"damping: {damping!r} is not above 0; it is a share of the Hessian's mean diagonal.")
     if block_size < 1:
         raise ValueError(f"block_size: {block_size!r} is not 1 or more.")
+
+
+def _check_options_of_units(dist_type: str, checkpoint: Any) -> None:
+    if dist_type == "owl":
+        raise ValueError(
+            "dist_type: 'owl' spreads sparsities of weights over blocks, and groups are of units; use 'uniform', "
+            "'erk', or 'global', where units of all groups compete."
+        )
+    if checkpoint is not None:
+        raise ValueError(
+            "checkpoint: units leave at the end of one dense pass, so that no layer is finished before; leave it out."
+        )
+
+
+def _check_owl(structures: Mapping[Leaf, sparsity_types.SparsityType], task: Task) -> None:
+    for leaf, structure in structures.items():
+        if isinstance(structure, sparsity_types.NByM):
+            raise ValueError(
+                f"{task.name(leaf)}: {structure.n}:{structure.m} has one sparsity, which dist_type='owl' cannot "
+                "change; use 'uniform', or another sparsity_type."
+            )
 
 
 def _updater(
@@ -185,7 +212,7 @@ def _updater(
 def _targets(task: Task, updater: BaseUpdater) -> dict[int, float]:
     """The sparsity of each parameter that is to be pruned, by number."""
     asked = dict(trees.named_leaves(updater.chosen_sparsities(trees.numbers_only(task.params))))
-    targets = {i: float(asked[path]) for i, path in enumerate(task.paths) if asked.get(path)}
+    targets = {i: float(asked[path]) for i, path in enumerate(task.paths) if asked.get(path) and task.arrays[i].size}
     if not targets:
         names = ", ".join(map(trees.leaf_name, task.paths[:5]))
         raise ValueError(
@@ -204,6 +231,7 @@ def _structures(
     task: Task, weights: Weights, updater: BaseUpdater, algorithm: str, targets: Mapping[int, float]
 ) -> dict[Leaf, sparsity_types.SparsityType]:
     """The structure of each leaf, checked."""
+    sparsity_types.check_patterns(updater.sparsity_type, [task.paths[number] for number in targets])
     found: dict[Leaf, sparsity_types.SparsityType] = {}
     for use in weights.uses:
         if use.leaf in found:
@@ -254,21 +282,32 @@ class _Solve:
     block_size: int
     name: Callable[[Leaf], str]
 
-    def __call__(self, layer: Layer, weights: Weights) -> tuple[Any, Any]:
-        """The matrices of a layer that is pruned, and which of their entries stay."""
+    def __call__(self, layer: Layer, weights: Weights) -> tuple[Any | None, Any]:
+        """The matrices of a layer that is pruned, None if no weight changed, and which of their entries stay."""
         leaf, matrices = layer.use.leaf, layer.weights.astype(wide_dtype())
         sparsity, structure = self.sparsities[leaf], self.structures[leaf]
+        keep = solvers.keep_count(structure, matrices.shape, sparsity)
         if self.algorithm == "sparsegpt":
-            solved = [
-                solvers.sparsegpt(w, gram, structure, sparsity, self.name(leaf), self.damping, self.block_size)
-                for w, gram in zip(matrices, layer.statistics.gram, strict=True)
-            ]
-            return tuple(map(jnp.stack, zip(*solved, strict=True)))
+            return self._least_squares(matrices, layer, structure, keep)
         score = _SCORES[self.algorithm]
         if isinstance(structure, _OF_MATRICES):
-            return solvers.masked(matrices, layer.statistics, score, structure, sparsity)
-        kept = self._mask(score(matrices, layer.statistics), structure, sparsity, layer.use, weights)
-        return jnp.where(kept, matrices, 0.0), kept
+            number = counts.from_int(keep)
+            kept = solvers.mask(matrices, layer.statistics, number, score=score, structure=structure)
+        else:
+            kept = self._mask(score(matrices, layer.statistics), structure, sparsity, layer.use, weights)
+        return None, kept
+
+    def _least_squares(self, matrices: Any, layer: Layer, structure: Any, keep: int) -> tuple[Any, Any]:
+        number, name = len(matrices), self.name(layer.use.leaf)
+        each = [keep] * number
+        if isinstance(structure, sparsity_types.Unstructured):  # as even, and exact over all of them
+            until = [round(keep * i / number) for i in range(number + 1)]
+            each = [after - before for before, after in itertools.pairwise(until)]
+        solved = [
+            solvers.sparsegpt(w, gram, structure, own, name, self.damping, self.block_size)
+            for w, gram, own in zip(matrices, layer.statistics.gram, each, strict=True)
+        ]
+        return tuple(map(jnp.stack, zip(*solved, strict=True)))
 
     def _mask(self, scores: Any, structure: Any, sparsity: float, use: Use, weights: Weights) -> Any:
         """Of a structure that is of the parameter, in its own layout."""
@@ -278,54 +317,24 @@ class _Solve:
                 f"{self.name(use.leaf)}: {structure} needs a parameter that is multiplied with as a whole."
             )
         mask = structure.mask(placed, sparsity)
-        return use.layout.matrices(weights.value(use.weight, {use.leaf: mask.astype(scores.dtype)})) != 0
-
-
-def _write(calibration: Calibration, weights: Weights, masks: dict[Leaf, Any], use: Use, matrices: Any, kept: Any):
-    """Puts the matrices of a layer back into its leaf, and what stays into the mask of it."""
-    operand, stays = use.operand(matrices), use.operand(kept.astype(matrices.dtype))
-    if weights.is_scaled(use.weight):
-        scale = weights.scale(use)
-        operand = jnp.where(scale != 0, operand / jnp.where(scale == 0, 1, scale), 0)
-        stays = jnp.where(scale != 0, stays, 0)  # what the function masks is pruned
-    values, where = weights.put_back(use, operand)
-    stays, _ = weights.put_back(use, stays)
-    before = calibration.leaves[use.leaf]
-    calibration.leaves[use.leaf] = jnp.where(where, values, before).astype(before.dtype)
-    mask = masks.get(use.leaf, np.ones(before.shape, bool))
-    masks[use.leaf] = jnp.where(where, stays > 0, mask)
-
-
-def _assembled(task: Task, leaves: Mapping[Leaf, Any], masks: Mapping[Leaf, Any]) -> tuple[Any, Any]:
-    """The parameters and masks of all leaves, stacks put together again."""
-    arrays: list[Any] = list(task.arrays)
-    kept: list[Any] = [None] * len(arrays)
-    for leaf, mask in masks.items():
-        if not leaf.index:
-            arrays[leaf.number], kept[leaf.number] = leaves[leaf], mask
-            continue
-        if kept[leaf.number] is None:
-            arrays[leaf.number] = np.array(arrays[leaf.number])
-            kept[leaf.number] = np.ones(arrays[leaf.number].shape, bool)
-        arrays[leaf.number][leaf.index] = leaves[leaf]
-        kept[leaf.number][leaf.index] = mask
-    placed = [_like(before, after) for before, after in zip(task.arrays, arrays, strict=True)]
-    marks = [None if mask is None else jnp.asarray(mask) for mask in kept]
-    return task.with_arrays(placed), task.with_arrays(marks, otherwise=None)
-
-
-def _like(before: Any, after: Any) -> Any:
-    """An array where the one that it replaces is."""
-    if after is before:
-        return before
-    return jax.device_put(after, before.sharding) if isinstance(before, jax.Array) else np.asarray(after)
+        return use.of_leaf(weights.moved(use, mask.astype(scores.dtype))) != 0
 
 
 def _tell_of_dense(task: Task, weights: Weights) -> None:
-    if weights.dense:
-        lines = "; ".join(f"{task.name(leaf)} {reason}" for leaf, reason in list(weights.dense.items())[:8])
-        more = f"; and {len(weights.dense) - 8} more" if len(weights.dense) > 8 else ""
-        warnings.warn(f"prune_oneshot: {len(weights.dense)} parameters stay dense: {lines}{more}.", stacklevel=3)
+    together: dict[tuple[int, str], list[str]] = {}  # the layers of a stack in one line
+    for leaf, reason in weights.dense.items():
+        together.setdefault((leaf.number, reason), []).append(task.name(leaf))
+    if together:
+        lines = []
+        for (number, reason), names in together.items():
+            stack = f"{len(names)} layers of {trees.leaf_name(task.paths[number])}"
+            lines.append(f"{names[0] if len(names) == 1 else stack} {reason}")
+        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+        text = "; ".join(lines[:8]) + more
+        warnings.warn(f"prune_oneshot: {len(lines)} parameters stay dense: {text}.", stacklevel=3)
+    if weights.partial:
+        names = ", ".join(map(task.name, weights.partial[:8])) + (", ..." if len(weights.partial) > 8 else "")
+        warnings.warn(f"prune_oneshot: entries that no product takes stay dense in {names}.", stacklevel=3)
 
 
 def _bar(layers: Iterator[Layer], weights: Weights, task: Task, progress: bool, title: str) -> Iterator[Layer]:
@@ -338,8 +347,18 @@ def _bar(layers: Iterator[Layer], weights: Weights, task: Task, progress: bool, 
             bar.update()
 
 
+def _layers(
+    calibration: Calibration, task: Task, algorithm: str, skips: Callable[[Use], bool] = lambda use: False
+) -> Iterator[Layer]:
+    if algorithm == "magnitude":
+        return calibration.without_data()
+    return calibration.run(task.name, algorithm == "sparsegpt", skips)
+
+
 def _prune_units(task: Task, algorithm: str, updater: BaseUpdater, progress: bool) -> tuple[Any, Any]:
     products = {i for i, array in enumerate(task.arrays) if array.ndim > 1 and trees.is_floating(array)}
     weights, calibration = task.calibration(products)
-    layers = _bar(calibration.run(task.name, False), weights, task, progress, algorithm)
-    return units.prune(algorithm, updater, task.params, task.paths, weights, layers)
+    layers = _bar(_layers(calibration, task, algorithm), weights, task, progress, algorithm)
+    params = task.with_arrays(task.arrays, otherwise=None)
+    pruned, masks = units.prune(algorithm, updater, params, task.paths, weights, calibration.leaves, layers)
+    return writing.as_given(task, pruned, masks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,21 +18,26 @@ from jaxpruner.calibration.running import Layer
 OUTLIER, SPREAD = 5.0, 0.08
 
 
-def block_of(path: trees.KeyPath, leaf: Leaf) -> Any:
-    """The block that a leaf belongs to: up to the first name with a number, `layers_3`; of a stack a layer.
+def blocks(
+    paths: Sequence[trees.KeyPath], turns: Mapping[Leaf, tuple[int, int]]
+) -> Callable[[Leaf], tuple[str | int, ...]]:
+    """Which block a leaf belongs to: names up to the first with a number, `layers_3`; of a stack a turn of its loop.
 
-    Where names have no numbers, each leaf is a block.
+    Names that all parameters begin with do not count. Where names have no numbers, each leaf is a block.
     """
-    if leaf.index:
-        return path[:1], leaf.index
-    for i, name in enumerate(path):
-        if re.search(r"[0-9]", name):
-            return path[: i + 1], ()
-    return path, ()
+    together = list(zip(*paths, strict=False))
+    common = next((i for i, names in enumerate(together) if len(set(names)) > 1), len(together))
+
+    def block_of(leaf: Leaf) -> tuple[str | int, ...]:
+        path = paths[leaf.number]
+        numbered = (path[: i + 1] for i in range(common, len(path)) if re.search(r"[0-9]", path[i]))
+        return turns[leaf] if leaf in turns else next(numbered, path)
+
+    return block_of
 
 
 def sparsities(
-    layers: Iterable[Layer], paths: Mapping[int, trees.KeyPath], sparsity: float, spread: float = SPREAD
+    layers: Iterable[Layer], block_of: Callable[[Leaf], Any], sparsity: float, spread: float = SPREAD
 ) -> dict[Leaf, float]:
     r"""The sparsity of each leaf, the same in a block.
 
@@ -41,7 +46,7 @@ def sparsities(
 
     Args:
       layers: all layers, dense, with the statistics of their inputs.
-      paths: of the parameters.
+      block_of: see :func:`blocks`.
       sparsity: of all of them together.
       spread: :math:`\lambda`.
 
@@ -52,7 +57,7 @@ def sparsities(
         raise ValueError(
             f"sparsity: {sparsity:g} leaves dist_type='owl' no room for {spread:g} more and less; use 'uniform'."
         )
-    blocks: dict[Any, list[Leaf]] = {}
+    leaves_of: dict[Any, list[Leaf]] = {}
     scores: dict[Any, list[Any]] = {}
     shares: dict[Any, list[tuple[float, int]]] = {}
     sizes: dict[Leaf, int] = {}
@@ -66,12 +71,12 @@ def sparsities(
 
     for layer in layers:
         leaf = layer.use.leaf
-        block = block_of(paths[leaf.number], leaf)
+        block = block_of(leaf)
         if block not in scores:
             close()  # so that the scores of one block only are kept
         scores.setdefault(block, []).append(jnp.asarray(solvers.wanda(layer.weights, layer.statistics)))
         if leaf not in sizes:
-            blocks.setdefault(block, []).append(leaf)
+            leaves_of.setdefault(block, []).append(leaf)
         sizes[leaf] = sizes.get(leaf, 0) + layer.weights.size
     close()
     ratio = {
@@ -81,6 +86,6 @@ def sparsities(
     low, high = min(ratio.values()), max(ratio.values())
     # Of blocks that are alike, none is denser.
     extra = {block: 2 * spread * (each - low) / (high - low) if high > low else 0.0 for block, each in ratio.items()}
-    size_of = {block: sum(sizes[leaf] for leaf in leaves) for block, leaves in blocks.items()}
+    size_of = {block: sum(sizes[leaf] for leaf in leaves) for block, leaves in leaves_of.items()}
     mean = sum(extra[block] * size for block, size in size_of.items()) / math.fsum(size_of.values())
-    return {leaf: sparsity - (extra[block] - mean) for block, leaves in blocks.items() for leaf in leaves}
+    return {leaf: sparsity - (extra[block] - mean) for block, leaves in leaves_of.items() for leaf in leaves}

@@ -7,6 +7,7 @@ each product of a parameter after all that comes before it, one after the other.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jaxpruner.compaction.reading import bind
 
 # What only moves entries. `name` and the like do nothing to them.
 MOVES = {
-    "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice", "expand_dims", "gather", "name",
+    "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice", "expand_dims", "gather", "index", "name",
     "optimization_barrier", "pvary", "reshape", "rev", "sharding_constraint", "slice", "split", "squeeze", "stack",
     "stop_gradient", "transpose", "unstack",
 }  # fmt: skip
@@ -84,11 +85,27 @@ class Program:
       operations: the operations.
       leaves: what is read of the parameters.
       arguments: the values of the other arguments, in order.
+      turns: of each layer of a stack, the loop that runs through it, by number, and the turn of it.
     """
 
     operations: list[Operation]
     leaves: dict[Leaf, Value]
     arguments: list[Value]
+    turns: dict[Leaf, tuple[int, int]]
+
+    def fingerprint(self) -> str:
+        """Equal for programs that compute the same of the same parameters, in whatever process."""
+        numbers: dict[Any, Any] = {value: tuple(leaf) for leaf, value in self.leaves.items()}
+        numbers |= {value: f"argument {i}" for i, value in enumerate(self.arguments)}
+        text = hashlib.sha256()
+        for operation in self.operations:
+            names = [
+                contents(operand.value) if isinstance(operand, Constant) else numbers[operand]
+                for operand in operation.inputs
+            ]
+            numbers |= {output: len(numbers) for output in operation.outputs}
+            text.update(repr((operation.name, names, [output.shape for output in operation.outputs])).encode())
+        return text.hexdigest()
 
 
 def program_of(closed: Any, parameters: int, prunable: set[int]) -> Program:
@@ -112,13 +129,15 @@ class _Writer:
         self._leaf_of: dict[Value, tuple[Leaf, tuple[Any, ...]]] = {}
         self._weights: set[Value] = set()
         self._keys: dict[int, Any] = {}
+        self._turns: dict[Leaf, tuple[int, int]] = {}
+        self._loops = 0
 
     def write(self, closed: Any, parameters: int) -> Program:
         variables = closed.jaxpr.invars
         given = [self._leaf(Leaf(i), variable.aval) for i, variable in enumerate(variables[:parameters])]
         arguments = [_value(variable.aval) for variable in variables[parameters:]]
         self._inline(closed.jaxpr, closed.consts, [*given, *arguments])
-        return Program(self._operations, self._leaves, arguments)
+        return Program(self._operations, self._leaves, arguments, self._turns)
 
     def _leaf(self, leaf: Leaf, aval: Any) -> Value:
         if leaf not in self._leaves:
@@ -167,20 +186,25 @@ class _Writer:
         carry, stacks = operands[constants : constants + carried], operands[constants + carried :]
         avals = [variable.aval for variable in body.jaxpr.invars[constants + carried :]]
         rows: list[Any] = [None] * length
+        self._loops += 1
+        loop = self._loops
         for i in reversed(range(length)) if params["reverse"] else range(length):
-            layer = [self._row(stack, i, aval) for stack, aval in zip(stacks, avals, strict=True)]
+            layer = [self._row(stack, (loop, i), aval) for stack, aval in zip(stacks, avals, strict=True)]
             outputs = self._inline(body.jaxpr, body.consts, [*operands[:constants], *carry, *layer])
             carry, rows[i] = outputs[:carried], outputs[carried:]
         results = equation.outvars[carried:]
         columns = zip(*rows, strict=True) if length else ()
         return [*carry, *(self._stacked(column, v.aval) for column, v in zip(columns, results, strict=False))]
 
-    def _row(self, stack: Any, i: int, aval: Any) -> Any:
+    def _row(self, stack: Any, turn: tuple[int, int], aval: Any) -> Any:
         """What one turn of a loop sees of what is run through: of a parameter its layer."""
+        _, i = turn
         if isinstance(stack, Value) and stack in self._leaf_of:
             leaf, casts = self._leaf_of[stack]
             source = jax.ShapeDtypeStruct(aval.shape, casts[0].invars[0].aval.dtype) if casts else aval
-            row = self._leaf(Leaf(leaf.number, (*leaf.index, i)), source)
+            layer = Leaf(leaf.number, (*leaf.index, i))
+            row = self._leaf(layer, source)
+            self._turns.setdefault(layer, turn)
             for cast in casts:
                 params = {**cast.params, "sharding": None} if "sharding" in cast.params else cast.params
                 to = jax.ShapeDtypeStruct(aval.shape, cast.outvars[0].aval.dtype)
@@ -189,7 +213,10 @@ class _Writer:
                     self._weights.add(row)
             return row
         number = Constant(jnp.asarray(i, jnp.int32))
-        return self._append("index", _index, (stack, number), aval)
+        row = self._append("index", _index, (stack, number), aval)
+        if stack in self._weights:
+            self._weights.add(row)
+        return row
 
     def _stacked(self, rows: Sequence[Any], aval: Any) -> Value:
         return self._append("stack", _stack, tuple(rows), aval)
@@ -243,6 +270,24 @@ def _inside(params: Mapping[str, Any]) -> Iterator[Any]:
                 yield inner
 
 
+def contents(value: Any) -> Any:
+    """Equal for constants of the same entries, of which `repr` shows some only."""
+    is_key = jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.prng_key)
+    entries = np.asarray(jax.random.key_data(value) if is_key else value)
+    return entries.shape, str(entries.dtype), hashlib.sha256(entries.tobytes()).hexdigest()
+
+
 def _text(params: Mapping[str, Any]) -> str:
     """Equal for parameters of equations that are equal; functions are equal to themselves only."""
-    return repr(sorted((key, repr(value)) for key, value in params.items()))
+    return repr([sorted((key, repr(value)) for key, value in params.items()), *_constants(params)])
+
+
+def _constants(params: Mapping[str, Any]) -> Iterator[Any]:
+    """The constants in the jaxprs that an equation calls."""
+    for value in params.values():
+        for each in value if isinstance(value, list | tuple) else [value]:
+            yield from map(contents, getattr(each, "consts", ()))
+    for jaxpr in _inside(params):
+        for equation in jaxpr.eqns:
+            yield from (contents(atom.val) for atom in equation.invars if hasattr(atom, "val"))
+            yield from _constants(equation.params)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxpruner.calibration import statistics
-from jaxpruner.calibration.program import Constant, Leaf, Operation, Program, Value
+from jaxpruner.calibration.program import Constant, Leaf, Operation, Program, Value, contents
 from jaxpruner.calibration.statistics import Statistics
 from jaxpruner.calibration.weights import Use, Weights
 
@@ -44,7 +44,7 @@ class Calibration:
         self,
         program: Program,
         weights: Weights,
-        leaves: dict[Leaf, Any],
+        leaves: Leaves,
         batches: Sequence[Sequence[Any]],
         known: Callable[[Any], Any],
     ):
@@ -57,6 +57,17 @@ class Calibration:
         self._order = self._needed()
         self._last = {value: i for i, op in enumerate(self._order) for value in self._reads(op)}
         self._compiled: dict[Any, Any] = {}
+
+    def fingerprint(self) -> str:
+        """See :meth:`Program.fingerprint`."""
+        return self._program.fingerprint()
+
+    def without_data(self) -> Iterator[Layer]:
+        """Yields each part of each leaf as `run` does, without statistics, and without the pass."""
+        for operation in self._order:
+            for use in self._uses.get(operation, ()):
+                if use.is_last:
+                    yield Layer(use, self._matrices(use), None)
 
     def run(
         self, name_of: Callable[[Leaf], str], with_gram: bool, skips: Callable[[Use], bool] = lambda use: False
@@ -92,12 +103,6 @@ class Calibration:
                         yield Layer(use, self._matrices(use), sums.pop(use.part, None))
             pending.append(operation)
 
-    def layers(self) -> Iterator[Layer]:
-        """The same parts without statistics, for which nothing has to be run."""
-        for use in self._weights.uses:
-            if use.is_last:
-                yield Layer(use, self._matrices(use), None)
-
     def _needed(self) -> list[Operation]:
         """What the inputs of the products are made of, in order, but for what depends on no data."""
         needed: set[Any] = set()
@@ -114,18 +119,19 @@ class Calibration:
                     kept.append(operation)
         return kept[::-1]
 
-    def _reads(self, operation: Operation) -> set[Any]:
-        return {
+    def _reads(self, operation: Operation) -> list[Value]:
+        # In order, since a set's would be another for each layer, and so would be what is compiled.
+        return [
             operand
             for operand in operation.inputs
             if isinstance(operand, Value) and operand in self._weights.data and not self._weights.leaves_of(operand)
-        }
+        ]
 
     def _flush(self, pending: list[Operation], values: dict[Any, list[Any]], now: int) -> None:
         """Runs what waits, for each batch, and forgets what nothing needs any more."""
         waiting = list(pending)
         pending.clear()
-        made = {output for operation in waiting for output in operation.outputs}
+        made = dict.fromkeys(output for operation in waiting for output in operation.outputs)
         read = dict.fromkeys(value for operation in waiting for value in self._reads(operation))
         given = [value for value in read if value not in made]
         kept = [value for value in made if self._last.get(value, -1) >= now]
@@ -161,7 +167,7 @@ class Calibration:
         key: list[Any] = [tuple(map(_kind, [*fixed, *given])), len(fixed)]
 
         def name(operand: Any) -> Any:
-            return (_kind(operand), repr(operand.value)) if _is_literal(operand) else numbers[operand]
+            return contents(operand.value) if _is_literal(operand) else numbers[operand]
 
         for operation in operations:
             key.append((operation.key, tuple(map(name, operation.inputs))))
@@ -179,13 +185,12 @@ class Calibration:
         return self._compiled.setdefault(tuple(key), jax.jit(run))
 
     def _matrices(self, use: Use) -> Any:
-        matrices = use.layout.matrices(self._weights.value(use.weight, self.leaves))
-        return matrices if use.columns is None else matrices[:, :, use.columns]
+        return use.of_leaf(self._weights.value(use.weight, self.leaves))
 
     def _statistics(self, use, values, with_gram: bool, seen: dict[Any, Statistics], name: str) -> Statistics:
         key = use.activation, use.features
         if key not in seen:
-            key_of_program = "statistics", use.operation.key, use.side, with_gram
+            key_of_program = "statistics", use.features, with_gram
 
             def of_batch(x):
                 return statistics.of_batch(statistics.features(use.operation, use.side, x), with_gram)
@@ -217,19 +222,52 @@ def _kind(value: Any) -> Any:
     return tuple(of.shape), str(of.dtype)
 
 
-def leaf_arrays(program: Program, params: Sequence[Any]) -> dict[Leaf, Any]:
-    """The values of leaves: parameters, and layers of those that are stacks."""
-    return {leaf: params[leaf.number][leaf.index] if leaf.index else params[leaf.number] for leaf in program.leaves}
+class Leaves(Mapping[Leaf, Any]):
+    """The values of leaves: parameters, layers of those that are stacks, and what became of them.
+
+    Layers are cut out of their stacks when they are asked for, so that there is no second copy of the parameters.
+    """
+
+    def __init__(self, leaves: Iterable[Leaf], params: Sequence[Any]):
+        self._params = params
+        self._changed: dict[Leaf, Any] = dict.fromkeys(leaves)
+
+    def __getitem__(self, leaf: Leaf) -> Any:
+        changed = self._changed[leaf]
+        if changed is not None:
+            return changed
+        return self._params[leaf.number][leaf.index] if leaf.index else self._params[leaf.number]
+
+    def __setitem__(self, leaf: Leaf, value: Any) -> None:
+        self._changed[leaf] = value
+
+    def __contains__(self, leaf: object) -> bool:
+        return leaf in self._changed
+
+    def __iter__(self) -> Iterator[Leaf]:
+        return iter(self._changed)
+
+    def __len__(self) -> int:
+        return len(self._changed)
+
+    def take(self, leaf: Leaf) -> Any:
+        """The value of a leaf, which is forgotten."""
+        value = self[leaf]
+        del self._changed[leaf]
+        return value
 
 
-def known_values(program: Program, leaves: Mapping[Leaf, Any]) -> Callable[[Any], Any]:
-    """A function from what depends on no argument to its value, with the parameters as they were given."""
+def known_values(program: Program, leaves: Leaves) -> Callable[[Any], Any]:
+    """A function from what depends on no argument, and on no parameter that is pruned, to its value."""
     producers = {output: operation for operation in program.operations for output in operation.outputs}
-    done: dict[Any, Any] = {value: leaves[leaf] for leaf, value in program.leaves.items()}
+    leaf_of = {value: leaf for leaf, value in program.leaves.items()}
+    done: dict[Any, Any] = {}
 
     def look_up(value: Any) -> Any:
         if isinstance(value, Constant):
             return value.value
+        if value in leaf_of:
+            return leaves[leaf_of[value]]
         if value not in done:
             operation = producers[value]
             done.update(zip(operation.outputs, operation.run([*map(look_up, operation.inputs)]), strict=True))

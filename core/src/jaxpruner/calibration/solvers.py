@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from jaxpruner import sparsity_types
 from jaxpruner.calibration.statistics import Statistics, wide_dtype
-from jaxpruner.selection import counts, highest_of_each
+from jaxpruner.selection import counts, highest_of_each, n_of_m, top_k_mask
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -25,7 +25,7 @@ DAMPING, BLOCK = 0.01, 128
 _DAMPINGS = 12  # times ten each, before a Hessian is given up
 
 
-def magnitude(weights: Matrices, statistics: Statistics) -> Matrices:
+def magnitude(weights: Matrices, statistics: Statistics | None) -> Matrices:
     """`|w|`."""
     del statistics
     return jnp.abs(weights)
@@ -55,16 +55,16 @@ def inverse_factor(gram: Float[Array, "i i"], name: str, damping: float = DAMPIN
     Raises:
       ValueError: if none of them helps.
     """
-    for _ in range(_DAMPINGS):
-        factor = _inverse_factor(gram, damping)
+    for i in range(_DAMPINGS):
+        factor = _inverse_factor(gram, damping * 10**i)
         if bool(jnp.isfinite(factor).all()):
+            if i:
+                warnings.warn(
+                    f"{name}: the Hessian of its inputs is not positive definite with a damping of {damping:g}, and "
+                    f"has {damping * 10**i:g}. More tokens for calibration would help.",
+                    stacklevel=2,
+                )
             return factor
-        warnings.warn(
-            f"{name}: the Hessian of its inputs is not positive definite with a damping of {damping:g}; ten times that "
-            "is tried. More tokens for calibration would help.",
-            stacklevel=2,
-        )
-        damping *= 10
     raise ValueError(
         f"{name}: the Hessian of its inputs is not positive definite, whatever the damping; look at its "
         "activations, or leave it dense by filter_fn."
@@ -87,7 +87,7 @@ def sparsegpt(
     weights: Float[Array, "i o"],
     gram: Float[Array, "i i"],
     structure: sparsity_types.SparsityType,
-    sparsity: float,
+    keep: int,
     name: str,
     damping: float = DAMPING,
     block: int = BLOCK,
@@ -101,17 +101,17 @@ def sparsegpt(
     Args:
       weights: a matrix.
       gram: the sum of :math:`x x^T` over tokens.
-      structure: unstructured (exact number over the matrix, spread evenly over blocks), per output, or n:m along the
-        inputs.
-      sparsity: the share that goes.
+      structure: unstructured (spread evenly over blocks), per output, or n:m along the inputs.
+      keep: how many weights stay, of the matrix or of each output; n:m has its own number.
       name: of the parameter, for messages.
       damping: see :func:`inverse_factor`.
       block: inputs a block.
 
     Returns:
-      The weights that stay, changed, and the mask.
+      The weights that stay, changed, and the mask. Of an input that is always zero all weights become zero, those that
+      the mask keeps for the number's sake too.
     """
-    inputs, outputs = weights.shape
+    inputs = len(weights)
     factor = inverse_factor(gram, name, damping)
     group = structure.m if isinstance(structure, sparsity_types.NByM) else 1
     block = max(block // group, 1) * group
@@ -120,11 +120,9 @@ def sparsegpt(
     for start in range(0, inputs, block):
         size = min(block, inputs - start)
         # So many of all blocks until here, rounded, less what they have: exact in the end, and even between.
-        each = inputs if isinstance(structure, sparsity_types.PerOutput) else inputs * outputs
-        whole = counts.to_int(counts.keep_count(each, sparsity))
-        until = whole if start + size == inputs else round(whole * (start + size) / inputs)
-        keep, chosen = until - chosen, until
-        result, mask = _block(result, factor, start, keep, structure=structure, size=size)
+        until = round(keep * (start + size) / inputs)
+        result, mask = _block(result, factor, start, until - chosen, structure=structure, size=size)
+        chosen = until
         masks.append(mask)
     return result, jnp.concatenate(masks)
 
@@ -172,27 +170,33 @@ def _block(weights, factor, start, keep, *, structure, size):
     return jax.lax.dynamic_update_slice_in_dim(weights, kept, start, 0), mask
 
 
-@functools.partial(jax.jit, static_argnames=("score", "structure", "sparsity"))
-def masked(
+@functools.partial(jax.jit, static_argnames=("score", "structure"))
+def mask(
     weights: Matrices,
-    statistics: Statistics,
-    score: Callable[[Matrices, Statistics], Matrices],
+    statistics: Statistics | None,
+    keep: counts.Count,
+    *,
+    score: Callable[[Matrices, Any], Matrices],
     structure: sparsity_types.SparsityType,
-    sparsity: float,
-) -> tuple[Matrices, Bool[Array, "batch inputs outputs"]]:
-    """The weights of the highest scores, as they are, and the mask.
+) -> Bool[Array, "batch inputs outputs"]:
+    """Which weights have the highest scores.
 
     Args:
       weights: matrices.
       statistics: of their inputs.
+      keep: how many weights stay, of all matrices or of each output; n:m has its own number.
       score: such as :func:`wanda`.
-      structure: unstructured (over all matrices), per output, or n:m along the inputs.
-      sparsity: the share that goes.
+      structure: unstructured, per output, or n:m along the inputs.
     """
     scores = score(weights, statistics)
-    if isinstance(structure, sparsity_types.Unstructured):
-        kept = structure.mask(scores, sparsity)
-    else:
-        along_inputs = dataclasses.replace(structure, axis=0)
-        kept = jnp.stack([along_inputs.mask(each, sparsity) for each in scores])
-    return jnp.where(kept, weights, 0.0), kept
+    if isinstance(structure, sparsity_types.NByM):
+        return n_of_m(scores, structure.n, structure.m, (1,))
+    if isinstance(structure, sparsity_types.PerOutput):
+        return jax.vmap(highest_of_each, (0, None))(scores, keep.lo)
+    return top_k_mask(scores, keep)
+
+
+def keep_count(structure: sparsity_types.SparsityType, shape: tuple[int, ...], sparsity: float) -> int:
+    """How many weights of matrices (batch, inputs, outputs) stay: of each output, or of all."""
+    number = shape[1] if isinstance(structure, sparsity_types.PerOutput) else math.prod(shape)
+    return counts.to_int(counts.keep_count(number, sparsity))

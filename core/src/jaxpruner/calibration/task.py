@@ -9,7 +9,7 @@ import jax
 
 from jaxpruner import trees
 from jaxpruner.calibration.program import Leaf, program_of
-from jaxpruner.calibration.running import Calibration, known_values, leaf_arrays
+from jaxpruner.calibration.running import Calibration, Leaves, known_values
 from jaxpruner.calibration.weights import Weights
 from jaxpruner.compaction.finding import is_array
 
@@ -43,14 +43,15 @@ class Task:
     def calibration(self, prunable: set[int]) -> tuple[Weights, Calibration]:
         """What becomes of the parameters of these numbers, and the pass."""
         program = program_of(self._closed, len(self.arrays), prunable)
-        leaves = leaf_arrays(program, self.arrays)
+        leaves = Leaves(program.leaves, self.arrays)
         known = known_values(program, leaves)
         weights = Weights(program, prunable, known)
         if not weights.uses:
             reasons = "; ".join(f"{self.name(leaf)} {why}" for leaf, why in list(weights.dense.items())[:4])
             raise ValueError(
-                f"prune_oneshot: forward has no product with a parameter that filter_fn selects ({reasons}). Let it "
-                "take them as its first argument, such as lambda params, x: model.apply({'params': params}, x)."
+                f"prune_oneshot: forward has no product with a parameter that filter_fn selects ({reasons}). If it "
+                "closes over them, let it take them as its first argument, such as lambda params, x: "
+                "model.apply({'params': params}, x)."
             )
         return weights, Calibration(program, weights, leaves, self.batches, known)
 

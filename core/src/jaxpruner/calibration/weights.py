@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpruner.calibration.program import CASTS, MOVES, PRODUCTS, SCALES, Constant, Leaf, Operation, Program, Value
+from jaxpruner.calibration.program import (
+    CASTS,
+    MOVES,
+    PRODUCTS,
+    SCALES,
+    Constant,
+    Leaf,
+    Operation,
+    Program,
+    Value,
+    contents,
+)
 
 # Moves that keep each entry, once.
 _REORDERINGS = {
@@ -53,8 +65,13 @@ class Use:
     def layout(self) -> Layout:
         return layout(self.operation, self.side)
 
+    def of_leaf(self, operand: Any) -> Any:
+        """The matrices of an operand of the product, of the outputs that the leaf has."""
+        matrices = self.layout.matrices(operand)
+        return matrices if self.columns is None else matrices[:, :, self.columns]
+
     def operand(self, matrices: Any) -> Any:
-        """The operand of the product for these matrices, which may be of some outputs only."""
+        """The inverse of `of_leaf`; zero for outputs of other leaves."""
         if self.columns is not None:
             matrices = jnp.zeros(self.layout.shape, matrices.dtype).at[:, :, self.columns].set(matrices)
         return self.layout.operand(matrices)
@@ -66,7 +83,7 @@ class Use:
         if self.operation.name == "dot_general":
             contracted, batch = params["dimension_numbers"]
             return contracted[1 - self.side], batch[1 - self.side], np.argsort(contracted[self.side]).tobytes()
-        return self.operation.key, self.weight.shape
+        return self.operation.key, self.weight.shape  # which has the size of the window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +142,13 @@ class Weights:
       program: the program.
       prunable: the numbers of the parameters that may be pruned.
       known: the value of what depends on no argument.
+
+    Attributes:
+      uses: the products with what can be pruned, in their order.
+      dense: what cannot, with the reason.
+      partial: leaves of which some entries are in no product.
+      data: the values that depend on arguments or on products.
+      turns: as of the program.
     """
 
     def __init__(self, program: Program, prunable: set[int], known: Callable[[Any], Any]):
@@ -132,9 +156,11 @@ class Weights:
         self._producers = {output: op for op in program.operations for output in op.outputs}
         self._leaf_values = {value: leaf for leaf, value in program.leaves.items() if leaf.number in prunable}
         self._shapes = {
-            leaf: jax.ShapeDtypeStruct(value.shape, jnp.float32) for value, leaf in self._leaf_values.items()
+            leaf: jax.ShapeDtypeStruct(value.shape, value.dtype) for value, leaf in self._leaf_values.items()
         }
         self.dense: dict[Leaf, str] = {}
+        self.partial: list[Leaf] = []
+        self.turns = program.turns
         self.uses: list[Use] = []
         data = set(program.arguments)
         for operation in program.operations:
@@ -161,6 +187,10 @@ class Weights:
         """Whether entries are scaled or masked on the way."""
         return any(operation.name in SCALES for operation in self._chain(weight))
 
+    def moved(self, use: Use, entries: Any) -> Any:
+        """Entries of a leaf in their places in the operand of a product; zero elsewhere."""
+        return self._evaluate(use.weight, {**self._zeros(use, entries.dtype), use.leaf: entries}, moves_only=True)
+
     def put_back(self, use: Use, operand: Any) -> tuple[Any, Any]:
         """Entries of an operand in their places in the leaf; zero elsewhere. And which places these are."""
         if use.weight in self._leaf_values:
@@ -172,15 +202,13 @@ class Weights:
 
     def _back(self, use: Use, dtype: Any) -> Callable[[Any], Any]:
         """The transpose of what moves the entries of a leaf into an operand."""
-        others = {
-            leaf: jnp.zeros(self._shapes[leaf].shape, dtype) for leaf in self.leaves_of(use.weight) if leaf != use.leaf
-        }
-
-        def move(entries):
-            return self._evaluate(use.weight, {**others, use.leaf: entries}, moves_only=True)
-
+        move = functools.partial(self.moved, use)
         transposed = jax.linear_transpose(move, jax.ShapeDtypeStruct(self._shapes[use.leaf].shape, dtype))
         return lambda operand: transposed(operand)[0]
+
+    def _zeros(self, use: Use, dtype: Any) -> dict[Leaf, Any]:
+        """Of what else is multiplied with as one with a leaf."""
+        return {leaf: jnp.zeros_like(self._shapes[leaf], dtype) for leaf in self.leaves_of(use.weight)}
 
     def _evaluate(self, value: Any, leaves: Mapping[Leaf, Any], moves_only: bool) -> Any:
         done: dict[Any, Any] = {}
@@ -222,7 +250,7 @@ class Weights:
 
     def scale(self, use: Use) -> Any:
         """By what entries of a leaf are multiplied on the way to an operand, entry by entry."""
-        ones = {leaf: jnp.ones(self._shapes[leaf].shape) for leaf in self.leaves_of(use.weight)}
+        ones = {leaf: jnp.ones_like(self._shapes[leaf]) for leaf in self.leaves_of(use.weight)}
         return self._evaluate(use.weight, ones, moves_only=False)
 
     def bias_of(self, use: Use) -> Leaf | None:
@@ -250,22 +278,26 @@ class Weights:
             if not sides:
                 continue
             leaves = tuple(dict.fromkeys(leaf for i in sides for leaf in self.leaves_of(operation.inputs[i])))
-            used.update(leaves)
             if operation.name in PRODUCTS:
                 if reason := self._no_product(operation, sides):
                     self.dense.update(dict.fromkeys(leaves, reason))
                 else:
                     products.append((operation, sides[0]))
+                used.update(leaves)
             elif self._is_followed(operation, sides):
                 self._carried.update(dict.fromkeys(operation.outputs, leaves))
             else:
                 self.dense.update(dict.fromkeys(leaves, _reason(operation, self.data)))
+                used.update(leaves)
+        stacks = {
+            leaf._replace(index=leaf.index[:depth]) for leaf in self._program.leaves for depth in range(len(leaf.index))
+        }
         for leaf in self._leaf_values.values():
             rows = [other for other in used if other.number == leaf.number and len(other.index) > len(leaf.index)]
             if leaf in used and rows:
                 reason = "is multiplied with as a stack and layer by layer"
                 self.dense.update(dict.fromkeys([leaf, *rows], reason))
-            elif leaf not in used and not rows:
+            elif leaf not in used and leaf not in stacks:
                 self.dense.setdefault(leaf, "is not used")
         if len(self.dense) == before:
             self.uses = self._uses(products)
@@ -297,6 +329,7 @@ class Weights:
 
     def _uses(self, products: Sequence[tuple[Operation, int]]) -> list[Use]:
         found: list[Use] = []
+        self.partial = []
         for operation, side in products:
             leaves = self.leaves_of(operation.inputs[side])
             for leaf in leaves:
@@ -309,8 +342,8 @@ class Weights:
         for number, (leaf, uses) in enumerate(by_leaf.items()):
             parts: dict[Any, list[Use]] = {}
             for use in uses:
-                parts.setdefault((self._signature(use.weight), layout(use.operation, use.side).order), []).append(use)
-            if reason := self._clash(uses, [part[0] for part in parts.values()]):
+                parts.setdefault((self._signature(use.weight), use.layout), []).append(use)
+            if reason := self._clash(leaf, uses, [part[0] for part in parts.values()]):
                 self.dense[leaf] = reason
                 continue
             for i, part in enumerate(parts.values()):
@@ -319,13 +352,15 @@ class Weights:
                     placed[use] = dataclasses.replace(use, is_last=use is part[-1], part=label)
         return [placed[use] for use in found if use in placed]
 
-    def _clash(self, uses: Sequence[Use], parts: Sequence[Use]) -> str:
+    def _clash(self, leaf: Leaf, uses: Sequence[Use], parts: Sequence[Use]) -> str:
         if any(use.columns is not None and use.columns.size == 0 for use in uses):
-            return "is multiplied with as one with others, along their inputs"
+            return "is multiplied with as one with others, not output by output"
         is_simple = all(operation.name in _REORDERINGS for use in parts for operation in self._moves(use.weight))
         if len(parts) == 1 and is_simple:
             return ""
-        times = sum(self._back(use, jnp.float32)(jnp.ones(use.weight.shape)) for use in parts)
+        times = sum(self._back(use, jnp.float32)(jnp.ones(use.weight.shape, jnp.float32)) for use in parts)
+        if bool(jnp.any(times == 0)):
+            self.partial.append(leaf)
         return "is repeated, or multiplied with along different axes" if bool(jnp.any(times > 1)) else ""
 
     def _columns(self, operation: Operation, side: int, leaf: Leaf) -> np.ndarray:
@@ -340,7 +375,7 @@ class Weights:
         if weight in self._leaf_values:
             return self._leaf_values[weight]
         if isinstance(weight, Constant):
-            return repr(weight.value)
+            return contents(weight.value)
         if not self.leaves_of(weight):
             return id(weight)
         operation = self._producers[weight]

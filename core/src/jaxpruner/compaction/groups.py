@@ -221,6 +221,7 @@ class Groups(coupled_structures.Coupled):
         is_scored: Callable[[trees.KeyPath, int], bool],
     ) -> dict[str, Float[Array, " units"]]:
         units = {name: jnp.zeros(group.size) for name, group in pruned.items()}
+        scored = set()
         for path, score in trees.named_leaves(scores):
             wide = None
             for axis, along in enumerate(axes_of.get(path, ())):
@@ -233,6 +234,12 @@ class Groups(coupled_structures.Coupled):
                 for name, vector in axes.collect(along, wide.sum(others), jnp.sum):
                     if name in units:
                         units[name] = units[name] + vector
+                        scored.add(name)
+        if unscored := [name for name in units if name not in scored]:
+            raise ValueError(
+                f"{unscored[0]}: nothing scores its units, since no product that calibration follows reads them; leave "
+                "it whole by groups.choose(...)."
+            )
         return units
 
     def _rounded(self, mask: Bool[Array, " units"], scores: Float[Array, " units"]) -> Bool[Array, " units"]:
