@@ -6,12 +6,15 @@ from pathlib import Path
 
 
 class Peak:
-    """`with Peak() as peak:` measures how far the process grows at most, in bytes: `peak.bytes`, 0 where /proc is not.
+    """`with Peak() as peak:` measures how much memory the process has at most, in bytes; 0 where /proc is not.
 
-    What is freed and used again does not count, so that it is a lower bound in a process that has grown before.
+    Attributes:
+      bytes: how far it grows. What was freed before and is used again does not count.
+      resident_bytes: all that it has then.
     """
 
     bytes = 0
+    resident_bytes = 0
 
     def __enter__(self) -> Peak:
         if _RESET.exists():
@@ -21,7 +24,8 @@ class Peak:
 
     def __exit__(self, *_: object) -> None:
         if _RESET.exists():
-            self.bytes = status_bytes("VmHWM") - self._before
+            self.resident_bytes = status_bytes("VmHWM")
+            self.bytes = self.resident_bytes - self._before
 
 
 _RESET = Path("/proc/self/clear_refs")

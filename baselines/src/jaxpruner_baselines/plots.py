@@ -40,6 +40,10 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
     fence = far_out([line.mean for line in lines], kind.lower_is_better)
     styles = looks(lines)
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    if kind.logarithmic:  # on which all have their place
+        fence = np.inf if kind.lower_is_better else -np.inf
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
     for i, line in enumerate(line for line in lines if is_dense(line.method)):
         axes.axhline(
