@@ -21,12 +21,14 @@ from jaxpruner.calibration import outliers, running
 from jaxpruner.calibration.program import Leaf
 from jaxpruner.calibration.task import Task
 
+# Apart, in an older JAX.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 STRUCTURES = {"unstructured": {"sparsity": 0.5}, "per_output": {"sparsity": 0.6}, "nm_2,4": {}}
 
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 
