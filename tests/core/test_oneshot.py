@@ -21,12 +21,14 @@ from jaxpruner.calibration import outliers, running
 from jaxpruner.calibration.program import Leaf
 from jaxpruner.calibration.task import Task
 
+# Apart, in an older JAX.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 STRUCTURES = {"unstructured": {"sparsity": 0.5}, "per_output": {"sparsity": 0.6}, "nm_2,4": {}}
 
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 
@@ -445,6 +447,15 @@ def test_stacks_are_followed_into_scan(way):
     np.testing.assert_array_equal(move(pruned(place(stack), move) * 1.0) > 0, pruned(stack))
 
 
+def test_a_scan_without_turns():
+    def forward(p, x):
+        x, rows = jax.lax.scan(lambda x, _: (x @ p["kernel"], x), x, None, length=0)
+        return (x + rows.sum()) @ p["kernel"]
+
+    _, masks = jaxpruner.prune_oneshot(forward, W16, [X16], algorithm="wanda", sparsity=0.5)
+    assert int(masks["kernel"].sum()) == 128
+
+
 def test_layers_that_are_alike_share_what_is_compiled(monkeypatch):
     segments, whole = set(), running.Calibration._segment
 
@@ -493,6 +504,7 @@ UNFIT = [
     (IN_TWO_WAYS, lambda p, x: (x @ p["kernel"]) @ p["a"] @ p["b"] @ p["a"].T @ p["b"]),
     (IN_TWO_WAYS, contracted_in_two_ways),
     ("is not used", lambda p, x: (x @ p["kernel"]) @ p["b"]),
+    ("is multiplied with complex numbers", lambda p, x: jnp.abs((x @ p["kernel"] + 1j) @ p["a"]) @ p["b"]),
 ]
 
 
@@ -676,6 +688,13 @@ def test_blocks_are_told_by_their_names_and_by_their_loops():
     assert len({*blocks[0], *blocks[2]}) == 4
 
 
+def test_owl_leaves_sparsities_that_are_given():
+    params = {f"layer_{i}": drawn(8, 8, seed=i).astype(np.float32) for i in range(2)}
+    options = {"algorithm": "magnitude", "sparsity": 0.5, "dist_type": "owl", "custom_sparsity_map": {"*": 0.75}}
+    _, masks = jaxpruner.prune_oneshot(lambda p, x: x @ p["layer_0"] @ p["layer_1"], params, [drawn(4, 8)], **options)
+    assert [int(mask.sum()) for mask in masks.values()] == [16, 16]
+
+
 def test_sparsities_of_their_own():
     params = {"a": drawn(16, 32).astype(np.float32), "b": drawn(32, 20).astype(np.float32)}
     forward = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
@@ -696,6 +715,11 @@ def test_sparsities_of_their_own():
 
 def mlp(p, x):
     return jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"] + p["b2"]
+
+
+def residual(p, x):
+    """What goes around the layer is added before its bias."""
+    return x[:, :4] + jax.nn.relu(x @ p["up"] + p["b1"]) @ p["down"] + p["b2"]
 
 
 def mlp_params() -> dict[str, Any]:
@@ -747,7 +771,8 @@ def test_units_that_no_product_scores_are_told():
         jaxpruner.prune_oneshot(forward, params, [x], algorithm="wanda", sparsity=0.5, sparsity_type=groups)
 
 
-def test_units_that_are_always_the_same_leave_without_a_trace():
+@pytest.mark.parametrize("mlp", [mlp, residual])
+def test_units_that_are_always_the_same_leave_without_a_trace(mlp):
     """Their mean is all that they add, and the bias takes it up."""
     params = mlp_params()
     params["up"][:, 10:] = 0

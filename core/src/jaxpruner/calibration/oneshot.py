@@ -321,14 +321,7 @@ class _Solve:
 
 
 def _tell_of_dense(task: Task, weights: Weights) -> None:
-    together: dict[tuple[int, str], list[str]] = {}  # the layers of a stack in one line
-    for leaf, reason in weights.dense.items():
-        together.setdefault((leaf.number, reason), []).append(task.name(leaf))
-    if together:
-        lines = []
-        for (number, reason), names in together.items():
-            stack = f"{len(names)} layers of {trees.leaf_name(task.paths[number])}"
-            lines.append(f"{names[0] if len(names) == 1 else stack} {reason}")
+    if lines := task.dense_lines(weights):
         more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
         text = "; ".join(lines[:8]) + more
         warnings.warn(f"prune_oneshot: {len(lines)} parameters stay dense: {text}.", stacklevel=3)

@@ -79,6 +79,8 @@ def sparsities(
             leaves_of.setdefault(block, []).append(leaf)
         sizes[leaf] = sizes.get(leaf, 0) + layer.weights.size
     close()
+    if not leaves_of:  # all have sparsities of their own
+        return {}
     ratio = {
         block: sum(share * size for share, size in parts) / sum(size for _, size in parts)
         for block, parts in shares.items()

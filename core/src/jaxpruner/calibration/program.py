@@ -193,8 +193,8 @@ class _Writer:
             outputs = self._inline(body.jaxpr, body.consts, [*operands[:constants], *carry, *layer])
             carry, rows[i] = outputs[:carried], outputs[carried:]
         results = equation.outvars[carried:]
-        columns = zip(*rows, strict=True) if length else ()
-        return [*carry, *(self._stacked(column, v.aval) for column, v in zip(columns, results, strict=False))]
+        columns = zip(*rows, strict=True) if length else [()] * len(results)
+        return [*carry, *(self._stacked(column, v.aval) for column, v in zip(columns, results, strict=True))]
 
     def _row(self, stack: Any, turn: tuple[int, int], aval: Any) -> Any:
         """What one turn of a loop sees of what is run through: of a parameter its layer."""
@@ -218,7 +218,9 @@ class _Writer:
             self._weights.add(row)
         return row
 
-    def _stacked(self, rows: Sequence[Any], aval: Any) -> Value:
+    def _stacked(self, rows: Sequence[Any], aval: Any) -> Value | Constant:
+        if not rows:
+            return Constant(jnp.zeros(aval.shape, aval.dtype))
         return self._append("stack", _stack, tuple(rows), aval)
 
     def _append(self, name: str, run: Any, inputs: tuple[Any, ...], aval: Any, key: Any = None) -> Value:

@@ -47,13 +47,25 @@ class Task:
         known = known_values(program, leaves)
         weights = Weights(program, prunable, known)
         if not weights.uses:
-            reasons = "; ".join(f"{self.name(leaf)} {why}" for leaf, why in list(weights.dense.items())[:4])
+            reasons = "; ".join(self.dense_lines(weights)[:4])
             raise ValueError(
                 f"prune_oneshot: forward has no product with a parameter that filter_fn selects ({reasons}). If it "
                 "closes over them, let it take them as its first argument, such as lambda params, x: "
                 "model.apply({'params': params}, x)."
             )
         return weights, Calibration(program, weights, leaves, self.batches, known)
+
+    def dense_lines(self, weights: Weights) -> list[str]:
+        """What cannot be pruned, with the reason; layers of a stack that have the same in one line."""
+        together: dict[tuple[int, str], list[str]] = {}
+        for leaf, reason in weights.dense.items():
+            together.setdefault((leaf.number, reason), []).append(self.name(leaf))
+        return [
+            f"{names[0]} {reason}"
+            if len(names) == 1
+            else f"{len(names)} layers of {trees.leaf_name(self.paths[number])} {reason}"
+            for (number, reason), names in together.items()
+        ]
 
     def name(self, leaf: Leaf) -> str:
         """What a leaf is called, with its number in a stack."""

@@ -254,16 +254,30 @@ class Weights:
         return self._evaluate(use.weight, ones, moves_only=False)
 
     def bias_of(self, use: Use) -> Leaf | None:
-        """The parameter that is added to the outputs of a product, one entry an output; None if there is none."""
-        readers = [op for op in self._program.operations if use.operation.outputs[0] in op.inputs]
-        if len(readers) != 1 or readers[0].name not in ("add", "add_any"):
-            return None
-        (other,) = (operand for operand in readers[0].inputs if operand is not use.operation.outputs[0])
-        while other in self._producers and self._producers[other].name in MOVES | CASTS:
-            other = self._producers[other].inputs[0]
+        """The parameter that is added to the outputs of a product, one entry an output; None if there is none.
+
+        What else is added before, such as what goes around the layer, does not matter.
+        """
         leaves = {value: leaf for leaf, value in self._program.leaves.items()}
-        is_bias = other in leaves and math.prod(other.shape) == use.layout.shape[2] and use.layout.shape[0] == 1
-        return leaves[other] if is_bias else None
+        outputs = use.operation.outputs[0]
+        while True:
+            readers = self._readers.get(outputs, [])
+            if len(readers) != 1 or readers[0].name not in ("add", "add_any") or use.layout.shape[0] != 1:
+                return None
+            other = next((operand for operand in readers[0].inputs if operand is not outputs), None)
+            while other in self._producers and self._producers[other].name in MOVES | CASTS:
+                other = self._producers[other].inputs[0]
+            if other in leaves and math.prod(other.shape) == use.layout.shape[2]:
+                return leaves[other]
+            outputs = readers[0].outputs[0]
+
+    @functools.cached_property
+    def _readers(self) -> dict[Any, list[Operation]]:
+        found: dict[Any, list[Operation]] = {}
+        for operation in self._program.operations:
+            for operand in dict.fromkeys(operation.inputs):
+                found.setdefault(operand, []).append(operation)
+        return found
 
     # Which leaves can be pruned.
 
@@ -306,6 +320,8 @@ class Weights:
     def _no_product(self, operation: Operation, sides: Sequence[int]) -> str:
         if len(sides) > 1:
             return "is multiplied with another parameter"
+        if jnp.issubdtype(operation.outputs[0].dtype, jnp.complexfloating):
+            return "is multiplied with complex numbers"
         if operation.name == "conv_general_dilated":
             if sides == [0]:
                 return "is the image of a convolution"

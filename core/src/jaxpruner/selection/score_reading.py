@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -202,7 +203,7 @@ def count_leaf(leaf: Leaf, row: Int[Array, " n"], skips: bool) -> tuple[UInt32[A
     def nothing(leaf, row):
         none = row[len(Column) :]
         none = (none ^ none).astype(jnp.uint32)
-        return tuple(lax.split(none, _parts(leaf.size, none.size, leaf.method)))
+        return tuple(_split(none, _parts(leaf.size, none.size, leaf.method)))
 
     return lax.cond(row[Column.IS_READ] != 0, read, nothing, leaf, row) if skips else read(leaf, row)
 
@@ -264,10 +265,17 @@ def count(
         spread = lax.broadcast_in_dim(values, shape, (*range(axis - 1), axis))
         reached = [
             (spread >= lax.broadcast_in_dim(t, shape, (axis - 1,))).astype(jnp.uint32)
-            for t in lax.split(thresholds, parts)
+            for t in _split(thresholds, parts)
         ]
         return sums(sums(reached, (axis,)), tuple(range(axis - 1)))
     return tuple(jnp.sum((values >= t).astype(jnp.uint32), dtype=jnp.uint32).reshape(1) for t in thresholds)
+
+
+def _split(values: Any, sizes: Sequence[int]) -> Sequence[Any]:
+    if hasattr(lax, "split"):
+        return lax.split(values, sizes)
+    ends = list(itertools.accumulate(sizes))  # of an older JAX
+    return [values[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _parts(size: int, thresholds: int, method: Method) -> tuple[int, ...]:
