@@ -58,6 +58,17 @@ ROWS = {
     "eager step, packed masks, worst of 2 algorithms": 1,
     "compact VisionTransformer, forward pass, 50% removed": 1,
     "compact VisionTransformer, training step, 50% removed": 1,
+    "32x32, 90% zeros, times 4: sparse_above": 1,
+    **{
+        row: count
+        for structure in ("unstructured", "2:4")
+        for row, count in {
+            f"SparseGPT of a layer 32x32, {structure}": HAS_TORCH,
+            f"SparseGPT of a layer 32x32, {structure}: peak": 1,
+            f"SparseGPT of 7B weights at this rate, {structure}": 1,
+        }.items()
+        if count
+    },
     "mask update, 50,000 float32": 3,
     "mask update, 50,000 bfloat16": 3,
 }

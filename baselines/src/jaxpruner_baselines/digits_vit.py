@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,15 +130,12 @@ def train(run: Run, checkpoint: Checkpoint, make: Callable[..., Training] = Trai
     params = init_params(training.model, run.seed, dataset.train.images[: preset.batch_size])
     state = params, init_optimizer(training, run.seed, params)
     first_epoch, state = checkpoint.load(like=state)
-    times = []
     for epoch in range(first_epoch, preset.epochs):
         # From seed and epoch alone, so that a resumed run sees the same batches.
         order = np.random.default_rng([run.seed, epoch]).permutation(len(dataset.train))
         order = order[: steps_per_epoch * preset.batch_size].reshape(steps_per_epoch, preset.batch_size)
         batches = dataset.train.take(order)
-        started = time.perf_counter()
-        state, loss = jax.block_until_ready(train_epoch(training, state, run.seed, batches.images, batches.labels))
-        times.append(1e3 * (time.perf_counter() - started) / steps_per_epoch)
+        state, loss = train_epoch(training, state, run.seed, batches.images, batches.labels)
         done = epoch + 1
         if preset.checkpoint_every and done % preset.checkpoint_every == 0 and done < preset.epochs:
             checkpoint.save(done, state)
@@ -154,7 +149,6 @@ def train(run: Run, checkpoint: Checkpoint, make: Callable[..., Training] = Trai
         steps=training.steps,
         details={
             "train_loss": float(loss),
-            "step_milliseconds": statistics.median(times),
             "prunable_weights": sum(leaf.size for leaf in kernels),
             **costs(
                 training.model.apply,

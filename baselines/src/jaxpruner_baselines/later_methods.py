@@ -9,13 +9,16 @@ the schedule of the others and their papers' defaults.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxpruner_baselines import digits_vit
+from jaxpruner_baselines.baseline import Outcome, Progress, Run
+from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.methods import DENSE, LATER
 
 BEFORE = ("magnitude", "magnitude_ste", "rigl")
@@ -34,11 +37,24 @@ class Training(digits_vit.Training):
         return {}
 
 
+def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
+    """That of `digits_vit`, with the time of a step."""
+    times, done, before = [], 0, time.perf_counter()
+    for event in digits_vit.train(run, checkpoint, make=Training):
+        if isinstance(event, Progress):
+            times.append(1e3 * (time.perf_counter() - before) / max(event.done - done, 1))
+            done = event.done
+            yield event
+            before = time.perf_counter()
+        else:
+            yield dataclasses.replace(event, details={**event.details, "step_milliseconds": statistics.median(times)})
+
+
 BASELINE = dataclasses.replace(
     digits_vit.BASELINE,
     name="later_methods",
     summary="methods of later papers on the vision transformer of digits_vit",
-    train=functools.partial(digits_vit.train, make=Training),
+    train=train,
     only=(DENSE, *BEFORE, *LATER),
     also=("step_milliseconds", *digits_vit.BASELINE.also),
     sparsities=(0.9, 0.95, 0.98),
