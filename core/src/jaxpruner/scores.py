@@ -26,6 +26,10 @@ def saliency(w: Float[Array, "*s"], g: Float[Array, "*s"]) -> Float[Array, "*s"]
     return jnp.abs(w.astype(wide) * g.astype(wide))
 
 
+# For selection, see `score_reading.is_magnitude`.
+magnitude.is_magnitude = saliency.is_magnitude = True
+
+
 def cost(w: Float[Array, "*s"], curvature: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """`w ** 2 * h`, twice the second-order change of the loss when w is removed, with the diagonal h of its Hessian."""
     wide = jnp.promote_types(jnp.result_type(w, curvature), jnp.float32)

@@ -106,10 +106,8 @@ class _Units(SparsityType):
         return self.expand(kept, scores.shape)
 
     def _regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
-        active = self.active_units(mask)
-        number = selection.count_true(active)
         drop, grow = Scores.of(self._unit_scores(drop_scores)), Scores.of(self._unit_scores(grow_scores))
-        (grown,) = yield selection.Regrowth(active, drop, grow, counts.Share(number, drop_fraction), number)
+        (grown,) = yield selection.Regrowth(self.active_units(mask), drop, grow, drop_fraction)
         return self.expand(grown, mask.shape)
 
     def _unit_scores(self, scores):
@@ -319,7 +317,7 @@ class PerOutput(SparsityType):
     def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
         # Each output drops as many as the others, and grows as many again.
         number = self._inputs_first(mask).sum(0, dtype=jnp.int32).max(initial=0)
-        stay = counts.keep_count(counts.from_int(0)._replace(lo=number.astype(jnp.uint32)), drop_fraction).lo
+        stay = counts.keep_count(counts.Count(None, number.astype(jnp.uint32)), drop_fraction).lo
         survivors = self._highest(Scores.of(drop_scores).filled(~mask, jnp.nan), stay)
         return self._highest(jnp.where(survivors, jnp.inf, as_array(grow_scores)), number)
 
@@ -420,11 +418,18 @@ def regrowing(
 ) -> selection.Choosing:
     """`structure.regrow`, whose selections can be made together with those of other leaves.
 
-    A structure whose `regrow` someone overrode is called as it is, with arrays.
+    A structure whose `regrow` someone overrode is called as it is, with arrays. Scores that are not finite, as of
+    gradients that overflowed, say nothing of where to grow: the mask stays.
     """
     if type(structure).regrow is not _Units.regrow:
-        return structure.regrow(mask, as_array(drop_scores), as_array(grow_scores), drop_fraction)
+        grow = as_array(grow_scores)
+        return where_finite(grow, structure.regrow(mask, as_array(drop_scores), grow, drop_fraction), mask)
     return (yield from structure._regrowing(mask, drop_scores, grow_scores, drop_fraction))
+
+
+def where_finite(scores: Float[Array, "*s"], new: Bool[Array, "*s"], old: Bool[Array, "*s"]) -> Bool[Array, "*s"]:
+    """`new` if all scores are finite, else `old`."""
+    return jnp.where(jnp.all(jnp.isfinite(scores)), new, old)
 
 
 def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:

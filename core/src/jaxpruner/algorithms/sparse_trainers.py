@@ -15,7 +15,7 @@ from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, as_state
 from jaxpruner.choosing import map_choosing
 from jaxpruner.elementwise import elementwise_scores, require_grads
-from jaxpruner.selection.score_reading import Scores, as_array
+from jaxpruner.selection.score_reading import Scores
 from jaxpruner.sparsity_schedules import CosineDecay
 
 
@@ -89,7 +89,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     def regrown(
         self, structure: Any, mask: Any, drop: Any, grow: Any, fraction: Any, target: Any
     ) -> selection.Choosing[Any]:
-        """The new mask of a leaf: of its structure, with as many weights as it had."""
+        """The new mask of a leaf: of its structure, with as many weights; the old one if `grow` is not all finite."""
         del target
         return (yield from sparsity_types.regrowing(structure, mask, drop, grow, fraction))
 
@@ -105,8 +105,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
                 return None
             with trees.errors_at(path):
                 new = yield from self.regrown(self.structure(path, drop), mask, drop, grow, fraction, target)
-            # Gradients that overflowed say nothing of where to grow.
-            return jnp.where(jnp.all(jnp.isfinite(as_array(grow))), trees.laid_out_like(mask, new), mask)
+            return trees.laid_out_like(mask, new)
 
         masks = map_choosing(regrow, masks, drop_scores, grow_scores, targets)
         return sparse_state._replace(
@@ -160,4 +159,4 @@ class RigL(_DropAndGrow):
     def grow_scores(self, params, grads, step):
         del params, step
         require_grads(self, grads)
-        return jax.tree.map(lambda g: Scores(jnp.abs, (g,)), grads)
+        return jax.tree.map(lambda g: Scores(scores.magnitude, (g,)), grads)

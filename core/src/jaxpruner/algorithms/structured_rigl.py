@@ -64,7 +64,7 @@ class SRigL(RigL):
         even = functools.partial(_evened, structure.of_layer, target=target, min_share=self.min_share)
         if is_stack:
             even = jax.vmap(even, structure.axis, structure.axis)
-        return even(mask, chosen, as_array(grow))
+        return sparsity_types.where_finite(as_array(grow), even(mask, chosen, as_array(grow)), mask)
 
 
 def _evened(structure: sparsity_types.PerOutput, mask: Any, chosen: Any, grow: Any, *, target: Any, min_share: float):

@@ -26,9 +26,12 @@ _FRACTION_LIMBS = 3  # 48-bit fixed point: every float32 of [2**-24, 1] is a mul
 
 
 class Count(NamedTuple):
-    """A number of entries, ``hi * 2**32 + lo``."""
+    """A number of entries, ``hi * 2**32 + lo``.
 
-    hi: UInt32[Array, "*shape"]
+    ``hi`` is None where no number can reach ``2**32``: half the arithmetic. The two of an operation are of one kind.
+    """
+
+    hi: UInt32[Array, "*shape"] | None
     lo: UInt32[Array, "*shape"]
 
 
@@ -46,61 +49,89 @@ def from_int(value: int) -> Count:
     return Count(jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF))
 
 
+def narrow(count: Count) -> Count:
+    """The same numbers, all below ``2**32``, in one word."""
+    return Count(None, count.lo)
+
+
+def wide(count: Count) -> Count:
+    """The same numbers in two words."""
+    return Count(jnp.zeros_like(count.lo), count.lo) if count.hi is None else count
+
+
 def to_int(count: Count) -> int:
     """The Python integer of a concrete count."""
-    return (int(count.hi) << 32) + int(count.lo)
+    return (0 if count.hi is None else int(count.hi) << 32) + int(count.lo)
 
 
-def to_float(count: Count) -> Float[Array, "*shape"]:
-    """The count as a float32, rounded: for estimates, never for decisions."""
-    return count.hi.astype(jnp.float32) * 2.0**32 + count.lo.astype(jnp.float32)
+def to_float(count: Count, dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
+    """The count as a float, as a float32 rounded: for estimates, never for decisions."""
+    low = count.lo.astype(dtype)
+    return low if count.hi is None else count.hi.astype(dtype) * 2.0**32 + low
 
 
 def add(a: Count, b: Count) -> Count:
     """``a + b``."""
     lo = a.lo + b.lo
-    return Count(a.hi + b.hi + (lo < a.lo).astype(jnp.uint32), lo)
+    return Count(None if a.hi is None else a.hi + b.hi + (lo < a.lo).astype(jnp.uint32), lo)
 
 
 def subtract(a: Count, b: Count) -> Count:
     """``a - b``, for ``b <= a``."""
-    return Count(a.hi - b.hi - (a.lo < b.lo).astype(jnp.uint32), a.lo - b.lo)
+    return Count(None if a.hi is None else a.hi - b.hi - (a.lo < b.lo).astype(jnp.uint32), a.lo - b.lo)
 
 
 def equal(a: Count, b: Count) -> Bool[Array, "*shape"]:
     """``a == b``."""
-    return (a.hi == b.hi) & (a.lo == b.lo)
+    return a.lo == b.lo if a.hi is None else (a.hi == b.hi) & (a.lo == b.lo)
 
 
 def less(a: Count, b: Count) -> Bool[Array, "*shape"]:
     """``a < b``."""
-    return (a.hi < b.hi) | ((a.hi == b.hi) & (a.lo < b.lo))
+    return a.lo < b.lo if a.hi is None else (a.hi < b.hi) | ((a.hi == b.hi) & (a.lo < b.lo))
 
 
 def less_equal(a: Count, b: Count) -> Bool[Array, "*shape"]:
     """``a <= b``."""
-    return ~less(b, a)
+    return a.lo <= b.lo if a.hi is None else ~less(b, a)
 
 
 def where(condition: Bool[Array, "*shape"], a: Count, b: Count) -> Count:
     """``a`` where ``condition`` holds, ``b`` elsewhere."""
-    return Count(jnp.where(condition, a.hi, b.hi), jnp.where(condition, a.lo, b.lo))
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), a, b)
 
 
 def take(count: Count, index: Any) -> Count:
     """``count[index]``."""
-    return Count(count.hi[index], count.lo[index])
+    return jax.tree.map(lambda words: words[index], count)
 
 
-def sum_where(chosen: Bool[np.ndarray, "n m"], count: Count) -> Count:
-    """For each row of `chosen`, the sum of the counts it chooses; counts of shape (m, ...) to (n, ...)."""
-    if chosen.shape[0] == chosen.shape[1] and (chosen == np.eye(len(chosen), dtype=bool)).all():
+def chosen(values: Any, index: Sequence[int]) -> Any:
+    """``values[index]`` of an array or a count, for a static index.
+
+    It is a gather, which XLA takes many rounds to simplify, only where it has to be one.
+    """
+    index = np.asarray(index)
+
+    def choose(words):
+        if len(words) == len(index) and (index == np.arange(len(index))).all():
+            return words
+        return jnp.broadcast_to(words, (len(index), *words.shape[1:])) if len(words) == 1 else words[index]
+
+    return jax.tree.map(choose, values)
+
+
+def sum_where(members: Bool[np.ndarray, "n m"], count: Count) -> Count:
+    """For each row of `members`, the sum of the counts it names; counts of shape (m, ...) to (n, ...)."""
+    if members.shape[0] == members.shape[1] and (members == np.eye(len(members), dtype=bool)).all():
         return count
 
     def add_up(words):
-        shape = (*chosen.shape, *[1] * (words.ndim - 1))
-        return jnp.sum(jnp.where(chosen.reshape(shape), words, 0), axis=1, dtype=jnp.uint32)
+        shape = (*members.shape, *[1] * (words.ndim - 1))
+        return jnp.sum(jnp.where(members.reshape(shape), words, 0), axis=1, dtype=jnp.uint32)
 
+    if count.hi is None:
+        return Count(None, add_up(count.lo))
     # Halves of 16 bits, up to 2**16 of which add up without passing 32.
     low, high = add_up(count.lo & _LIMB_MASK), add_up(count.lo >> _LIMB_BITS)
     high += low >> _LIMB_BITS
@@ -147,14 +178,14 @@ def stacked(members: Sequence[Count | Share]) -> Count:
         sizes = _stack([s.size if isinstance(s.size, Count) else from_int(s.size) for _, s in together])
         kept = _traced_keep_count(sizes, jnp.stack([jnp.asarray(s.sparsity, jnp.float32) for _, s in together]))
         if len(together) == len(distinct):
-            return take(kept, np.asarray(index))
+            return chosen(kept, index)
         for j, (i, _) in enumerate(together):
             words[i] = take(kept, j)
-    return take(_stack(words), np.asarray(index))
+    return chosen(_stack(words), index)
 
 
 def _stack(members: Sequence[Count]) -> Count:
-    return Count(*(jnp.stack(words) for words in zip(*members, strict=True)))
+    return Count(*(jnp.stack(words) for words in zip(*map(wide, members), strict=True)))
 
 
 def _identity(member: Count | Share) -> Any:
@@ -177,8 +208,12 @@ def _traced_keep_count(size: Count, sparsity: Float[Array, ""]) -> Count:
         kept = _float64_product(size, sparsity)
     else:
         kept = _fixed_point_product(size, sparsity.astype(jnp.float32))
-    kept = where(kept.hi | kept.lo == 0, from_int(1), kept)
-    return where(size.hi | size.lo == 0, from_int(0), kept)
+    # Where the high word is not 0, the low one stays.
+    return kept._replace(lo=jnp.where(_is_zero(size), 0, jnp.where(_is_zero(kept), 1, kept.lo)))
+
+
+def _is_zero(count: Count) -> Bool[Array, "*shape"]:
+    return count.lo == 0 if count.hi is None else count.hi | count.lo == 0
 
 
 def float32_sparsity(size: int, sparsity: float) -> np.float32:
@@ -221,8 +256,9 @@ def _exact_keep_count(size: int, sparsity: np.float32) -> int:
 
 
 def _float64_product(size: Count, sparsity: Float[Array, ""]) -> Count:
-    entries = size.hi.astype(jnp.float64) * 2.0**32 + size.lo.astype(jnp.float64)
-    kept = jnp.round(entries * (1 - jnp.clip(sparsity, 0, 1)))
+    kept = jnp.round(to_float(size, jnp.float64) * (1 - jnp.clip(sparsity, 0, 1)))
+    if size.hi is None:
+        return Count(None, kept.astype(jnp.uint32))
     hi = jnp.floor(kept / 2.0**32)
     return Count(hi.astype(jnp.uint32), (kept - hi * 2.0**32).astype(jnp.uint32))
 
@@ -230,21 +266,23 @@ def _float64_product(size: Count, sparsity: Float[Array, ""]) -> Count:
 def _fixed_point_product(size: Count, sparsity: Float[Array, ""]) -> Count:
     """``round_half_even(size * (1 - sparsity))`` by a schoolbook product of 16-bit limbs."""
     density = _density_limbs(sparsity)
-    entries = [word >> shift & _LIMB_MASK for word in (size.lo, size.hi) for shift in (0, _LIMB_BITS)]
+    words = [size.lo] if size.hi is None else [size.lo, size.hi]
+    entries = [word >> shift & _LIMB_MASK for word in words for shift in (0, _LIMB_BITS)]
     columns = [jnp.uint32(0)] * (len(density) + len(entries))
     for i, d in enumerate(density):
         for j, n in enumerate(entries):
             columns[i + j] += d * n & _LIMB_MASK
             columns[i + j + 1] += d * n >> _LIMB_BITS
     product = _carry(columns)
-    *low, high = product[:_FRACTION_LIMBS]
+    *lower, highest = product[:_FRACTION_LIMBS]
     whole = product[_FRACTION_LIMBS:]
     half = 1 << _LIMB_BITS - 1
     # Past one half, or exactly one half below an odd number.
-    beyond_half = sum(low) + (whole[0] & 1) > 0
-    round_up = (high > half) | ((high == half) & beyond_half)
-    floor = Count(whole[2] | whole[3] << _LIMB_BITS, whole[0] | whole[1] << _LIMB_BITS)
-    return add(floor, Count(jnp.uint32(0), round_up.astype(jnp.uint32)))
+    beyond_half = sum(lower) + (whole[0] & 1) > 0
+    round_up = (highest > half) | ((highest == half) & beyond_half)
+    low, *high = [whole[i] | whole[i + 1] << _LIMB_BITS for i in range(0, len(whole), 2)]
+    up = Count(None, round_up.astype(jnp.uint32))
+    return add(Count(high[0], low), wide(up)) if high else add(Count(None, low), up)
 
 
 def _density_limbs(sparsity: Float[Array, ""]) -> list[UInt32[Array, ""]]:

@@ -128,13 +128,14 @@ class Leaf:
         return math.prod(self.shape)
 
     def keys(self) -> Int[Array, "*shape"]:
-        return order_preserving_keys(self.fn(*self.operands).astype(self.rank_dtype))
+        return order_preserving_keys(self.fn(*self.operands).astype(self.rank_dtype), is_magnitude(self.fn))
 
     def flat_index(self) -> UInt32[Array, "*shape"]:
-        index = jnp.zeros(self.shape, jnp.uint32)
+        index = jnp.full(self.shape, self.one - self.one)
         for axis in range(len(self.shape)):
-            stride = self.one * jnp.uint32(math.prod(self.shape[axis + 1 :]))
-            index += lax.broadcasted_iota(jnp.uint32, self.shape, axis) * stride
+            stride = math.prod(self.shape[axis + 1 :])
+            along = lax.broadcasted_iota(jnp.uint32, self.shape, axis)
+            index += along if stride == 1 and len(self.shape) > 1 else along * (self.one * jnp.uint32(stride))
         return index
 
     def pinned(self, to: Any) -> tuple[Leaf, Any]:
@@ -185,50 +186,84 @@ def prepare(scores: Scores, rank_dtype: np.dtype, method: Method) -> Leaf:
 # Leaves of one shape share each of these programs: it is traced once, and its kernels are compiled once.
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def count_leaf(leaf: Leaf, row: Int[Array, " n"], skips: bool) -> tuple[UInt32[Array, " part"], ...]:
-    """The number of entries at or above each threshold of a row (`threshold_search.Rows`), in parts that follow.
+@functools.partial(jax.jit, static_argnums=3)
+def count_leaf(
+    leaf: Leaf, rows: Int[Array, "leaves n"], number: Int[Array, ""], skips: bool
+) -> tuple[tuple[UInt32[Array, " part"], ...], Int[Array, ""]]:
+    """The number of entries at or above each threshold of a row of a `threshold_search.Table`, in parts that follow.
 
-    One read of the leaf; none if `skips` and the row says that it need not be read.
+    One read of the leaf; none if `skips` and the row says that it need not be read. The number of the leaf is handed
+    on.
     """
 
-    def read(leaf, row):
-        leaf, row = leaf.pinned(row)
+    def read(leaf, rows, number, nothing):
+        del nothing
+        leaf, (rows, pinned) = leaf.pinned((rows, number))
+        row = _row(rows, pinned)
         keys, floor = leaf.keys(), index_floor(row.dtype)
         # The same as `floor + size - index`.
         indices = jnp.asarray(floor + leaf.size, row.dtype) - leaf.flat_index().astype(row.dtype)
         indices = lax.select(keys == row[Column.KEY], indices, lax.full_like(keys, floor))
-        return count(lax.select(row[Column.IS_TIED] != 0, indices, keys), row[len(Column) :], leaf.method)
+        found = count(lax.select(row[Column.IS_TIED] != 0, indices, keys), row[len(Column) :], leaf.method)
+        return found, pinned if skips else row[Column.NUMBER].astype(jnp.int32)
 
-    def nothing(leaf, row):
-        none = row[len(Column) :]
-        none = (none ^ none).astype(jnp.uint32)
-        return tuple(_split(none, _parts(leaf.size, none.size, leaf.method)))
-
-    return lax.cond(row[Column.IS_READ] != 0, read, nothing, leaf, row) if skips else read(leaf, row)
+    thresholds = rows[0, len(Column) :]
+    nothing = (thresholds ^ thresholds).astype(jnp.uint32)
+    nothing = tuple(_split(nothing, _parts(leaf.size, nothing.size, leaf.method)))
+    if not skips:
+        return read(leaf, rows, number, nothing)
+    is_read = _row(rows, number)[Column.IS_READ] != 0
+    return lax.cond(is_read, read, lambda leaf, rows, number, nothing: (nothing, number), leaf, rows, number, nothing)
 
 
 @jax.jit
-def mask_leaf(leaf: Leaf, row: Int[Array, " n"]) -> Bool[Array, "*shape"]:
-    """The mask of a leaf from what a search found (`threshold_search.Rows`)."""
-    leaf, row = leaf.pinned(row)
+def mask_leaf(leaf: Leaf, rows: Int[Array, "leaves n"], number: Int[Array, ""]) -> Bool[Array, "*shape"]:
+    """The mask of a leaf from what a search found (`threshold_search.Table`)."""
+    leaf, (rows, number) = leaf.pinned((rows, number))
+    row = _row(rows, number)
     keys, key = leaf.keys(), row[Column.KEY]
     return (keys > key) | ((keys == key) & (leaf.flat_index() < row[Column.END].astype(jnp.uint32)))
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def census(
+    mask: Bool[Array, "*shape"], operands: tuple[Array, ...], fn: Callable[..., Any], method: Method
+) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+    """The number of True entries of a mask, and of scores that are not finite, in one read that stores nothing."""
+    strange = ~jnp.isfinite(Scores(fn, operands).evaluate())
+    return tuple(totals((mask, jnp.broadcast_to(strange, mask.shape)), method))
+
+
+def totals(chosen: Sequence[Bool[Array, "*shape"]], method: Method) -> Sequence[UInt32[Array, ""]]:
+    """The numbers of True entries of an even number of arrays; see `count` on the two ways."""
+    numbers = [x.astype(jnp.uint32) for x in chosen]
+    size = numbers[0].size
+    if method == "split" or not size:
+        return [jnp.sum(x, dtype=jnp.uint32) for x in numbers]
+    rows = [x.reshape(-1, row_length(size)) for x in numbers]
+    return sums(rows, (0, 1)) if size < _LARGE else sums(sums(rows, (1,)), (0,))
+
+
+def _row(rows: Int[Array, "leaves n"], number: Int[Array, ""]) -> Int[Array, " n"]:
+    # Unsigned, so that no program asks whether a number counts from the end.
+    return lax.dynamic_index_in_dim(rows, number.astype(jnp.uint32), keepdims=False)
+
+
 def samples(leaves: Sequence[Leaf], strides: Sequence[int]) -> list[tuple[list[int], Int[Array, "n s"]]]:
-    """The keys of every ``stride``-th entry of leaves, in rows for those that are alike: which ones, and their keys."""
-    alike: dict[Any, tuple[list[int], list[tuple[Array, ...]]]] = {}
+    """The keys of every ``stride``-th entry of leaves, in rows for those of one length: which ones, and their keys."""
+    alike: dict[int, tuple[list[int], list[Array]]] = {}
     for i, (leaf, stride) in enumerate(zip(leaves, strides, strict=True)):
-        operands = tuple(x.reshape(-1)[::stride] if x.ndim else x[None] for x in leaf.operands)
-        kind = leaf.fn, tuple((x.shape, x.dtype) for x in operands)
-        members, of_members = alike.setdefault(kind, ([], []))
+        keys = _sample(leaf, int(stride))
+        members, of_members = alike.setdefault(keys.size, ([], []))
         members.append(i)
-        of_members.append(operands)
-    return [
-        (members, dataclasses.replace(leaves[members[0]], operands=tuple(map(jnp.stack, zip(*xs, strict=True)))).keys())
-        for members, xs in alike.values()
-    ]
+        of_members.append(keys)
+    return [(members, jnp.stack(keys)) for members, keys in alike.values()]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _sample(leaf: Leaf, stride: int) -> Int[Array, " s"]:
+    operands = tuple(x.reshape(-1)[::stride] if x.ndim else x for x in leaf.operands)
+    return dataclasses.replace(leaf, operands=operands).keys()
 
 
 def row_length(size: int) -> int:
@@ -267,6 +302,8 @@ def count(
             (spread >= lax.broadcast_in_dim(t, shape, (axis - 1,))).astype(jnp.uint32)
             for t in _split(thresholds, parts)
         ]
+        if values.size < _LARGE:  # half as many programs, while leaves run beside each other
+            return sums(reached, (*range(axis - 1), axis))
         return sums(sums(reached, (axis,)), tuple(range(axis - 1)))
     return tuple(jnp.sum((values >= t).astype(jnp.uint32), dtype=jnp.uint32).reshape(1) for t in thresholds)
 
@@ -308,7 +345,12 @@ def key_dtype(rank_dtype: np.dtype) -> np.dtype:
     return np.dtype(np.int64 if rank_dtype.itemsize == 8 else np.int32)
 
 
-def order_preserving_keys(x: Num[Array, "*shape"]) -> Int[Array, "*shape"]:
+def is_magnitude(fn: Callable[..., Any]) -> bool:
+    """Whether a function of scores never sets a sign, by what is marked on it: a part of each key less to compute."""
+    return fn is jnp.abs or getattr(fn, "is_magnitude", False)
+
+
+def order_preserving_keys(x: Num[Array, "*shape"], never_negative: bool = False) -> Int[Array, "*shape"]:
     """Integers in the order of ``x``: all NaN lowest and equal, ``-0.0`` equal to ``0.0``, denormals in place.
 
     Compared as floats, denormals would be flushed to zero on some backends.
@@ -323,4 +365,5 @@ def order_preserving_keys(x: Num[Array, "*shape"]) -> Int[Array, "*shape"]:
         return raw ^ lowest
     # Negative floats are sign and magnitude: the lowest integer plus the magnitude.
     lowest = jnp.full_like(raw, lowest)
-    return lax.select(lax.ne(x, x), lowest, lax.select(raw < 0, lowest - raw, raw))
+    signed = raw if never_negative else lax.select(raw < 0, lowest - raw, raw)
+    return lax.select(lax.ne(x, x), lowest, signed)

@@ -17,7 +17,6 @@ import enum
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,11 +27,9 @@ from jaxpruner.selection.counts import Count
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, Num, UInt, UInt32
 
-    # For each leaf what it is asked and what was found of it: integers of the dtype of its keys, in the order of
-    # `Column`, then ascending thresholds.
-    Rows = tuple[Int[Array, " n"], ...]
-    # From such rows the number of entries of each leaf at or above its thresholds. Where IS_READ is 0, any number.
-    Counter = Callable[[Rows], UInt32[Array, "leaves t"]]
+    # From what is asked the number of entries of each leaf at or above its thresholds (any, where IS_READ is 0),
+    # and the numbers of the leaves again.
+    Counter = Callable[["Table"], tuple[UInt32[Array, "leaves t"], tuple[Int[Array, ""], ...]]]
 
 # Thresholds of one read, in a search by splitting: evenly spaced ones.
 _SPLITS = 3
@@ -65,18 +62,27 @@ class Field(NamedTuple):
         """Whether a leaf belongs to a search, of shape (searches, leaves)."""
         return np.arange(self.search[-1] + 1)[:, None] == np.asarray(self.search)
 
-    def per_leaf(self, values: Num[Array, " searches"]) -> Num[Array, " leaves"]:
-        """The value of each leaf's search."""
-        return values[np.asarray(self.search)]
+    def per_leaf(self, values: Any) -> Any:
+        """The values of each leaf's search, from an array or a count with those of all searches."""
+        return counts.chosen(values, self.search)
 
-    def total(self, count: Count) -> Count:
+    def total(self, number: UInt32[Array, "leaves ..."]) -> Count:
         """The sum over the leaves of each search."""
-        return counts.sum_where(self.membership, count)
+        return counts.sum_where(self.membership, self.count(number))
 
-    def cumulated(self, count: Count) -> Count:
-        """The sum of each leaf and those before it in its search."""
+    def before(self, number: UInt32[Array, " leaves"]) -> Count:
+        """The sum of those before each leaf in its search."""
         search = np.asarray(self.search)
-        return counts.sum_where(np.tril(search[:, None] == search), count)
+        return counts.sum_where(np.tril(search[:, None] == search, -1), self.count(number))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether no search has ``2**32`` entries."""
+        return max(self.membership @ np.asarray(self.sizes, np.uint64)) < 2**32
+
+    def count(self, number: UInt32[Array, "*s"]) -> Count:
+        """Numbers of entries as counts."""
+        return Count(None if self.is_narrow else jnp.zeros_like(number), number)
 
 
 class Searches(NamedTuple):
@@ -95,8 +101,8 @@ class Searches(NamedTuple):
 
     lo: Int[Array, " searches"]
     last: Int[Array, " searches"]
-    at_least: Count
-    above: Count
+    at_least: UInt32[Array, " leaves"]
+    above: UInt32[Array, " leaves"]
     wanted: Count
     is_tied: Bool[Array, " searches"]
     key: Int[Array, " searches"]
@@ -104,14 +110,14 @@ class Searches(NamedTuple):
 
 
 class Column(enum.IntEnum):
-    """What a row says of a leaf, before its thresholds.
+    """What a row of a table says of a leaf, before its thresholds.
 
     Attributes:
       IS_READ: whether it has to be read.
       IS_TIED: whether the thresholds are of indices (`index_floor`), of the entries with the key.
       KEY: the key above which all is kept.
       END: the flat index before which entries with the key are kept, a uint32 in the bits of a key.
-      NUMBER: the number of the leaf among all; see `_Reading`.
+      NUMBER: the number of the leaf among all; see `Table`.
     """
 
     IS_READ = 0
@@ -121,15 +127,27 @@ class Column(enum.IntEnum):
     NUMBER = 4
 
 
+class Table(NamedTuple):
+    """What leaves are asked, and what was found of them.
+
+    Attributes:
+      rows: one a leaf, of the dtype of keys: in the order of `Column`, then thresholds.
+      numbers: the number of each leaf, which XLA must not know when it compiles. It compiles programs that are the same
+        once, and a row at a known place is a program for each leaf: of 200 leaves, 200 of some 25 ms. So the numbers
+        are carried, and each read hands them on in a way that XLA does not see through.
+    """
+
+    rows: Int[Array, "leaves n"]
+    numbers: tuple[Int[Array, ""], ...]
+
+
 class _Reading(NamedTuple):
     """What a loop carries from read to read.
 
     Attributes:
       searches: what is known.
       thresholds: those of the next read.
-      numbers: the number of each leaf, which XLA must not know when it compiles. It compiles programs that are the same
-        once, and a slice of a table at a known place is a program for each leaf: of 200 leaves, 200 of some 25 ms. So
-        the numbers are carried, and with each read taken from the row that they led to.
+      numbers: those of the leaves; see `Table`.
     """
 
     searches: Searches
@@ -141,20 +159,19 @@ def start(field: Field, keep: Count, key_dtype: np.dtype) -> Searches:
     """Searches that know nothing yet."""
     shape = (field.search[-1] + 1,)
     sizes = jnp.asarray(field.sizes, jnp.uint32)
-    none = jnp.zeros_like(sizes)
     return Searches(
         lo=jnp.full(shape, field.lowest, key_dtype),
         last=jnp.full(shape, field.highest, key_dtype),
-        at_least=Count(none, sizes),
-        above=Count(none, none),
-        wanted=keep,
+        at_least=sizes,
+        above=jnp.zeros_like(sizes),
+        wanted=counts.narrow(keep) if field.is_narrow else counts.wide(keep),
         is_tied=jnp.zeros(shape, bool),
         key=jnp.full(shape, field.lowest, key_dtype),
         partial=jnp.zeros(shape, jnp.int32),
     )
 
 
-def split(field: Field, count: Counter, count_needed: Counter, searches: Searches) -> Rows:
+def split(field: Field, count: Counter, count_needed: Counter, searches: Searches) -> Table:
     """Splits brackets in four with every read, down to one threshold.
 
     The number of reads is static, half the bits of a key, and half those of an index if there are ties.
@@ -164,7 +181,7 @@ def split(field: Field, count: Counter, count_needed: Counter, searches: Searche
     """
 
     def choose(searches):
-        return jax.vmap(lambda lo, last: _even_thresholds(lo, last, _SPLITS))(searches.lo, searches.last)
+        return _even_thresholds(searches.lo, searches.last, _SPLITS)
 
     def reads(count, size):
         return lambda state: lax.fori_loop(
@@ -173,10 +190,10 @@ def split(field: Field, count: Counter, count_needed: Counter, searches: Searche
 
     state = reads(count, field.highest - field.lowest)(_first(field, searches, choose(searches)))
     is_open_yet = jnp.any(is_open(field, state.searches))
-    return _rows(field, lax.cond(is_open_yet, reads(count_needed, max(field.sizes)), lambda state: state, state))
+    return _table(field, lax.cond(is_open_yet, reads(count_needed, max(field.sizes)), lambda state: state, state))
 
 
-def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Array, "searches t"]) -> Rows:
+def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Array, "searches t"]) -> Table:
     """Narrows brackets by interpolation between their exact counts, until each is closed.
 
     Args:
@@ -190,20 +207,15 @@ def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Arr
     """
 
     def choose(searches):
-        return jax.vmap(_interpolated_thresholds)(
-            searches.lo,
-            searches.last,
-            field.total(searches.at_least),
-            field.total(searches.above),
-            searches.wanted,
-        )
+        at_least, above = field.total(searches.at_least), field.total(searches.above)
+        return _interpolated_thresholds(searches.lo, searches.last, at_least, above, searches.wanted)
 
     found = lax.while_loop(
         lambda state: jnp.any(is_open(field, state.searches)),
         lambda state: _read(field, count, choose, state),
         _first(field, searches, first),
     )
-    return _rows(field, found)
+    return _table(field, found)
 
 
 def is_open(field: Field, searches: Searches) -> Bool[Array, " searches"]:
@@ -228,7 +240,7 @@ def sampled_thresholds(totals: Num[np.ndarray, " n"], wanted: Count, samples: In
     ranks = jnp.clip(ranks.astype(jnp.int32), 0, size - 1)
     keys = jnp.take_along_axis(jnp.sort(samples, 1), ranks, 1)
     highest = jnp.iinfo(keys.dtype).max
-    return jnp.sort(jnp.concatenate([keys, jnp.minimum(keys, highest - 1) + 1], 1), 1)
+    return jnp.concatenate([keys, jnp.minimum(keys, highest - 1) + 1], 1)
 
 
 def index_floor(key_dtype: np.dtype) -> int:
@@ -238,18 +250,16 @@ def index_floor(key_dtype: np.dtype) -> int:
 
 def _read(field: Field, count: Counter, choose: Callable[[Searches], Any], state: _Reading) -> _Reading:
     """One read of all leaves that are asked something."""
-    rows = _rows(field, state)
-    found = count(rows)
+    found, numbers = count(_table(field, state))
     found = jnp.where(_is_read(field, state.searches)[:, None], found, 0)
-    found = Count(jnp.zeros_like(found), found)
     searches = _proceed(field, state.searches, state.thresholds, found)
-    return _Reading(searches, choose(searches), tuple(row[Column.NUMBER].astype(jnp.int32) for row in rows))
+    return _Reading(searches, choose(searches), numbers)
 
 
 def _first(field: Field, searches: Searches, thresholds: Int[Array, "searches t"]) -> _Reading:
     # They vary over mesh axes as the searches do.
     zero = searches.partial[0] ^ searches.partial[0]
-    return _Reading(searches, thresholds, tuple(zero + i for i in range(len(field.sizes))))
+    return _Reading(searches, thresholds, tuple(zero | i for i in range(len(field.sizes))))
 
 
 def _is_read(field: Field, searches: Searches) -> Bool[Array, " leaves"]:
@@ -258,7 +268,7 @@ def _is_read(field: Field, searches: Searches) -> Bool[Array, " leaves"]:
     return field.per_leaf(is_open(field, searches)) & is_asked
 
 
-def _rows(field: Field, state: _Reading) -> Rows:
+def _table(field: Field, state: _Reading) -> Table:
     searches, leaf = state.searches, jnp.arange(len(field.sizes))
     sizes = jnp.asarray(field.sizes, jnp.uint32)
     is_tied, partial = field.per_leaf(searches.is_tied), field.per_leaf(searches.partial)
@@ -274,16 +284,16 @@ def _rows(field: Field, state: _Reading) -> Rows:
         Column.NUMBER: leaf,
     }
     table = jnp.stack([columns[column].astype(keys.dtype) for column in Column], 1)
-    table = jnp.concatenate([table, field.per_leaf(state.thresholds)], 1)
-    # Unsigned, so that no program asks whether a number counts from the end.
-    return tuple(lax.dynamic_index_in_dim(table, number.astype(jnp.uint32), keepdims=False) for number in state.numbers)
+    return Table(jnp.concatenate([table, field.per_leaf(state.thresholds)], 1), state.numbers)
 
 
 def _reads_of(width: int) -> int:
     return -(-width.bit_length() // 2)
 
 
-def _proceed(field: Field, searches: Searches, thresholds: Int[Array, "searches t"], found: Count) -> Searches:
+def _proceed(
+    field: Field, searches: Searches, thresholds: Int[Array, "searches t"], found: UInt32[Array, "leaves t"]
+) -> Searches:
     """The searches after one read."""
     was_open = is_open(field, searches)
     searches = _where(field, was_open, _narrow(field, searches, thresholds, found), searches)
@@ -295,24 +305,18 @@ def _proceed(field: Field, searches: Searches, thresholds: Int[Array, "searches 
     return _where(field, closed_on_ties, _reopen(field, searches), searches)
 
 
-def _narrow(field: Field, searches: Searches, thresholds: Int[Array, "searches t"], found: Count) -> Searches:
-    """Between the last threshold with enough entries and the next one."""
-    enough = jnp.sum(
-        counts.less_equal(counts.take(searches.wanted, np.s_[:, None]), field.total(found)), axis=1, dtype=jnp.int32
-    )
-
-    def below(old, new, enough):
-        return jax.vmap(lambda old, new, i: jnp.concatenate([old[None], new])[i])(old, new, enough)
-
-    def beyond(old, new, enough):
-        return jax.vmap(lambda old, new, i: jnp.concatenate([new, old[None]])[i])(old, new, enough)
-
+def _narrow(
+    field: Field, searches: Searches, thresholds: Int[Array, "searches t"], found: UInt32[Array, "leaves t"]
+) -> Searches:
+    """Between the highest threshold with enough entries and the lowest without."""
+    enough = counts.less_equal(counts.take(searches.wanted, np.s_[:, None]), field.total(found))
     of_leaf = field.per_leaf(enough)
+    # Numbers fall with thresholds. Maxima and minima need no order of them, and nothing is gathered.
     return searches._replace(
-        lo=below(searches.lo, thresholds, enough),
-        last=beyond(searches.last, thresholds - 1, enough),
-        at_least=Count(*(below(old, new, of_leaf) for old, new in zip(searches.at_least, found, strict=True))),
-        above=Count(*(beyond(old, new, of_leaf) for old, new in zip(searches.above, found, strict=True))),
+        lo=jnp.where(enough, thresholds, searches.lo[:, None]).max(1),
+        last=jnp.where(enough, searches.last[:, None], thresholds - 1).min(1),
+        at_least=jnp.where(of_leaf, found, searches.at_least[:, None]).min(1),
+        above=jnp.where(of_leaf, searches.above[:, None], found).max(1),
     )
 
 
@@ -321,21 +325,24 @@ def _reopen(field: Field, searches: Searches) -> Searches:
 
     An entry of index i is searched as ``index_floor + size - i``, so that counts fall with the threshold.
     """
-    ties = counts.subtract(searches.at_least, searches.above)
+    ties = searches.at_least - searches.above
     wanted = counts.subtract(searches.wanted, field.total(searches.above))
-    through = field.cumulated(ties)
-    is_cut = counts.less(counts.take(wanted, np.asarray(field.search)), through)
+    before = field.before(ties)
+    is_cut = counts.less(field.per_leaf(wanted), counts.add(before, field.count(ties)))
     partial = jnp.argmax(field.membership & is_cut, axis=1)
     is_partial = jnp.arange(len(field.sizes)) == field.per_leaf(partial)
-    sizes = jnp.asarray(field.sizes, jnp.uint32)
-    nothing = counts.subtract(ties, ties)
+
+    def of_partial(count):
+        return counts.sum_where(field.membership, counts.where(is_partial, count, counts.subtract(count, count)))
+
     floor = index_floor(searches.lo.dtype)
+    sizes = of_partial(field.count(jnp.asarray(field.sizes, jnp.uint32))).lo
     return Searches(
         lo=jnp.full_like(searches.lo, floor + 1),
-        last=floor + sizes[partial].astype(searches.lo.dtype),
-        at_least=counts.where(is_partial, ties, nothing),
-        above=nothing,
-        wanted=counts.subtract(wanted, counts.take(counts.subtract(through, ties), partial)),
+        last=floor + sizes.astype(searches.lo.dtype),
+        at_least=jnp.where(is_partial, ties, 0),
+        above=jnp.zeros_like(ties),
+        wanted=counts.subtract(wanted, of_partial(before)),
         is_tied=jnp.ones_like(searches.is_tied),
         key=searches.lo,
         partial=partial.astype(jnp.int32),
@@ -352,34 +359,38 @@ def _where(field: Field, condition: Bool[Array, " searches"], new: Searches, old
     return Searches(
         **chosen,
         wanted=counts.where(condition, new.wanted, old.wanted),
-        at_least=counts.where(of_leaf, new.at_least, old.at_least),
-        above=counts.where(of_leaf, new.above, old.above),
+        at_least=jnp.where(of_leaf, new.at_least, old.at_least),
+        above=jnp.where(of_leaf, new.above, old.above),
     )
 
 
-def _even_thresholds(lo: Int[Array, ""], last: Int[Array, ""], number: int) -> Int[Array, " number"]:
-    """Thresholds that split a bracket of width w into parts no wider than ``w // (number + 1)``."""
-    width = _width(lo, last)
+# Both keep to two axes: XLA moves the reshape of a slice with one column through arithmetic by one operation at a time,
+# for each of which it goes through its simplifications of the whole program again.
+
+
+def _even_thresholds(lo: Int[Array, " n"], last: Int[Array, " n"], number: int) -> Int[Array, "n number"]:
+    """Thresholds that split brackets of width w into parts no wider than ``w // (number + 1)``."""
+    width = _width(lo, last)[:, None]
     step = width // (number + 1) + 1
     offsets = jnp.minimum(step * jnp.arange(1, number + 1, dtype=width.dtype), width)
-    return lo + offsets.astype(lo.dtype)
+    return lo[:, None] + offsets.astype(lo.dtype)
 
 
 def _interpolated_thresholds(
-    lo: Int[Array, ""], last: Int[Array, ""], at_least: Count, above: Count, wanted: Count
-) -> Int[Array, " t"]:
-    width = _width(lo, last)
-    inside = counts.to_float(counts.subtract(at_least, above))
-    fraction = counts.to_float(counts.subtract(at_least, wanted)) / inside
+    lo: Int[Array, " n"], last: Int[Array, " n"], at_least: Count, above: Count, wanted: Count
+) -> Int[Array, "n t"]:
+    width = _width(lo, last)[:, None]
+    inside = counts.to_float(counts.subtract(at_least, above))[:, None]
+    fraction = counts.to_float(counts.subtract(at_least, wanted))[:, None] / inside
     # Of entries spread at random over the bracket, so far off is the one of that rank.
     deviation = jnp.sqrt(fraction * (1 - fraction) / inside) + 0.5 / inside
     fractions = jnp.clip(fraction + jnp.asarray((0.0, *_DEVIATIONS), jnp.float32) * deviation, 0, 1 - 2.0**-24)
-    likely, *around = (fractions * width.astype(jnp.float32)).astype(width.dtype)
+    offsets = (fractions * width.astype(jnp.float32)).astype(width.dtype)
     # The likely one comes with its successor: one read then recognises a value that many entries share.
-    offsets = jnp.clip(jnp.stack([likely, likely + 1, *around]), 1, width).astype(lo.dtype)
-    return jnp.sort(jnp.concatenate([lo + offsets, _even_thresholds(lo, last, _EVEN)]))
+    offsets = jnp.clip(jnp.concatenate([offsets, offsets[:, :1] + 1], 1), 1, width).astype(lo.dtype)
+    return jnp.concatenate([lo[:, None] + offsets, _even_thresholds(lo, last, _EVEN)], 1)
 
 
-def _width(lo: Int[Array, ""], last: Int[Array, ""]) -> UInt[Array, ""]:
+def _width(lo: Int[Array, "*n"], last: Int[Array, "*n"]) -> UInt[Array, "*n"]:
     """``last - lo``, which may pass the range of a signed key."""
     return (last - lo).astype(f"uint{lo.dtype.itemsize * 8}")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
     from jaxpruner.selection.score_reading import Method
-    from jaxpruner.selection.threshold_search import Rows
+    from jaxpruner.selection.threshold_search import Table
 
 __all__ = [
     "Competition",
@@ -93,16 +93,15 @@ class Regrowth:
     Attributes:
       mask: the mask.
       drop: scores, of which the highest of the mask stay.
-      grow: scores, of which the highest of all others join them.
-      stay: how many stay, no more than the mask has.
-      keep: how many there are in the end, between `stay` and the number of all entries.
+      grow: scores, of which the highest of all others join them, until there are as many as before. Where some are not
+        finite they say nothing of where to grow, and the mask stays as it is.
+      fraction: the share of the mask's entries that do not stay; may be traced.
     """
 
     mask: Bool[Array, "*shape"]
     drop: Num[Array, "*shape"] | Scores
     grow: Num[Array, "*shape"] | Scores
-    stay: Count | Share
-    keep: Count | Share
+    fraction: float | Float[Array, ""]
 
 
 # What asks for masks and makes something of them.
@@ -214,12 +213,13 @@ def _regrow(regrowths: Sequence[Regrowth], method: Method) -> list[list[Bool[Arr
             alike.setdefault((rank_dtype, _place([turns])), []).append((i, turns))
     for (rank_dtype, _), members in alike.items():
         chosen = [regrowths[i] for i, _ in members]
-        keep = counts.stacked([*(regrowth.stay for regrowth in chosen), *(regrowth.keep for regrowth in chosen)])
+        fractions = {id(regrowth.fraction): regrowth.fraction for regrowth in chosen}
+        fractions = fractions.values() if len(fractions) == 1 else [regrowth.fraction for regrowth in chosen]
         found = _select_in_turns(
             tuple(turns.fn for _, turns in members),
             [turns.operands for _, turns in members],
             [regrowth.mask for regrowth in chosen],
-            Count(*(words.reshape(2, len(chosen)) for words in keep)),
+            jnp.stack([jnp.asarray(fraction) for fraction in fractions]),
             rank_dtype,
             method,
         )
@@ -237,9 +237,17 @@ class _Turns:
     of_drop: int  # of the operands
 
     def __call__(self, grows: Bool[Array, ""], mask: Bool[Array, "*shape"], *operands: Any) -> Any:
-        drop, grow = self.drop(*operands[: self.of_drop]), self.grow(*operands[self.of_drop :])
+        of_drop, of_grow = operands[: self.of_drop], operands[self.of_drop :]
+        if self.drop is self.grow:
+            scores = self.drop(*(jnp.where(grows, g, d) for d, g in zip(of_drop, of_grow, strict=True)))
+        else:
+            scores = jnp.where(grows, self.grow(*of_grow), self.drop(*of_drop))
         # The entries of the first turn that are not in the mask rank lowest, those of the second that are highest.
-        return jnp.where(mask != grows, jnp.where(grows, grow, drop), jnp.where(grows, jnp.inf, jnp.nan))
+        return jnp.where(mask != grows, scores, jnp.where(grows, jnp.inf, jnp.nan))
+
+    @property
+    def is_magnitude(self) -> bool:
+        return score_reading.is_magnitude(self.drop) and score_reading.is_magnitude(self.grow)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -247,7 +255,7 @@ def _select_in_turns(
     fns: tuple[_Turns, ...],
     operands: list[tuple[Array, ...]],
     masks: list[Bool[Array, ...]],
-    keep: Count,
+    fractions: Float[Array, " n"],
     rank_dtype: Any,
     method: Method,
 ) -> list[Bool[Array, ...]]:
@@ -257,13 +265,20 @@ def _select_in_turns(
     programs that are called and not inlined (XLA's CPU backend inlines them), sums of padded counts in place of
     concatenations.
     """
+    each = [
+        score_reading.census(mask, own[fn.of_drop :], fn.grow, method)
+        for fn, own, mask in zip(fns, operands, masks, strict=True)
+    ]
+    number, strange = (jnp.stack(numbers) for numbers in zip(*each, strict=True))
+    keep = Count(None, number)
+    stay = counts.keep_count(keep, jnp.where(strange == 0, fractions, 0))
 
     def turn(i, masks):
         grows = i == 1
         found = _select(
             tuple((fn,) for fn in fns),
             [[(grows, mask, *own)] for mask, own in zip(masks, operands, strict=True)],
-            counts.take(keep, i),
+            counts.where(grows, keep, stay),
             rank_dtype,
             method,
         )
@@ -276,17 +291,13 @@ def _select_in_turns(
 
 def count_true(mask: Bool[Array, "*shape"]) -> Count:
     """The number of True entries of a mask of fewer than ``2**32`` entries, in one read that stores nothing."""
-    return Count(jnp.uint32(0), _count_true(jnp.asarray(mask), _default_method()))
+    return Count(None, _count_true(jnp.asarray(mask), _default_method()))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _count_true(mask: Bool[Array, "*shape"], method: Method) -> UInt32[Array, ""]:
-    if method == "split" or not mask.size:
-        return jnp.sum(mask, dtype=jnp.uint32)
-    rows = mask.reshape(-1, score_reading.row_length(mask.size)).astype(jnp.uint32)
     # Counted twice, and both used: see `score_reading.count` on reductions of one operand.
-    twice = score_reading.sums(score_reading.sums((rows, rows), (1,)), (0,))
-    return jnp.minimum(*twice)
+    return jnp.minimum(*score_reading.totals((mask, mask), method))
 
 
 def is_one_cpu() -> bool:
@@ -338,24 +349,26 @@ def _select(
         lowest=score_reading.key_range(rank_dtype)[0],
         highest=score_reading.key_range(rank_dtype)[1],
     )
-    rows = _search(field, leaves, keep, method)
+    found = _search(field, leaves, keep, method)
     masks: list[list[Any]] = [[] for _ in fns]
-    for search, leaf, row, of_scores in zip(field.search, leaves, rows, scores, strict=True):
-        masks[search].append(score_reading.mask_leaf(leaf, row).reshape(of_scores.shape))
+    for search, leaf, number, of_scores in zip(field.search, leaves, found.numbers, scores, strict=True):
+        masks[search].append(score_reading.mask_leaf(leaf, found.rows, number).reshape(of_scores.shape))
     return masks
 
 
-def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Rows:
+def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Table:
     searches = threshold_search.start(field, keep, score_reading.key_dtype(leaves[0].rank_dtype))
     # All searches vary over the mesh axes that any leaf does: they share a loop.
     zero = score_reading.varying_zero(leaves)
     searches = jax.tree.map(lambda x: x ^ zero.astype(x.dtype), searches)
 
-    def count(rows, skips):
-        found = [score_reading.count_leaf(leaf, row, skips) for leaf, row in zip(leaves, rows, strict=True)]
+    def count(table, skips):
+        read = functools.partial(score_reading.count_leaf, skips=skips)
+        each = [read(leaf, table.rows, number) for leaf, number in zip(leaves, table.numbers, strict=True)]
+        found, numbers = zip(*each, strict=True)
         if len({len(parts) for parts in found}) == 1:
-            return jnp.concatenate([jnp.stack(parts) for parts in zip(*found, strict=True)], 1)
-        return jnp.stack([jnp.concatenate(parts) for parts in found])
+            return jnp.concatenate([jnp.stack(parts) for parts in zip(*found, strict=True)], 1), numbers
+        return jnp.stack([jnp.concatenate(parts) for parts in found]), numbers
 
     every, needed = functools.partial(count, skips=False), functools.partial(count, skips=True)
     if method == "split":
@@ -384,8 +397,8 @@ def _first_thresholds(field: Field, leaves: list[Leaf], keep: Count) -> Int[Arra
         if len(group) > 1:
             rows.append(([search], jnp.concatenate([keys.reshape(1, -1) for _, keys in sample(group)], axis=1)))
     first = [
-        threshold_search.sampled_thresholds(totals[searches], counts.take(keep, np.asarray(searches)), keys)
+        threshold_search.sampled_thresholds(totals[searches], counts.chosen(keep, searches), keys)
         for searches, keys in rows
     ]
     order = np.argsort(np.concatenate([searches for searches, _ in rows]))
-    return jnp.concatenate(first)[order]
+    return counts.chosen(jnp.concatenate(first), order)

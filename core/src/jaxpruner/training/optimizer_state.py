@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -34,9 +35,13 @@ def reset_moments(inner: optax.GradientTransformation, inner_state: Any, params:
         mask = None if trees.is_unpruned(old) else grown.get(owner)
         if mask is None or jnp.shape(old) != mask.shape or path not in fresh:
             return old
-        return jnp.where(mask, fresh[path], old)
+        return _where(mask, fresh[path], old)
 
     return trees.map_named(reset, inner_state, _statistics_owners(inner, inner_state, params))
+
+
+# Traced once for leaves of one shape.
+_where = jax.jit(jnp.where, inline=True)
 
 
 def second_moments(inner_state: Any, params: Any) -> dict[trees.KeyPath, Any]:

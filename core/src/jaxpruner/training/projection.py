@@ -133,9 +133,7 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
     previous_masks = mask_storage.decode_tree(updater.storage, before, params)
     if updater.regrows:
         # Regrown weights start at 0. They are 0 already, except before the first step, when parameters are dense.
-        params = trees.map_pruned(
-            lambda p, now, was: jnp.where(now & ~was, 0, p), params, masks, previous_masks, otherwise=same
-        )
+        params = trees.map_pruned(_without_new, params, masks, previous_masks, otherwise=same)
     return Step(
         params=params,
         grads=updater.step_gradients(params, grads, masks, state),
@@ -268,7 +266,20 @@ def apply_mask(params: Any, masks: Any, is_packed: bool = False) -> Any:
     return trees.map_pruned(lambda p, mask: _masked(storage, p, mask), params, masks, otherwise=same)
 
 
-# One program a leaf where it is called eagerly; inlined elsewhere.
+# One program a leaf where they are called eagerly; inlined elsewhere, and traced once for leaves of one shape.
+
+
+@functools.partial(jax.jit, inline=True)
+def is_new(mask: Any, before: Any) -> Any:
+    """Where a weight came into its mask."""
+    return mask & ~before
+
+
+@functools.partial(jax.jit, inline=True)
+def _without_new(param: Any, mask: Any, before: Any) -> Any:
+    return jnp.where(is_new(mask, before), 0, param)
+
+
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _masked(storage: mask_storage.MaskStorage, param: Any, stored: Any) -> Any:
     return jnp.where(storage.decode(stored, jnp.shape(param)), param, 0)

@@ -85,8 +85,13 @@ class _TrackedUpdate(_Parts):
         inner, updater = optax.with_extra_args_support(self.inner), self.updater
         inner_state = state.inner_state
 
+        # Traced once for both branches of a mask update. (Anew in each step: an optimizer may read what has changed.)
+        update = inner.update
+        if updater.skip_gradients and not extra_args and isinstance(step.is_mask_update, jax.core.Tracer):
+            update = jax.jit(lambda *arguments: inner.update(*arguments), inline=True)
+
         def take():
-            return inner.update(step.grads, inner_state, step.params, **extra_args)
+            return update(step.grads, inner_state, step.params, **extra_args)
 
         def renew():
             regrown = renewed(updater, step)
@@ -119,7 +124,9 @@ def renewed(updater: Algorithm, step: projection.Step) -> Any:
     """Boolean masks of the weights whose optimizer statistics a mask update starts anew, None where it starts none."""
     if updater.renews_all:
         return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), step.params)
-    return trees.map_pruned(lambda now, mask, was: mask & ~was, step.masks, step.masks, step.previous_masks)
+    return trees.map_pruned(
+        lambda now, mask, was: projection.is_new(mask, was), step.masks, step.masks, step.previous_masks
+    )
 
 
 class _MaskedUpdate(_TrackedUpdate):
