@@ -61,7 +61,7 @@ class Scores:
 
     @property
     def dtype(self) -> np.dtype:
-        return jax.eval_shape(self.fn, *self.operands).dtype
+        return _dtype(self.fn, tuple((x.shape, x.dtype, getattr(x, "weak_type", False)) for x in self.operands))
 
     def evaluate(self) -> Num[Array, "*shape"]:
         """The scores as an array."""
@@ -75,6 +75,13 @@ class Scores:
     def of(cls, scores: Num[Array, "*shape"] | Scores) -> Scores:
         """Scores from an array; scores as they are."""
         return scores if isinstance(scores, cls) else cls(_identity, (jnp.asarray(scores),))
+
+
+@functools.lru_cache(maxsize=1024)
+def _dtype(fn: Callable[..., Any], operands: tuple[tuple[Any, Any, bool], ...]) -> np.dtype:
+    # Leaves are many, their kinds are few.
+    kinds = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak_type) for shape, dtype, weak_type in operands]
+    return jax.eval_shape(fn, *kinds).dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +186,7 @@ def prepare(scores: Scores, rank_dtype: np.dtype, method: Method) -> Leaf:
         # On a single device the reshape moves nothing.
         length = row_length(scores.size)
         shape = (scores.size // length, length)
-        operands = tuple(x.reshape(shape) if x.shape == scores.shape else x for x in operands)
+        operands = tuple(lax.reshape(x, shape) if x.shape == scores.shape else x for x in operands)
     return Leaf(scores.fn, operands, shape, rank_dtype, method, jnp.uint32(1))
 
 
@@ -196,8 +203,8 @@ def count_leaf(
     on.
     """
 
-    def read(leaf, rows, number, nothing):
-        del nothing
+    def read(leaf, rows, number, anything):
+        del anything
         leaf, (rows, pinned) = leaf.pinned((rows, number))
         row = _row(rows, pinned)
         keys, floor = leaf.keys(), index_floor(row.dtype)
@@ -207,13 +214,15 @@ def count_leaf(
         found = count(lax.select(row[Column.IS_TIED] != 0, indices, keys), row[len(Column) :], leaf.method)
         return found, pinned if skips else row[Column.NUMBER].astype(jnp.int32)
 
-    thresholds = rows[0, len(Column) :]
-    nothing = (thresholds ^ thresholds).astype(jnp.uint32)
-    nothing = tuple(_split(nothing, _parts(leaf.size, nothing.size, leaf.method)))
+    # Any numbers, that are at hand.
+    anything = rows[0, len(Column) :].astype(jnp.uint32)
+    anything = tuple(_split(anything, _parts(leaf.size, anything.size, leaf.method)))
     if not skips:
-        return read(leaf, rows, number, nothing)
+        return read(leaf, rows, number, anything)
     is_read = _row(rows, number)[Column.IS_READ] != 0
-    return lax.cond(is_read, read, lambda leaf, rows, number, nothing: (nothing, number), leaf, rows, number, nothing)
+    return lax.cond(
+        is_read, read, lambda leaf, rows, number, anything: (anything, number), leaf, rows, number, anything
+    )
 
 
 @jax.jit
