@@ -25,6 +25,7 @@ ALGORITHMS = (
 MORE = {
     "lamp": ("unstructured", True, "adamw", "list"),
     "movement": ("block_3,4", True, "sgd", "nnx"),
+    "soft_movement": ("unstructured", False, "adamw", "dict"),
     "fisher": ("nm_2,4", False, "lion", "namedtuple"),
     "adam_fisher": ("channel_-1", True, "adamw", "nnx"),
     "acdc": ("block_3,4", False, "adamw", "dict"),
@@ -42,11 +43,11 @@ SPARSE_GRADIENTS = (*SPARSE_FROM_START, "preserve")
 WITHOUT_SPARSITY = ("no_prune", "preserve")
 STRUCTURED = tuple(name for name in ALGORITHMS if name not in (*GLOBAL, *WITHOUT_SPARSITY))
 # The same kinds with the other methods among them.
-ALL_GLOBAL = (*GLOBAL, "lamp", "snip")
-ALL_STRAIGHT_THROUGH = (*STRAIGHT_THROUGH, "movement", "sr_ste", "top_kast")
+ALL_GLOBAL = (*GLOBAL, "lamp", "snip", "soft_movement")
+ALL_STRAIGHT_THROUGH = (*STRAIGHT_THROUGH, "movement", "soft_movement", "sr_ste", "top_kast")
 ALL_DROP_AND_GROW = (*DROP_AND_GROW, "mest", "granet")
 ALL_SPARSE_FROM_START = (*SPARSE_FROM_START, "mest")
-ALL_SPARSE_GRADIENTS = (*SPARSE_GRADIENTS, "mest", "granet", "movement", "snip")
+ALL_SPARSE_GRADIENTS = (*SPARSE_GRADIENTS, "mest", "granet", "movement", "soft_movement", "snip")
 AT_FIRST_STEP = ("preserve", "snip")
 
 STRUCTURES = ("unstructured", "nm_2,4", "block_3,4", "channel_-1")

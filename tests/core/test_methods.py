@@ -180,6 +180,19 @@ def test_movement():
     np.testing.assert_allclose(state.statistics["a"], scores["a"], rtol=1e-4, atol=1e-5)
 
 
+def test_soft_movement():
+    scores = zeros()
+
+    total = sum(s.size for s in scores.values())
+
+    def mask_of(k, w, sparsity):
+        return top_together(scores, keep(total, sparsity))[k]
+
+    compare("soft_movement", straight_through(mask_of, lambda g, mask, w, s: g * mask, memory=scores))
+    with pytest.raises(ValueError, match="use_normalization: soft_movement"):
+        jaxpruner.sparsify(optax.sgd(0.1), algorithm="soft_movement", sparsity=0.5, use_normalization=True)
+
+
 def test_sr_ste():
     def mask_of(k, w, sparsity):
         if not sparsity:

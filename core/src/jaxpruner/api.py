@@ -33,6 +33,7 @@ ALGORITHM_REGISTRY: dict[str, Callable[..., BaseUpdater]] = {
     "preserve": algorithms.PreserveSparsity,
     "lamp": algorithms.LampPruning,
     "movement": algorithms.MovementPruning,
+    "soft_movement": algorithms.SoftMovementPruning,
     "fisher": algorithms.FisherPruning,
     "adam_fisher": algorithms.AdamFisherPruning,
     "acdc": algorithms.ACDC,

@@ -10,7 +10,12 @@ from jaxpruner.algorithms.pruners import (
     RandomPruning,
     SaliencyPruning,
 )
-from jaxpruner.algorithms.remembering import AdamFisherPruning, FisherPruning, MovementPruning
+from jaxpruner.algorithms.remembering import (
+    AdamFisherPruning,
+    FisherPruning,
+    MovementPruning,
+    SoftMovementPruning,
+)
 from jaxpruner.algorithms.sparse_trainers import MEST, SET, RigL, StaticRandomSparse
 from jaxpruner.algorithms.ste import SrSte, SteMagnitudePruning, SteRandomPruning, TopKast
 from jaxpruner.algorithms.structured_rigl import SRigL
@@ -35,6 +40,7 @@ __all__ = [
     "RigL",
     "SRigL",
     "SaliencyPruning",
+    "SoftMovementPruning",
     "SrSte",
     "StaticRandomSparse",
     "SteMagnitudePruning",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpruner import scores, trees
+from jaxpruner.algorithms.global_pruners import GlobalPruning
 from jaxpruner.algorithms.ste import StraightThrough
 from jaxpruner.base_updater import BaseUpdater
 from jaxpruner.training import optimizer_state
@@ -43,6 +44,28 @@ class MovementPruning(StraightThrough):
         """The sum of `-w * g` over all steps; without a state, of these gradients."""
         del kwargs
         return trees.from_state(self.known_statistics(params, sparse_state, grads))
+
+
+@dataclasses.dataclass(eq=False)
+class SoftMovementPruning(GlobalPruning, MovementPruning):
+    r"""Movement pruning with one threshold for all leaves, :math:`S > \tau` (Sanh et al., 2020, "soft").
+
+    Layers share out the sparsity among themselves. The paper fixes :math:`\tau` and tunes the strength of a
+    regulariser on :math:`S` until the sparsity is what one wants; here :math:`\tau` is, in every step, the number that
+    keeps exactly what the schedule says.
+
+    Raises:
+      ValueError: for `use_normalization=True`: one threshold is for the scores as they are.
+    """
+
+    is_sparse_gradients: bool = True
+    use_normalization: bool = False
+
+    def __post_init__(self):
+        if self.use_normalization:
+            raise ValueError(
+                "use_normalization: soft_movement has one threshold for the scores as they are; leave it out."
+            )
 
 
 @dataclasses.dataclass(eq=False)
