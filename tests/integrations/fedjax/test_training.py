@@ -237,6 +237,18 @@ def test_layers_of_a_sparsity_of_their_own(tmp_path):
     assert targets(tmp_path, **given, algorithm="global_magnitude")["linear_1"] == 0.5
 
 
+def test_options_of_the_algorithm(tmp_path):
+    given = {"algorithm": "fisher", "algorithm_options": {"decay": 0.5}, "masked_clients": False}
+    assert build(config(tmp_path, **given)).server.updater.decay == 0.5
+    with pytest.raises(ValueError, match="algorithm_options: update_start_round has a setting of its own"):
+        build(config(tmp_path, **given | {"algorithm_options": {"update_start_round": 3.0}}))
+    with pytest.raises(ValueError, match=r"dekay: no such key for algorithm 'fisher'; valid keys are .*decay"):
+        build(config(tmp_path, **given | {"algorithm_options": {"dekay": 0.5}}))
+    assert config(tmp_path, **given).numbers["algorithm_options"] == {"decay": 0.5}
+    rounds = build(config(tmp_path, algorithm="synflow", algorithm_options={"rounds": 3.0}, masked_clients=False))
+    assert rounds.server.updater.rounds == 3
+
+
 def test_sparsities_on_the_command_line():
     parse = SparsitiesParser().parse
     assert parse("a/*=0.5, b=c/w=0.25") == {"a/*": 0.5, "b=c/w": 0.25}

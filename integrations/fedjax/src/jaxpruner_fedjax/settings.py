@@ -97,6 +97,11 @@ class Config:
     custom_sparsity_map: Mapping[str, float] | None = option(
         None, ANY, "Parameters with a sparsity of their own, such as '*/conv2_d/w=0.5,*/linear/w=0.9'"
     )
+    algorithm_options: Mapping[str, float] | None = option(
+        None,
+        ANY,
+        "What else the algorithm takes: name=number,... such as drop_fraction=0.3 (rigl) or decay=0.95 (fisher)",
+    )
     update_start_round: int = option(250, ROUND, "First round of mask updates, from 0")
     update_end_round: int = option(750, ROUND, "No mask updates after this round; the last one has the final sparsity")
     update_freq: int = option(10, COUNT, "Masks are updated in rounds that it divides")
@@ -118,7 +123,8 @@ class Config:
         deciding = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         # However they were given, and nothing if they say nothing.
         deciding["exclude"] = sorted(self.exclude or ()) or None
-        deciding["custom_sparsity_map"] = dict(self.custom_sparsity_map or {}) or None
+        for name in ("custom_sparsity_map", "algorithm_options"):
+            deciding[name] = dict(getattr(self, name) or {}) or None
         return {name: value for name, value in deciding.items() if name not in free}
 
 
@@ -209,17 +215,26 @@ def in_settings(message: str) -> str:
 
 
 def sparsity_config(config: Config) -> dict[str, Any]:
-    """The configuration of JaxPruner. A step of the server is a round."""
+    """The configuration of JaxPruner. A step of the server is a round.
+
+    Raises:
+      ValueError: for an option of the algorithm that has a setting of its own.
+    """
     same = (
         "algorithm", "sparsity", "dist_type", "sparsity_type", "custom_sparsity_map", "update_freq", "skip_gradients",
         "use_packed_masks",
     )  # fmt: skip
-    return {
+    settings = {
         **{name: getattr(config, name) for name in same},
         **{theirs: getattr(config, ours) for theirs, ours in _ROUNDS.items()},
         "filter_fn": Excluding(tuple(config.exclude)) if config.exclude else None,
         "rng_seed": config.seed,
     }
+    # Flags are all floats; some options are numbers of something.
+    options = {k: int(v) if float(v).is_integer() else v for k, v in (config.algorithm_options or {}).items()}
+    if twice := sorted(set(options) & (set(settings) | set(_ROUNDS.values()) | {"seed"})):
+        raise ValueError(f"algorithm_options: {twice[0]} has a setting of its own; give that.")
+    return settings | options
 
 
 def inner_optimizer(config: Config) -> optax.GradientTransformation:
