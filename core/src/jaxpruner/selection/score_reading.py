@@ -266,7 +266,7 @@ def samples(leaves: Sequence[Leaf], strides: Sequence[int]) -> list[tuple[list[i
         members, of_members = alike.setdefault(keys.size, ([], []))
         members.append(i)
         of_members.append(keys)
-    return [(members, jnp.stack(keys)) for members, keys in alike.values()]
+    return [(members, jnp.concatenate(keys).reshape(len(members), -1)) for members, keys in alike.values()]
 
 
 @functools.partial(jax.jit, static_argnums=1)

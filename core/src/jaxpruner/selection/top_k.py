@@ -367,7 +367,8 @@ def _search(field: Field, leaves: list[Leaf], keep: Count, method: Method) -> Ta
         each = [read(leaf, table.rows, number) for leaf, number in zip(leaves, table.numbers, strict=True)]
         found, numbers = zip(*each, strict=True)
         if len({len(parts) for parts in found}) == 1:
-            return jnp.concatenate([jnp.stack(parts) for parts in zip(*found, strict=True)], 1), numbers
+            joined = [jnp.concatenate(parts).reshape(len(leaves), -1) for parts in zip(*found, strict=True)]
+            return jnp.concatenate(joined, 1), numbers
         return jnp.stack([jnp.concatenate(parts) for parts in found]), numbers
 
     every, needed = functools.partial(count, skips=False), functools.partial(count, skips=True)
