@@ -1,9 +1,9 @@
 """later_methods: what papers after the paper's compare with, on the vision transformer of digits_vit.
 
-    jaxpruner-baselines run later_methods --preset quick --seeds 5     # 245 runs, half an hour on 2 cores; dense: 92.4
+    jaxpruner-baselines run later_methods --preset quick --seeds 5     # 275 runs, half an hour on 2 cores; dense: 92.4
 
 The model, the data and the loop are those of `digits_vit`, beside three of its methods. None is tuned here: all have
-the schedule of the others and their papers' defaults.
+the schedule of the others and their papers' defaults. `lottery_ticket` trains many times; see `rewinding`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxpruner_baselines import digits_vit
+from jaxpruner_baselines import digits_vit, rewinding
 from jaxpruner_baselines.baseline import Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.methods import DENSE, LATER
@@ -40,7 +40,9 @@ class Training(digits_vit.Training):
 def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     """That of `digits_vit`, with the time of a step."""
     times, done, before = [], 0, time.perf_counter()
-    for event in digits_vit.train(run, checkpoint, make=Training):
+    is_ticket = run.method == rewinding.METHOD
+    events = rewinding.train(run, checkpoint) if is_ticket else digits_vit.train(run, checkpoint, make=Training)
+    for event in events:
         if isinstance(event, Progress):
             times.append(1e3 * (time.perf_counter() - before) / max(event.done - done, 1))
             done = event.done
@@ -55,7 +57,7 @@ BASELINE = dataclasses.replace(
     name="later_methods",
     summary="methods of later papers on the vision transformer of digits_vit",
     train=train,
-    only=(DENSE, *BEFORE, *LATER),
+    only=(DENSE, *BEFORE, *LATER, rewinding.METHOD),
     also=("step_milliseconds", *digits_vit.BASELINE.also),
     sparsities=(0.9, 0.95, 0.98),
 )

@@ -9,8 +9,8 @@ import jaxpruner
 DENSE = "dense"
 # What later papers compare with.
 LATER = (
-    "lamp", "movement", "fisher", "adam_fisher", "acdc", "granet", "mest", "srigl", "sr_ste", "top_kast", "snip",
-    "grasp", "synflow",
+    "lamp", "movement", "soft_movement", "fisher", "adam_fisher", "acdc", "granet", "mest", "srigl", "sr_ste",
+    "top_kast", "snip", "grasp", "synflow",
 )  # fmt: skip
 _NOT_COMPARED = {"no_prune", "preserve", *LATER}  # the dense run itself; resuming a sparse checkpoint
 
