@@ -2,7 +2,7 @@
 
     jaxpruner-baselines run oneshot --preset smollm --seeds 1             # 22 runs, an hour on 2 cores; dense: 17.9
     jaxpruner-baselines run oneshot --preset smollm_short --seeds 1       # ten minutes
-    jaxpruner-baselines run oneshot_retrieval --preset minilm --seeds 1
+    jaxpruner-baselines run oneshot_retrieval --preset minilm --seeds 1   # 25 runs, 8 minutes
 
 `oneshot` prunes SmolLM2-135M, a language model: the perplexity of an address of 2026, one of 1981 and Hamlet,
 calibrated on other addresses. `oneshot_retrieval` prunes all-MiniLM-L6-v2, which embeds sentences: how often a verse of
