@@ -274,6 +274,15 @@ def test_a_checkpoint_in_the_format_of_the_public_ones(tmp_path):
     cases.assert_equal(found, cases.of(dense))
 
 
+def test_constants_of_other_libraries_stay():
+    import gin
+
+    gin.constant("jaxpruner_tests.ANSWER", 42)
+    for _ in range(2):
+        with launch.parsed([], ["MODEL_DIR = %jaxpruner_tests.ANSWER"]):
+            assert gin.query_parameter("%MODEL_DIR") == 42
+
+
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl"])
 def test_the_papers_configuration(size):
     import gin

@@ -61,7 +61,7 @@ def parsed(
     """Within it, gin holds this configuration of a script, by default that of `t5x.train`."""
     if script is None:
         from t5x import train as script
-    gin.clear_config(clear_constants=True)
+    gin.clear_config()  # constants are of modules, which are imported once
     gin.add_config_file_search_path(str(pathlib.Path(t5x.__file__).parents[1]))
     main = sys.modules["__main__"]
     try:
@@ -70,7 +70,7 @@ def parsed(
         yield
     finally:
         sys.modules["__main__"] = main
-        gin.clear_config(clear_constants=True)
+        gin.clear_config()  # constants are of modules, which are imported once
 
 
 def _run(
