@@ -280,7 +280,7 @@ def test_constants_of_other_libraries_stay():
     gin.constant("jaxpruner_tests.ANSWER", 42)
     for _ in range(2):
         with launch.parsed([], ["MODEL_DIR = %jaxpruner_tests.ANSWER"]):
-            assert gin.query_parameter("%MODEL_DIR") == 42
+            assert gin.query_parameter("%MODEL_DIR").scoped_configurable_fn() == 42
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xl"])
