@@ -19,6 +19,7 @@ from jaxpruner_baselines.benchmarks import (
     calibration,
     compaction,
     masks,
+    networks,
     overheads,
     peers,
     sharding,
@@ -39,7 +40,9 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "mask_bytes": (masks.mask_bytes, masks.Sizes(), masks.QUICK),
     "sharded_update": (sharding.sharded_update, sharding.Sizes(), sharding.QUICK),
     "training_steps": (steps.training_steps, steps.Sizes(), steps.QUICK),
-    "network_steps": (steps.network_steps, steps.Several(), steps.SEVERAL_QUICK),
+    "vit_steps": (steps.network_steps, steps.Several(), steps.SEVERAL_QUICK),
+    "resnet_steps": (steps.network_steps, steps.Several(networks.ResNet(batch=4)), steps.SEVERAL_QUICK),
+    "transformer_steps": (steps.network_steps, steps.Several(networks.Transformer()), steps.SEVERAL_QUICK),
     "first_steps": (overheads.first_steps, overheads.Sizes(), overheads.QUICK),
     "eager_steps": (overheads.eager_steps, overheads.Sizes(), overheads.QUICK),
     "compact_speed": (compaction.compact_speed, compaction.Sizes(), compaction.QUICK),
@@ -48,11 +51,11 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
     "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),
 }
+_NETWORKS = ("vit_steps", "resnet_steps", "transformer_steps")
 # Too large for a CPU: left out there, unless they are asked for by name or with --quick.
 ACCELERATOR_GROUPS = ("accelerator_masks", "accelerator_steps")
-# Steps of several networks, each in several ways, and layers of large models: left out unless asked for by name or with
-# --quick.
-LONG_GROUPS = ("network_steps", "oneshot_layers")
+# Steps of a network in several ways, and layers of large models: left out unless asked for by name.
+LONG_GROUPS = (*_NETWORKS, "oneshot_layers")
 
 HEADER = ("row", "ours", "peer", "ratio", "reach", "met")
 
@@ -68,7 +71,8 @@ def bench(
 ) -> None:
     """Time the core against sorts, NumPy, PyTorch and a bare optimizer; read what sharded programs exchange."""
     on_cpu = jax.default_backend() == "cpu" and not quick
-    left_out = (() if quick else LONG_GROUPS) + (ACCELERATOR_GROUPS if on_cpu else ())
+    # With --quick all networks are one and the same.
+    left_out = (_NETWORKS[1:] if quick else LONG_GROUPS) + (ACCELERATOR_GROUPS if on_cpu else ())
     default = [name for name in GROUPS if name not in left_out]
     names = default if rows == "all" else [name.strip() for name in rows.split(",")]
     if unknown := [name for name in names if name not in GROUPS]:
