@@ -1,7 +1,7 @@
 """oneshot: pretrained networks, pruned with a few batches of data and no training.
 
     jaxpruner-baselines run oneshot --preset smollm --seeds 1             # 22 runs, an hour on 2 cores; dense: 17.9
-    jaxpruner-baselines run oneshot --preset smollm_short --seeds 1       # ten minutes
+    jaxpruner-baselines run oneshot --preset smollm_short --seeds 1       # a few minutes
     jaxpruner-baselines run oneshot_retrieval --preset minilm --seeds 1   # 25 runs, 8 minutes
 
 `oneshot` prunes SmolLM2-135M, a language model: the perplexity of an address of 2026, one of 1981 and Hamlet,
