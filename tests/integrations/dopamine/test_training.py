@@ -139,7 +139,7 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
         (train, ["create_agent.agent_name = 'dqn'"], (), "is no JAX agent that can be sparse"),
         (train, ["create_runner.schedule = 'sometimes'"], (), "create_runner.schedule: 'sometimes' is not known"),
         # The closing $: nothing follows of where gin was.
-        (train, ["sparsify.algorithm = 'magnitud'"], (), r"^algorithm: 'magnitud' is not known; [^\n]*\.$"),
+        (train, ["sparsify.algorithm = 'magnitud'"], (), r"^algorithm: 'magnitud' is not known; [^\n]*synflow\.$"),
         (train, ["sparsify.agorithm = 'rigl'"], (), r"^agorithm: no such key [^\n]*update_end_agent_step[^\n]*\.$"),
         (train, ["sparsfy.algorithm = 'rigl'"], (), r"^No configurable matching 'sparsfy'[^\n]*$"),
         (train, ["JaxDQNAgent.gama = 1"], (), r"^[^\n]*a parameter named 'gama'[^\n]*$"),
