@@ -121,6 +121,12 @@ def accuracy(model: ViT, params: Any, images: jax.Array, labels: jax.Array) -> j
     return jnp.mean(model.apply(params, images).argmax(-1) == labels)
 
 
+def batches_of(examples: Any, seed: int, epoch: int, steps: int, batch_size: int) -> Any:
+    """Those of an epoch, from seed and epoch alone, so that a resumed run sees the same."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(examples))
+    return examples.take(order[: steps * batch_size].reshape(steps, batch_size))
+
+
 def train(run: Run, checkpoint: Checkpoint, make: Callable[..., Training] = Training) -> Iterator[Progress | Outcome]:
     preset = run.preset
     dataset = data.DATASETS[preset.dataset](validation=preset.validation)
@@ -131,10 +137,7 @@ def train(run: Run, checkpoint: Checkpoint, make: Callable[..., Training] = Trai
     state = params, init_optimizer(training, run.seed, params)
     first_epoch, state = checkpoint.load(like=state)
     for epoch in range(first_epoch, preset.epochs):
-        # From seed and epoch alone, so that a resumed run sees the same batches.
-        order = np.random.default_rng([run.seed, epoch]).permutation(len(dataset.train))
-        order = order[: steps_per_epoch * preset.batch_size].reshape(steps_per_epoch, preset.batch_size)
-        batches = dataset.train.take(order)
+        batches = batches_of(dataset.train, run.seed, epoch, steps_per_epoch, preset.batch_size)
         state, loss = train_epoch(training, state, run.seed, batches.images, batches.labels)
         done = epoch + 1
         if preset.checkpoint_every and done % preset.checkpoint_every == 0 and done < preset.epochs:

@@ -66,9 +66,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         opt_state = digits_vit.init_optimizer(training, run.seed, weights)
         state = _copied((weights, opt_state._replace(inner_state=start[1])))
         for epoch in range(rewind if i else 0, preset.epochs):
-            order = np.random.default_rng([run.seed, epoch]).permutation(len(dataset.train))
-            order = order[: steps_per_epoch * preset.batch_size].reshape(steps_per_epoch, preset.batch_size)
-            batches = dataset.train.take(order)
+            batches = digits_vit.batches_of(dataset.train, run.seed, epoch, steps_per_epoch, preset.batch_size)
             state, loss = digits_vit.train_epoch(training, state, run.seed, batches.images, batches.labels)
             done += steps_per_epoch
             if not i and epoch + 1 == rewind:
