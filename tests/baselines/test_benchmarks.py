@@ -73,6 +73,8 @@ ROWS = {
     "mask update, 50,000 bfloat16": 3,
 }
 
+OTHER_NETWORKS = {"resnet_steps", "transformer_steps"}  # with --quick their network is that of vit_steps
+
 
 def test_quick_prints_and_writes_all_rows(tmp_path):
     result = CliRunner().invoke(
@@ -87,7 +89,7 @@ def test_quick_prints_and_writes_all_rows(tmp_path):
     assert set(table["preset"]) == {"quick"}
     assert (table["value"] >= 0).all()
     assert table["value"][table["method"] == "whole update, gathers and other moves, 2 devices"].item() == 0
-    assert {json.loads(config)["group"] for config in table["config"]} == set(GROUPS)
+    assert {json.loads(config)["group"] for config in table["config"]} == set(GROUPS) - OTHER_NETWORKS
     assert (peers.NO_TORCH in result.output) == (not HAS_TORCH)
 
 
