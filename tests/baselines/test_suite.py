@@ -112,6 +112,7 @@ def test_missing_hosts_are_named_and_the_rest_goes_on(tmp_path):
     [
         (["suite", "--scale", "tiny"], "Unknown scale 'tiny'. Valid: embedded, paper, smoke."),
         (["suite", "--tasks", "fed,t5"], "Unknown task 'fed'. Valid: resnet, vit_90, "),
+        (["suite", "--methods", "newer"], "Unknown group of methods 'newer'. Valid: paper, later."),
         (["suite", "--jobs", "0"], "Invalid value for '--jobs'"),
         (["table", "suite"], "has no results of the suite at embedded scale. First: jaxpruner-baselines suite --scale"),
         (["plot", "suite", "--preset", "big"], "Unknown scale 'big'"),
@@ -134,7 +135,7 @@ def record(folder, values, seeds=(0, 1)):
 
 def test_ours_beside_the_papers(tmp_path):
     paper = {"random": 83.53, "magnitude": 85.74, "saliency": 85.60, "global_magnitude": 86.01, "rigl": 84.64}
-    record(tmp_path, {"dense": 0.9} | {method: (value - 10) / 100 for method, value in paper.items()})
+    record(tmp_path, {"dense": 0.9, "granet": 0.85} | {method: (value - 10) / 100 for method, value in paper.items()})
     (row,) = suite_report.summarize("embedded", tmp_path)
     assert row.paper["dense"] == pytest.approx(0.8621)
     assert {method: row.paper[method] for method in paper} == pytest.approx({m: v / 100 for m, v in paper.items()})
@@ -156,6 +157,8 @@ def test_ours_beside_the_papers(tmp_path):
     invoke("table", "suite", "--results", str(tmp_path), "--markdown", str(page))
     assert "| paper, accuracy (%) | 86.2 | 83.5 (-2.7) |" in page.read_text()
     assert "| FLOPs, % of dense |" in page.read_text()
+    assert "| of later papers | Fed. EMNIST, accuracy (%) |" in page.read_text()
+    assert "| granet | 85.5 ± 0.7 (-5.0) |" in page.read_text()
     invoke("plot", "suite", "--results", str(tmp_path))
     assert (tmp_path / "suite-embedded.png").exists()
 

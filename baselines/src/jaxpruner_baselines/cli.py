@@ -88,6 +88,9 @@ def run(
 def suite(
     scale: Annotated[str, typer.Option(help=f"One of {', '.join(suites.SCALES)}.")] = "embedded",
     tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(suites.TASKS)}; default: all.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="The paper's columns, or what later papers compare with: paper, later.")
+    ] = "paper",
     seeds: Annotated[str, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,).")] = "3",
     jobs: Annotated[int, typer.Option(min=1, help="Processes at once; each gets its share of the cores.")] = 1,
     results: Folder = Path("runs"),
@@ -99,7 +102,8 @@ def suite(
     names = (
         list(suites.TASKS) if tasks == "all" else [_check("task", t, suites.TASKS) for t in _split(tasks, "--tasks")]
     )
-    parts = suites.plan(names, scale, _seeds(seeds), results, jobs, console)
+    columns = suites.COLUMNS[_check("group of methods", methods, suites.COLUMNS)]
+    parts = suites.plan(names, scale, _seeds(seeds), results, jobs, console, columns)
     if parts:
         console.print(suites.expected(parts, jobs), soft_wrap=True)
     try:

@@ -2,6 +2,7 @@
 
     jaxpruner-baselines suite                 # embedded scale, 3 seeds: hours on 2 cores
     jaxpruner-baselines suite --seeds 1 --jobs 2 --tasks fed_emnist,dqn_cnn
+    jaxpruner-baselines suite --methods later # the same rows with what later papers compare with
     jaxpruner-baselines suite --scale paper   # weeks, and data that have to be fetched first
 
 Each part of the suite is a process of its own: hosts do not meet, one that crashes takes nothing with it, and several
@@ -31,6 +32,7 @@ from rich.progress import Progress as Bars
 from jaxpruner_baselines import registry, runner
 from jaxpruner_baselines.baseline import NotReady, Progress, Run
 from jaxpruner_baselines.hush import hushed
+from jaxpruner_baselines.methods import LATER
 from jaxpruner_baselines.results import Row
 from jaxpruner_baselines.runner import Failure
 
@@ -46,6 +48,9 @@ METHODS = {
     "set": "SET",
     "rigl": "RigL",
 }
+# Further columns: what later papers compare with, but for what scores with a loss, which no stock trainer hands over.
+LATER_METHODS = tuple(method for method in LATER if method not in ("grasp", "synflow"))
+COLUMNS = {"paper": tuple(METHODS), "later": LATER_METHODS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +124,19 @@ class Part:
     seconds: float
 
 
-def runs_of(task: Task, scale: str, seeds: Sequence[int]) -> list[Run]:
+def runs_of(task: Task, scale: str, seeds: Sequence[int], methods: Sequence[str] = COLUMNS["paper"]) -> list[Run]:
     setting = task.scales[scale]
-    return registry.get(task.baseline).plan(setting.preset, list(METHODS), [setting.sparsity], seeds)
+    return registry.get(task.baseline).plan(setting.preset, methods, [setting.sparsity], seeds)
 
 
 def plan(
-    names: Sequence[str], scale: str, seeds: Sequence[int], folder: Path, jobs: int, console: Console
+    names: Sequence[str],
+    scale: str,
+    seeds: Sequence[int],
+    folder: Path,
+    jobs: int,
+    console: Console,
+    methods: Sequence[str] = COLUMNS["paper"],
 ) -> list[Part]:
     """What is left to do, the longest first; says on the console which tasks cannot run here, and why."""
     parts = []
@@ -140,7 +151,7 @@ def plan(
             why = str(error) if isinstance(error, ImportError | NotReady) else f"{type(error).__name__}: {error}"
             console.print(f"[bold]{name}[/] ({task.title}) cannot run here: {escape(why)}\n", soft_wrap=True)
             continue
-        todo = runner.unfinished(baseline, runs_of(task, scale, seeds), folder)
+        todo = runner.unfinished(baseline, runs_of(task, scale, seeds, methods), folder)
         each = task.scales[scale].seconds or 0.0
         # Every job has a share of each task: they end at about the same time.
         shares = [todo[i::jobs] for i in range(jobs)]

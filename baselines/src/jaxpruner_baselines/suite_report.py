@@ -20,20 +20,24 @@ from jaxpruner_baselines.costs import SHARES
 from jaxpruner_baselines.measures import Measure, measure
 from jaxpruner_baselines.methods import DENSE
 from jaxpruner_baselines.report import Line
-from jaxpruner_baselines.suite import METHODS, TASKS, Task
+from jaxpruner_baselines.suite import LATER_METHODS, METHODS, TASKS, Task
 
 SIGNIFICANT = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class RowOfSuite:
-    """One task: our lines and the paper's numbers by method, and Spearman's rank correlation of the pruned ones."""
+    """One task: our lines and the paper's numbers by method, and Spearman's rank correlation of the pruned ones.
+
+    `later` has our lines of methods that the paper does not compare.
+    """
 
     task: Task
     preset: str
     sparsity: float
     kind: Measure
     ours: dict[str, Line]
+    later: dict[str, Line]
     paper: dict[str, float]
     correlation: float
     p_value: float
@@ -68,9 +72,8 @@ def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
         except ImportError:  # its host is missing, and so it has no presets
             continue
         lines, _ = report.summarize(baseline, setting.preset, runner.results_of(baseline, folder))
-        ours = {
-            line.method: line for line in lines if line.method in METHODS and line.sparsity in (0.0, setting.sparsity)
-        }
+        of_suite = {line.method: line for line in lines if line.sparsity in (0.0, setting.sparsity)}
+        ours, later = ({m: of_suite[m] for m in methods if m in of_suite} for methods in (METHODS, LATER_METHODS))
         if not ours:
             continue
         published = _published()
@@ -78,7 +81,7 @@ def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
         paper = dict(zip(published[mine]["method"], published[mine]["value"], strict=True))
         correlation, p_value = _spearman({method: line.mean for method, line in ours.items()}, paper)
         kind = measure(baseline.metric)
-        rows.append(RowOfSuite(task, setting.preset, setting.sparsity, kind, ours, paper, correlation, p_value))
+        rows.append(RowOfSuite(task, setting.preset, setting.sparsity, kind, ours, later, paper, correlation, p_value))
     return rows
 
 
@@ -126,6 +129,16 @@ def cells(row: RowOfSuite) -> list[list[str]]:
     ]
 
 
+def later_cells(rows: Sequence[RowOfSuite]) -> list[list[str]]:
+    """A line for each later method that was run, after those of dense and magnitude."""
+    run = [method for method in LATER_METHODS if any(method in row.later for row in rows)]
+    methods = {DENSE: METHODS[DENSE], "magnitude": METHODS["magnitude"], **{method: method for method in run}}
+    return [
+        [name, *(_cell(row.kind, {**row.ours, **row.later}, method) for row in rows)]
+        for method, name in methods.items()
+    ]
+
+
 def _cell(kind: Measure, ours: dict[str, Line], method: str) -> str:
     if method not in ours:
         return "-"
@@ -162,6 +175,8 @@ def terminal(title: str, rows: Sequence[RowOfSuite]) -> Table:
         mine, published = cells(row)
         for i, method in enumerate(METHODS.values(), start=1):
             table.add_row(mine[0] if i == 1 else "", method, mine[i], published[i])
+        for method in row.later:
+            table.add_row("", method, _cell(row.kind, {**row.ours, **row.later}, method), "")
         table.add_row("", "[bold]Spearman[/]", row.verdict, "")
         table.add_section()
     return table
@@ -172,7 +187,11 @@ def markdown(rows: Sequence[RowOfSuite]) -> str:
     costs = report.markdown_table(
         ["FLOPs, % of dense", *METHODS.values()], [line for row in rows for line in cost_cells(row)]
     )
-    return f"{results}\n\n{costs}"
+    if not any(row.later for row in rows):
+        return f"{results}\n\n{costs}"
+    titles = [f"{row.task.title}, {row.kind.header}" for row in rows]
+    later = report.markdown_table(["of later papers", *titles], later_cells(rows))
+    return f"{results}\n\n{later}\n\n{costs}"
 
 
 def draw(path: Path, title: str, rows: Sequence[RowOfSuite]) -> None:
