@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import pathlib
 import sys
 
@@ -9,6 +10,9 @@ import hypothesis
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+# Keras reads its backend when it is imported, by whichever test comes first.
+os.environ["KERAS_BACKEND"] = "jax"
 
 # A process may hold 65,530 mappings of memory on Linux; each compiled program takes some, and XLA crashes past that.
 MAPPINGS = pathlib.Path("/proc/self/maps")

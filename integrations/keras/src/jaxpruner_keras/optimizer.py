@@ -1,0 +1,443 @@
+"""A Keras optimizer that keeps parameters on their masks, for `model.compile` and the stock `fit`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import optax
+
+import jaxpruner
+from jaxpruner import trees
+from jaxpruner.training.optimizer_state import owner_of
+from jaxpruner.training.projection import when
+from jaxpruner.training.transformation import renewed
+from jaxpruner_keras.parameters import as_list, as_tree, paths_of
+
+# What the sparse optimizer does itself, after the masks: the inner one must not do it before.
+_TAKEN_OVER = ("use_ema", "ema_overwrite_frequency", "loss_scale_factor")
+# Slots of Keras optimizers that hold second moments, of RMSprop, Adam and its kin, and of Adafactor where it does not
+# factor.
+_SECOND_MOMENTS = ("velocity", "v")
+
+
+@keras.saving.register_keras_serializable(package="jaxpruner")
+class SparseOptimizer(keras.optimizers.Optimizer):
+    r"""Any Keras optimizer, made sparse.
+
+        model.compile(SparseOptimizer(keras.optimizers.Adam(1e-3), algorithm="magnitude", sparsity=0.8), loss=...)
+        model.fit(...)
+
+    After each step, pruned weights are exactly 0, and kept ones are what the inner optimizer gives them. Masks, counts
+    and what else the algorithm keeps are variables of the optimizer: Keras saves, loads and donates them. The steps of
+    the schedule are steps of the optimizer: with `gradient_accumulation_steps` of the inner one, one in so many
+    batches. Averages of weights (`use_ema` of the inner one) are averages of the sparse weights, on the masks.
+
+    Parameters are named by their path in the model, such as `sequential/dense/kernel`, split at slashes where a
+    `filter_fn` gets them. By default all with two or more axes are pruned, embeddings and the last layer, too.
+
+    Args:
+      inner: the optimizer. A `LossScaleOptimizer` goes outside, around this one, as mixed precision puts it.
+      updater: an algorithm, or a configuration of `jaxpruner.create_updater_from_config` as a mapping.
+      name: the name of the optimizer.
+      **config: the configuration as keyword arguments, in place of `updater`.
+
+    Raises:
+      ValueError: if the configuration is not valid, or `inner` is no Keras optimizer that can be made sparse.
+      RuntimeError: with another backend of Keras than JAX.
+    """
+
+    def __init__(
+        self,
+        inner: keras.optimizers.Optimizer,
+        updater: jaxpruner.BaseUpdater | Mapping[str, Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        **config: Any,
+    ):
+        if keras.backend.backend() != "jax":
+            raise RuntimeError(
+                f"SparseOptimizer: the backend of Keras is {keras.backend.backend()}, and masks are made by JAX; set "
+                "KERAS_BACKEND=jax in the environment before Keras is imported."
+            )
+        inner = keras.optimizers.get(inner)
+        _check_inner(inner)
+        ema = {"use_ema": inner.use_ema, "ema_momentum": inner.ema_momentum}
+        super().__init__(
+            learning_rate=0.0,
+            name=name,
+            ema_overwrite_frequency=inner.ema_overwrite_frequency,
+            loss_scale_factor=inner.loss_scale_factor,
+            **ema,
+        )
+        self._taken_over = {key: getattr(inner, key) for key in _TAKEN_OVER}
+        self.inner = inner
+        inner.use_ema, inner.ema_overwrite_frequency, inner.loss_scale_factor = False, None, None
+        jaxpruner.sparsify(
+            optax.identity(), updater, **config
+        )  # refuses what would not be sparse, as it does for optax
+        self._config = config if updater is None else updater
+        is_made = isinstance(updater, jaxpruner.BaseUpdater)
+        self.updater = updater if is_made else jaxpruner.create_updater_from_config(self._config)
+
+    # The variables: those of Keras's base class (with averages of weights), the leaves of the sparse state, sums of
+    # dense gradients, and then those of the inner optimizer, as `LossScaleOptimizer` has it.
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Makes the variables: initial masks and counts, and those of the inner optimizer."""
+        if self.built:
+            return
+        self._paths = paths_of(variables)
+        self.inner.build(variables)
+        super().build(variables)
+        params = self._tree([variable.value for variable in variables])
+        state = jaxpruner.init_projection(self.updater, params)
+        self.updater.check_inner_state(self._moments([v.value for v in self.inner.variables]), params)
+        leaves, self._structure = jax.tree.flatten(state)
+        self._offset = len(self._variables)
+        owners = dict(zip(self._paths, variables, strict=True))
+        for (path, _), leaf in zip(trees.named_leaves(state), leaves, strict=True):
+            self.add_variable(
+                leaf.shape,
+                initializer=lambda shape, dtype=None, leaf=leaf: leaf,
+                dtype=str(leaf.dtype),
+                name="_".join(("sparse", *path)),
+                layout=_layout(path, leaf, owners),
+            )
+        self._sums_at = len(self._variables)
+        if self.inner.gradient_accumulation_steps:
+            for variable in variables:
+                self.add_variable_from_reference(variable, name="dense_gradient")
+        self._fresh = self._fresh_slots()
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        return [*self._variables, *self.inner.variables]
+
+    @property
+    def iterations(self) -> Any:
+        return self.inner.iterations
+
+    @property
+    def learning_rate(self) -> Any:
+        return self.inner.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner.learning_rate = learning_rate
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None) -> None:
+        """One step, in loops of one's own: steps the variables.
+
+        Args:
+          grads: a gradient for each variable.
+          trainable_variables: the variables; may be left out once the optimizer is built.
+
+        Raises:
+          ValueError: if they are others than it was built with.
+        """
+        if not self.built:
+            if trainable_variables is None:
+                raise ValueError("trainable_variables: are not known yet; give them, or call build(variables) before.")
+            self.build(list(trainable_variables))
+        variables = self._trainable_variables
+        if trainable_variables is not None:
+            given = {id(variable): grad for variable, grad in zip(trainable_variables, grads, strict=True)}
+            if set(given) != {id(variable) for variable in variables}:
+                raise ValueError(
+                    f"trainable_variables: {len(given)} variables are not the {len(variables)} that the optimizer was "
+                    "built with; give a gradient for each of these (zeros where there is none)."
+                )
+            grads = [given[id(variable)] for variable in variables]
+        own = self.variables
+        stepped, state = self.stateless_apply([v.value for v in own], grads, [v.value for v in variables])
+        for variable, value in zip([*variables, *own], [*stepped, *state], strict=True):
+            variable.assign(value)
+
+    def stateless_apply(
+        self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """One step, as a function: the values of the variables to those after the step.
+
+        Args:
+          optimizer_variables: those of `variables`.
+          grads: the gradients.
+          trainable_variables: the parameters.
+
+        Returns:
+          The new parameters, and the new values of the optimizer's variables.
+        """
+        if not self.built:
+            raise ValueError("stateless_apply: the optimizer has no variables yet; call build(trainable_variables).")
+        params = [keras.ops.convert_to_tensor(value) for value in trainable_variables]
+        values = [keras.ops.convert_to_tensor(value) for value in optimizer_variables]
+        own, inner = values[: len(self._variables)], values[len(self._variables) :]
+        grads = list(grads)
+        if self.loss_scale_factor is not None:
+            grads = [grad / self.loss_scale_factor for grad in grads]
+        every = self.inner.gradient_accumulation_steps
+        if every:
+            sums = [total + grad for total, grad in zip(own[self._sums_at :], grads, strict=True)]
+            due = (inner[self._inner_place(self.inner._iterations)] + 1) % every == 0
+            mean = [total / every for total in sums]
+
+            def accumulate():
+                # The inner optimizer changes its own sums and its count only.
+                _, after = self.inner.stateless_apply(inner, grads, params)
+                return params, own[self._offset : self._sums_at], after, sums
+
+            def step():
+                stepped, state, after = self._step(own, inner, mean, params, times=every)
+                return stepped, state, after, [jnp.zeros_like(total) for total in sums]
+
+            stepped, state, inner, sums = when(due, step, accumulate)
+        else:
+            stepped, state, inner = self._step(own, inner, grads, params)
+            sums = []
+        own = [*own[: self._offset], *state, *sums]
+        stepped, own = self._averaged(stepped, own, inner)
+        return stepped, [*own, *inner]
+
+    def _step(
+        self, own: Sequence[Any], inner: Sequence[Any], grads: Sequence[Any], params: Sequence[Any], times: int = 1
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """A step of the inner optimizer on the masks: parameters, sparse state, variables of the inner optimizer.
+
+        Where it accumulates gradients over `times` batches, `grads` is their mean.
+        """
+        state = self._state(own)
+        if self.updater.reads_optimizer:
+            state = state._replace(inner_state=self._moments(inner))
+        step = jaxpruner.begin_step(self.updater, self._tree(params), self._tree(grads), state)
+        if self.updater.reads_optimizer:
+            step = step._replace(state=step.state._replace(inner_state=None))
+        kept = self._without_sums(inner) if times > 1 else list(inner)
+
+        def take(inner):
+            grads = self._list(step.grads)
+            if times > 1:  # the inner optimizer divides
+                grads = [times * grad for grad in grads]
+            return self.inner.stateless_apply(inner, grads, self._list(step.params))
+
+        def renew():
+            return self._renewed(step, kept)
+
+        def skip():
+            slots = renew() if self.updater.regrows else kept
+            place = self._inner_place(self.inner._iterations)  # batches are counted, as learning rates follow them
+            slots = [value + 1 if i == place else value for i, value in enumerate(slots)]
+            return self._list(step.params), slots
+
+        if self.updater.skip_gradients:
+            proposed, inner = when(step.is_mask_update, skip, lambda: tuple(map(list, take(kept))))
+        else:
+            if self.updater.regrows:
+                kept = when(step.is_mask_update, renew, lambda: kept)
+            proposed, inner = take(kept)
+        stepped, state = jaxpruner.end_step(step, self._tree(proposed))
+        stepped = [new.astype(old.dtype) for new, old in zip(self._list(stepped), params, strict=True)]
+        return stepped, jax.tree.leaves(state), list(inner)
+
+    def _averaged(self, params: list[Any], own: list[Any], inner: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Parameters and own variables with the averages of this step, if there are any: Keras's, on the masks."""
+        if not self.use_ema:
+            return params, own
+        place = self._inner_place(self.inner._iterations)
+        before = (inner[place] - 1) // (self.inner.gradient_accumulation_steps or 1)  # this step, as Keras counts
+        masks = self._list(self.updater.current_masks(self._state(own), self._tree(params)))
+        own = list(own)
+        momentum = jnp.where(before == 0, 0.0, self.ema_momentum)
+        overwrites = self.ema_overwrite_frequency and (before + 1) % self.ema_overwrite_frequency == 0
+        places = {id(variable): i for i, variable in enumerate(self._variables)}
+        shown = list(params)
+        for i, average in enumerate(self._model_variables_moving_average):
+            if average is None:
+                continue
+            at = places[id(average)]
+            decay = momentum.astype(params[i].dtype)
+            mean = decay * own[at] + (1 - decay) * params[i]
+            own[at] = mean if masks[i] is None else jnp.where(masks[i], mean, 0)
+            if self.ema_overwrite_frequency:
+                shown[i] = jnp.where(overwrites, own[at], params[i])
+        return shown, own
+
+    @property
+    def count(self) -> int:
+        """The steps taken, as the schedule counts them."""
+        return int(self._state([variable.value for variable in self._variables]).count) if self.built else 0
+
+    def masks(self) -> dict[str, Any]:
+        """The boolean mask of each parameter that is pruned, by its path.
+
+        In a callback, call `model.jax_state_sync()` before: variables are not up to date while `fit` runs.
+        """
+        state = self._state([variable.value for variable in self._variables])
+        masks = self.updater.current_masks(state, self._tree([v.value for v in self._trainable_variables]))
+        return {trees.leaf_name(path): mask for path, mask in trees.named_leaves(masks)}
+
+    def _state(self, own: Sequence[Any]) -> jaxpruner.SparseState:
+        return jax.tree.unflatten(self._structure, own[self._offset : self._sums_at])
+
+    def _tree(self, values: Sequence[Any]) -> Any:
+        return as_tree(self._paths, values)
+
+    def _list(self, tree: Any) -> list[Any]:
+        return as_list(self._paths, tree)
+
+    def _inner_place(self, variable: keras.Variable) -> int:
+        return next(i for i, own in enumerate(self.inner.variables) if own is variable)
+
+    def _without_sums(self, inner: Sequence[Any]) -> list[Any]:
+        sums = {id(variable) for variable in self.inner._accumulated_gradients}
+        return [
+            jnp.zeros_like(value) if id(variable) in sums else value
+            for variable, value in zip(self.inner.variables, inner, strict=True)
+        ]
+
+    def _slots(self) -> dict[int, tuple[int, str]]:
+        """The variables of the inner optimizer that belong to a parameter: place -> (number of the parameter, name)."""
+        # `add_variable_from_reference` names them so.
+        prefixes = [variable.path.replace("/", "_") + "_" for variable in self._trainable_variables]
+        slots = {}
+        for place, variable in enumerate(self.inner.variables):
+            owners = [i for i, prefix in enumerate(prefixes) if variable.name.startswith(prefix)]
+            owners = [i for i in owners if variable.shape == self._trainable_variables[i].shape]
+            if owners:
+                owner = max(owners, key=lambda i: len(prefixes[i]))
+                slots[place] = owner, variable.name[len(prefixes[owner]) :]
+        return slots
+
+    def _fresh_slots(self) -> dict[int, tuple[int, Any]]:
+        """What a new weight has in each slot, which all weights have at first: place -> (parameter, value)."""
+        return {
+            place: (owner, self.inner.variables[place].value.reshape(-1)[0])
+            for place, (owner, _) in self._slots().items()
+            if self.inner.variables[place].value.size
+        }
+
+    def _renewed(self, step: jaxpruner.Step, inner: Sequence[Any]) -> list[Any]:
+        """The variables of the inner optimizer with those of a new weight where weights regrow."""
+        regrown = self._list(renewed(self.updater, step))
+        slots = list(inner)
+        for place, (owner, fresh) in self._fresh.items():
+            if regrown[owner] is not None:
+                slots[place] = jnp.where(regrown[owner], fresh, slots[place])
+        return slots
+
+    def _moments(self, inner: Sequence[Any]) -> Any:
+        """The second moments as the core finds them in optax's states."""
+        moments = {owner: inner[place] for place, (owner, name) in self._slots().items() if name in _SECOND_MOMENTS}
+        return {"nu": as_tree([self._paths[i] for i in moments], list(moments.values()))}
+
+    def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
+        """Puts averages of weights, if there are any, in place of the weights; `fit` calls it at its end."""
+        if self.use_ema:
+            for variable, average in zip(var_list, self._model_variables_moving_average, strict=True):
+                if average is not None:
+                    variable.assign(jnp.copy(average.value))  # the next `fit` donates both
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """That of the inner optimizer, which decays the weights."""
+        self.inner.exclude_from_weight_decay(var_list, var_names)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets all variables, those of the inner optimizer too."""
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Takes over saved variables.
+
+        Raises:
+          ValueError: if they are of another configuration. (Keras would warn, and train with masks that begin anew.)
+        """
+        if len(store.keys()) != len(self.variables):
+            raise ValueError(
+                f"{self.name}: the file has {len(store.keys())} variables of an optimizer and this one has "
+                f"{len(self.variables)}, so it was saved with another configuration; compile the model with that one, "
+                "or load it with compile=False."
+            )
+        super().load_own_variables(store)
+
+    def get_config(self) -> dict[str, Any]:
+        """The inner optimizer and the configuration, for `.keras` files."""
+        inner = keras.saving.serialize_keras_object(self.inner)
+        inner["config"] |= self._taken_over
+        return {"name": self.name, "inner": inner, "sparsity": _written(self._config)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> SparseOptimizer:
+        """The optimizer of `get_config`.
+
+        Raises:
+          ValueError: if it was made with objects that a file cannot hold.
+        """
+        inner = keras.saving.deserialize_keras_object(config["inner"], custom_objects=custom_objects)
+        return cls(inner, name=config["name"], **_read(config["sparsity"], custom_objects))
+
+
+def _layout(path: tuple[str, ...], leaf: Any, owners: Mapping[tuple[str, ...], keras.Variable]) -> Any:
+    """Where a leaf of the state lies: as its parameter, if it has its shape; else everywhere."""
+    owner = owners.get(owner_of(path, owners))
+    if owner is not None and tuple(owner.shape) == leaf.shape:
+        return getattr(owner, "_layout", None)
+    # Keras would look for it in its layouts by name, which is that of the parameter in part.
+    distribution = keras.distribution.distribution()
+    return distribution and keras.distribution.TensorLayout((None,) * leaf.ndim, distribution.device_mesh)
+
+
+_OBJECTS = "objects"
+
+
+def _written(config: Any) -> dict[str, Any]:
+    """A configuration for a file; the names alone of what no file can hold, so that saving a model never fails."""
+    if isinstance(config, jaxpruner.BaseUpdater):
+        return {_OBJECTS: [type(config).__name__]}
+    written: dict[str, Any] = {}
+    objects = []
+    for key, value in dict(config).items():
+        try:
+            written[key] = _as_json(value)
+        except Exception:  # whatever it is, it is told when the file is read
+            objects.append(key)
+    return written | ({_OBJECTS: objects} if objects else {})
+
+
+def _as_json(value: Any) -> Any:
+    if callable(value) and keras.saving.get_registered_object(keras.saving.get_registered_name(value)) is not value:
+        raise ValueError(f"{value!r} is not registered.")  # Keras would write its name, and not find it again
+    written = keras.saving.serialize_keras_object(value)
+    json.dumps(written)
+    return written
+
+
+def _read(written: Mapping[str, Any], custom_objects: Any) -> dict[str, Any]:
+    if objects := written.get(_OBJECTS):
+        raise ValueError(
+            f"SparseOptimizer: the file cannot hold {', '.join(objects)}; load the model with compile=False and "
+            "compile it with an optimizer made as before, or register what it is with "
+            "keras.saving.register_keras_serializable before the model is saved."
+        )
+    return {
+        key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+        for key, value in written.items()
+    }
+
+
+def _check_inner(inner: Any) -> None:
+    if isinstance(inner, SparseOptimizer):
+        raise ValueError("inner: is sparse already; give one SparseOptimizer, with the optimizer that it wraps.")
+    if isinstance(inner, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "inner: is a LossScaleOptimizer, whose gradients are scaled; put it outside, "
+            "LossScaleOptimizer(SparseOptimizer(inner, ...))."
+        )
+    if inner.built:
+        raise ValueError(
+            f"inner: {inner.name} has been built already; give a new one, so that its variables are those of the model."
+        )
