@@ -108,7 +108,7 @@ def test_code_of_a_page(page, tmp_path, monkeypatch):
         monkeypatch.setitem(jaxpruner.ALGORITHM_REGISTRY, name, jaxpruner.ALGORITHM_REGISTRY[name])
     before = set(jaxpruner.ALGORITHM_REGISTRY)
     namespace = {"__name__": page.stem.replace("-", "_")}
-    if "integrations" in page.parts:
+    if "integrations" in page.parts or "from tunix" in page.read_text():
         warnings.simplefilter("ignore")  # hosts warn of one another's old ways; pytest puts its filters back
     try:
         for line, code in blocks(page.read_text()):
