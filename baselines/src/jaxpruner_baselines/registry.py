@@ -11,6 +11,7 @@ from jaxpruner_baselines.hush import hushed
 MODULES = {
     "digits_vit": "jaxpruner_baselines.digits_vit:BASELINE",
     "later_methods": "jaxpruner_baselines.later_methods:BASELINE",
+    "stock_trainers": "jaxpruner_baselines.stock_trainers:BASELINE",
     "compact": "jaxpruner_baselines.compact:BASELINE",
     "oneshot": "jaxpruner_baselines.oneshot:BASELINE",
     "oneshot_retrieval": "jaxpruner_baselines.oneshot:RETRIEVAL",
