@@ -33,7 +33,7 @@ lint format: setup  ## format and lint the code
 
 constraints: setup  ## resolve constraints.txt anew
 	@printf '%s\n' '-e core' '-e baselines[pretrained]' '-e integrations/fedjax' '-e integrations/dopamine' \
-		'-e integrations/scenic' '-e integrations/t5x' '-r tests/requirements.txt' | \
+		'-e integrations/scenic' '-e integrations/t5x' '-e integrations/keras' '-r tests/requirements.txt' | \
 		$(RUN)/uv pip compile --quiet --upgrade --no-annotate --no-header --python-version 3.11 \
 		--prerelease if-necessary-or-explicit --override tools/overrides.txt - | \
 		grep '==' > constraints.new && mv constraints.new constraints.txt

@@ -351,3 +351,42 @@ def test_tunix_peft_trainer(algorithm, tmp_path):
         jax.tree.map(
             np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(one)), nnx.to_pure_dict(nnx.state(other))
         )
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "static_sparse", "global_magnitude"])
+def test_the_hooks_of_easydel(algorithm):
+    """`TrainingArguments(pruning_module=updater)`: the trainer wraps its optimizer once, calls two hooks around each
+    compiled step, outside of it, and keeps what they return. The weights are those of `sparsify`, to the bit."""
+    nnx = pytest.importorskip("flax.nnx")
+    config = {"algorithm": algorithm, "sparsity": SPARSITY}
+    if algorithm != "static_sparse":
+        config |= {"update_start_step": 1, "update_end_step": 4, "update_freq": 2}
+    pruning_module = jaxpruner.create_updater_from_config(config)
+
+    def train(tx, pre, post):
+        graph, graphstate = nnx.split(
+            nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
+        )
+        opt_state = tx.init(graphstate)
+
+        @jax.jit
+        def step(graphstate, opt_state):
+            grads = jax.grad(lambda state: loss(nnx.merge(graph, state)(X)))(graphstate)
+            updates, opt_state = tx.update(grads, opt_state, graphstate)
+            return optax.apply_updates(graphstate, updates), opt_state
+
+        for _ in range(STEPS):
+            graphstate = pre(graphstate, opt_state)
+            graphstate, opt_state = step(graphstate, opt_state)
+            graphstate = post(graphstate, opt_state)
+        return graphstate, opt_state
+
+    same = lambda params, opt_state: params  # noqa: E731
+    hooked, opt_state = train(
+        pruning_module.wrap_optax(optax.adam(1e-2)),
+        pruning_module.pre_forward_update,
+        pruning_module.post_gradient_update,
+    )
+    plain, _ = train(jaxpruner.sparsify(optax.adam(1e-2), pruning_module), same, same)
+    jax.tree.map(np.testing.assert_array_equal, hooked, plain)
+    jaxpruner.check_sparse(hooked, opt_state, pruning_module)
