@@ -60,6 +60,27 @@ def compiled_in():
     return keep
 
 
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items):
+    config = items[0].config
+    config.stash[LEFT_OUT] = config.stash.get(LEFT_OUT, 0) + len(items)
+    if hasattr(config, "workeroutput"):  # each worker of pytest-xdist collects all tests
+        config.workeroutput["left_out"] = config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The number of tests that `make test` leaves out, in a closing line."""
+    if config.option.markexpr == "not slow" and (left_out := config.stash.get(LEFT_OUT, 0)):
+        terminalreporter.write_line(f"{left_out} slow tests were left out; `make test-all` runs them.")
+
+
 # No test asserts a time.
 hypothesis.settings.register_profile("workspace", deadline=None)
 hypothesis.settings.load_profile("workspace")

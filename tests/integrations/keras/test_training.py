@@ -16,7 +16,7 @@ import jaxpruner
 
 keras = pytest.importorskip("keras", reason="Keras is not installed; `make setup` installs it")
 
-from jaxpruner_keras import SparseOptimizer, SparsityLogger, pure_function, weights_of  # noqa: E402
+from jaxpruner_keras import SparseOptimizer, SparsityLogger, parameters, pure_function, weights_of  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -321,6 +321,10 @@ def test_errors(monkeypatch):
         SparseOptimizer(SparseOptimizer(adam(), config_of("magnitude")), config_of("magnitude"))
     built = adam()
     built.build(model_of().trainable_variables)
+    with pytest.raises(ValueError, match="is a MultiOptimizer"):
+        SparseOptimizer(keras.optimizers.MultiOptimizer([(adam(), [])]), config_of("magnitude"))
+    with pytest.raises(ValueError, match="has no masks yet"):
+        SparseOptimizer(adam(), config_of("magnitude")).masks()
     with pytest.raises(ValueError, match="has been built already"):
         SparseOptimizer(built, config_of("magnitude"))
     with pytest.raises(ValueError, match="sparsity"):
@@ -330,6 +334,107 @@ def test_errors(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     with pytest.raises(RuntimeError, match="KERAS_BACKEND=jax"):
         SparseOptimizer(adam(), config_of("magnitude"))
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste", "rigl"])
+def test_masks_stay_with_their_weights_when_a_file_changes_the_names(algorithm, tmp_path):
+    """Models inside of models lose their names in a file, and with them the order by name."""
+
+    def part(name, layer):
+        return keras.Sequential([keras.Input((12,)), keras.layers.Dense(12, name=layer)], name=name)
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((12,)), part("z", "first"), part("b", "second"), keras.layers.Dense(3)])
+    compiled(SparseOptimizer(adam(), config_of(algorithm)), model)
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    by_name = [np.argsort([v.path for v in one.trainable_variables]).tolist() for one in (model, loaded)]
+    assert by_name[0] != by_name[1]
+    for one in (model, loaded):
+        fit(one, epochs=3, initial_epoch=2)
+    for a, b in zip(model.trainable_variables, loaded.trainable_variables, strict=True):
+        np.testing.assert_array_equal(a.value, b.value)
+
+
+def test_parameters_of_one_path_have_slots_of_their_own():
+    """The second moments of each, of two layers whose paths and shapes are the same."""
+
+    def part():
+        inputs = keras.Input((12,))
+        return keras.Model(inputs, keras.layers.Dense(12, name="hidden")(inputs))
+
+    model = keras.Sequential([keras.Input((12,)), part(), part()])
+    optimizer = SparseOptimizer(adam(), config_of("set"))
+    optimizer.build(model.trainable_variables)
+    paths = [v.path for v in model.trainable_variables if v.ndim > 1]
+    values, own = [v.value for v in model.trainable_variables], [v.value for v in optimizer.variables]
+    step = jax.jit(optimizer.stateless_apply)
+    for _ in range(3):
+        before = [np.asarray(value) != 0 for value in values]
+        values, own = step(own, [jnp.ones_like(value) for value in values], values)
+    for v, value in zip(optimizer.variables, own, strict=True):
+        v.assign(value)
+    moments = [np.asarray(v.value) for v in optimizer.inner.variables if v.name.endswith("kernel_velocity")]
+    masks = [np.asarray(mask) for mask in optimizer.masks().values()]
+    assert len(moments) == len(masks) == len(paths) == 2
+    kernels = [was for was in before if was.ndim > 1]
+    for mask, was, moment in zip(masks, kernels, moments, strict=True):
+        assert (mask & ~was).any()
+        assert not moment[mask & ~was].any()
+
+
+def test_a_refused_training_leaves_the_weights():
+    """`fit` ends with the averages in place of the weights, also where nothing was trained."""
+    inner = keras.optimizers.Adam(1e-2, use_ema=True)
+    model = compiled(SparseOptimizer(inner, config_of("magnitude", update_end_step=40)))
+    before = [np.asarray(v.value) for v in model.trainable_variables]
+    with pytest.raises(ValueError, match="update_end_step"):
+        fit(model, callbacks=[SparsityLogger()])
+    for v, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(v.value, value)
+
+
+def test_constraints_hold_of_the_sparse_weights():
+    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(3, kernel_constraint="unit_norm")])
+    compiled(SparseOptimizer(adam(), config_of("magnitude")), model)
+    fit(model)
+    kernel = np.asarray(model.layers[0].kernel)
+    assert (kernel == 0).sum() == 18
+    np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-5)
+
+
+def test_weights_without_an_optimizer_are_loaded(tmp_path):
+    """The way of fine-tuning: weights of a model that was never compiled, or of this one before its first fit."""
+    source = model_of(seed=1)
+    source.save_weights(tmp_path / "bare.weights.h5")
+    model = compiled(SparseOptimizer(adam(), config_of("magnitude")))
+    model.load_weights(tmp_path / "bare.weights.h5")
+    np.testing.assert_array_equal(model.layers[0].kernel, source.layers[0].kernel)
+    fit(model)
+    model.save_weights(tmp_path / "own.weights.h5")
+    new = compiled(SparseOptimizer(adam(), config_of("magnitude")))
+    with pytest.raises(
+        ValueError, match=r"call model.optimizer.build\(model.trainable_variables\) before load_weights"
+    ):
+        new.load_weights(tmp_path / "own.weights.h5")
+
+
+def test_layers_frozen_since_are_told():
+    model = compiled(SparseOptimizer(adam(), config_of("magnitude")))
+    fit(model, epochs=1)
+    model.layers[0].trainable = False
+    model.train_function = None
+    with pytest.raises(ValueError, match="compile the model again with a new optimizer"):
+        fit(model, epochs=1)
+
+
+def test_paths_are_told_apart():
+    variables = [keras.Variable(jnp.ones(2), name="w") for _ in range(2)] + [keras.Variable(jnp.ones(2), name="w_1")]
+    paths = parameters.paths_of(variables)
+    assert len(set(paths)) == 3
+    tree = parameters.as_tree(paths, [1, 2, 3])
+    assert parameters.as_list(paths, tree) == [1, 2, 3]
 
 
 def test_compact_and_export():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,28 +92,35 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Makes the variables: initial masks and counts, and those of the inner optimizer."""
         if self.built:
             return
+        _check_variables(self, variables)
         self._paths = paths_of(variables)
-        self.inner.build(variables)
-        super().build(variables)
         params = self._tree([variable.value for variable in variables])
         state = jaxpruner.init_projection(self.updater, params)
+        self.inner.build(variables)
+        self._slots = _slots_of(self.inner, variables)
         self.updater.check_inner_state(self._moments([v.value for v in self.inner.variables]), params)
-        leaves, self._structure = jax.tree.flatten(state)
+        super().build(variables)
         self._offset = len(self._variables)
-        owners = dict(zip(self._paths, variables, strict=True))
-        for (path, _), leaf in zip(trees.named_leaves(state), leaves, strict=True):
-            self.add_variable(
-                leaf.shape,
-                initializer=lambda shape, dtype=None, leaf=leaf: leaf,
-                dtype=str(leaf.dtype),
-                name="_".join(("sparse", *path)),
-                layout=_layout(path, leaf, owners),
+        leaves, self._structure = jax.tree.flatten(state)
+        names, owners = [path for path, _ in trees.named_leaves(state)], dict(zip(self._paths, variables, strict=True))
+        # In the order of Keras's variables, not by name: files number variables, and names may change when a model is
+        # read from one.
+        places = {path: i for i, path in enumerate(self._paths)}
+        kinds = [path[: len(path) - len(owner_of(path, places) or ())] for path in names]
+        order = [places.get(owner_of(path, places), -1) for path in names]
+        self._order = sorted(range(len(leaves)), key=lambda i: (kinds[i], order[i]))
+        for i in self._order:
+            variable = self.add_variable(
+                leaves[i].shape,
+                dtype=str(leaves[i].dtype),
+                name="_".join(("sparse", *names[i])),
+                layout=_layout(names[i], leaves[i], owners),
             )
+            variable.assign(leaves[i])
         self._sums_at = len(self._variables)
         if self.inner.gradient_accumulation_steps:
             for variable in variables:
                 self.add_variable_from_reference(variable, name="dense_gradient")
-        self._fresh = self._fresh_slots()
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -130,6 +137,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
         self.inner.learning_rate = learning_rate
+
+    def apply_gradients(self, grads_and_vars: Any) -> Any:
+        """`apply`, with gradients and variables in pairs. Returns the number of batches seen."""
+        super().apply_gradients(grads_and_vars)
+        return self.inner._iterations
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None) -> None:
         """One step, in loops of one's own: steps the variables.
@@ -174,6 +186,13 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """
         if not self.built:
             raise ValueError("stateless_apply: the optimizer has no variables yet; call build(trainable_variables).")
+        given, known = len(trainable_variables), len(self._trainable_variables)
+        if not given == known == len(grads) or len(optimizer_variables) != len(self.variables):
+            raise ValueError(
+                f"{self.name}: got {given} parameters, {len(grads)} gradients and {len(optimizer_variables)} variables "
+                f"of the optimizer, which was built with {known} parameters and has {len(self.variables)} variables; "
+                "where layers were frozen or added since, compile the model again with a new optimizer."
+            )
         params = [keras.ops.convert_to_tensor(value) for value in trainable_variables]
         values = [keras.ops.convert_to_tensor(value) for value in optimizer_variables]
         own, inner = values[: len(self._variables)], values[len(self._variables) :]
@@ -241,7 +260,18 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             proposed, inner = take(kept)
         stepped, state = jaxpruner.end_step(step, self._tree(proposed))
         stepped = [new.astype(old.dtype) for new, old in zip(self._list(stepped), params, strict=True)]
-        return stepped, jax.tree.leaves(state), list(inner)
+        stepped = self._constrained(stepped, self._list(self.updater.current_masks(state, self._tree(stepped))))
+        leaves = jax.tree.leaves(state)
+        return stepped, [leaves[i] for i in self._order], list(inner)
+
+    def _constrained(self, params: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
+        """The constraints of variables again, which the inner optimizer has applied before weights were pruned."""
+        constrained = list(params)
+        for i, variable in enumerate(self._trainable_variables):
+            if variable.constraint is not None:
+                value = variable.constraint(params[i]).astype(params[i].dtype)
+                constrained[i] = value if masks[i] is None else jnp.where(masks[i], value, 0)
+        return constrained
 
     def _averaged(self, params: list[Any], own: list[Any], inner: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Parameters and own variables with the averages of this step, if there are any: Keras's, on the masks."""
@@ -264,7 +294,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             own[at] = mean if masks[i] is None else jnp.where(masks[i], mean, 0)
             if self.ema_overwrite_frequency:
                 shown[i] = jnp.where(overwrites, own[at], params[i])
-        return shown, own
+        return self._constrained(shown, masks) if self.ema_overwrite_frequency else shown, own
 
     @property
     def count(self) -> int:
@@ -276,12 +306,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         In a callback, call `model.jax_state_sync()` before: variables are not up to date while `fit` runs.
         """
+        if not self.built:
+            raise ValueError(f"{self.name}: has no masks yet; call fit, or build(model.trainable_variables), before.")
         state = self._state([variable.value for variable in self._variables])
         masks = self.updater.current_masks(state, self._tree([v.value for v in self._trainable_variables]))
-        return {trees.leaf_name(path): mask for path, mask in trees.named_leaves(masks)}
+        # Copies: the next `fit` donates the variables.
+        return {trees.leaf_name(path): jnp.copy(mask) for path, mask in trees.named_leaves(masks)}
 
     def _state(self, own: Sequence[Any]) -> jaxpruner.SparseState:
-        return jax.tree.unflatten(self._structure, own[self._offset : self._sums_at])
+        leaves = dict(zip(self._order, own[self._offset : self._sums_at], strict=True))
+        return jax.tree.unflatten(self._structure, [leaves[i] for i in range(len(leaves))])
 
     def _tree(self, values: Sequence[Any]) -> Any:
         return as_tree(self._paths, values)
@@ -299,44 +333,33 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             for variable, value in zip(self.inner.variables, inner, strict=True)
         ]
 
-    def _slots(self) -> dict[int, tuple[int, str]]:
-        """The variables of the inner optimizer that belong to a parameter: place -> (number of the parameter, name)."""
-        # `add_variable_from_reference` names them so.
-        prefixes = [variable.path.replace("/", "_") + "_" for variable in self._trainable_variables]
-        slots = {}
-        for place, variable in enumerate(self.inner.variables):
-            owners = [i for i, prefix in enumerate(prefixes) if variable.name.startswith(prefix)]
-            owners = [i for i in owners if variable.shape == self._trainable_variables[i].shape]
-            if owners:
-                owner = max(owners, key=lambda i: len(prefixes[i]))
-                slots[place] = owner, variable.name[len(prefixes[owner]) :]
-        return slots
-
-    def _fresh_slots(self) -> dict[int, tuple[int, Any]]:
-        """What a new weight has in each slot, which all weights have at first: place -> (parameter, value)."""
-        return {
-            place: (owner, self.inner.variables[place].value.reshape(-1)[0])
-            for place, (owner, _) in self._slots().items()
-            if self.inner.variables[place].value.size
-        }
-
     def _renewed(self, step: jaxpruner.Step, inner: Sequence[Any]) -> list[Any]:
         """The variables of the inner optimizer with those of a new weight where weights regrow."""
-        regrown = self._list(renewed(self.updater, step))
-        slots = list(inner)
-        for place, (owner, fresh) in self._fresh.items():
-            if regrown[owner] is not None:
-                slots[place] = jnp.where(regrown[owner], fresh, slots[place])
-        return slots
+        regrown, params = self._list(renewed(self.updater, step)), self._list(step.params)
+        masks = self._list(step.masks)
+        values = list(inner)
+        for place, variable in enumerate(self.inner.variables):
+            slot = self._slots.get(id(variable))
+            if slot is None or regrown[slot.owner] is None:
+                continue
+            fresh = slot.fresh
+            if fresh is None:  # it starts as the parameter does
+                fresh = jnp.where(masks[slot.owner], params[slot.owner], 0).astype(values[place].dtype)
+            values[place] = jnp.where(regrown[slot.owner], fresh, values[place])
+        return values
 
     def _moments(self, inner: Sequence[Any]) -> Any:
         """The second moments as the core finds them in optax's states."""
-        moments = {owner: inner[place] for place, (owner, name) in self._slots().items() if name in _SECOND_MOMENTS}
-        return {"nu": as_tree([self._paths[i] for i in moments], list(moments.values()))}
+        moments = {}
+        for place, variable in enumerate(self.inner.variables):
+            slot = self._slots.get(id(variable))
+            if slot is not None and slot.name in _SECOND_MOMENTS:
+                moments[self._paths[slot.owner]] = inner[place]
+        return {"nu": as_tree(list(moments), list(moments.values()))}
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         """Puts averages of weights, if there are any, in place of the weights; `fit` calls it at its end."""
-        if self.use_ema:
+        if self.use_ema and int(self.inner._iterations.value):  # else the averages are still 0
             for variable, average in zip(var_list, self._model_variables_moving_average, strict=True):
                 if average is not None:
                     variable.assign(jnp.copy(average.value))  # the next `fit` donates both
@@ -351,23 +374,30 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             variable.assign(weight)
 
     def load_own_variables(self, store: Any) -> None:
-        """Takes over saved variables.
+        """Takes over saved variables; those of a file that has none of an optimizer stay as they are.
 
         Raises:
           ValueError: if they are of another configuration. (Keras would warn, and train with masks that begin anew.)
         """
+        if not store.keys():
+            return
+        if not self.built:
+            raise ValueError(
+                f"{self.name}: has no variables yet that those of the file could be put into; call "
+                "model.optimizer.build(model.trainable_variables) before load_weights."
+            )
         if len(store.keys()) != len(self.variables):
             raise ValueError(
                 f"{self.name}: the file has {len(store.keys())} variables of an optimizer and this one has "
                 f"{len(self.variables)}, so it was saved with another configuration; compile the model with that one, "
-                "or load it with compile=False."
+                "or, to start masks anew, load the weights before the model is compiled (load_model: compile=False)."
             )
         super().load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
         """The inner optimizer and the configuration, for `.keras` files."""
         inner = keras.saving.serialize_keras_object(self.inner)
-        inner["config"] |= self._taken_over
+        inner["config"] |= {key: value for key, value in self._taken_over.items() if key in inner["config"]}
         return {"name": self.name, "inner": inner, "sparsity": _written(self._config)}
 
     @classmethod
@@ -379,6 +409,56 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """
         inner = keras.saving.deserialize_keras_object(config["inner"], custom_objects=custom_objects)
         return cls(inner, name=config["name"], **_read(config["sparsity"], custom_objects))
+
+
+class _Slot(NamedTuple):
+    """A variable of the inner optimizer that belongs to a parameter.
+
+    Attributes:
+      owner: the number of the parameter.
+      name: its name, such as `momentum`.
+      fresh: what a new weight has, or None for its own value.
+    """
+
+    owner: int
+    name: str
+    fresh: Any
+
+
+def _slots_of(inner: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]) -> dict[int, _Slot]:
+    """The slots of an optimizer that has just been built, by the id of their variable.
+
+    Raises:
+      ValueError: for one whose first values are neither the same for all weights nor the weights themselves.
+    """
+    # `add_variable_from_reference` names them by the path of the parameter. Of parameters with one path, each has the
+    # next slot of a name.
+    prefixes = [variable.path.replace("/", "_") + "_" for variable in variables]
+    slots: dict[int, _Slot] = {}
+    taken: set[tuple[int, str]] = set()
+    for variable in inner.variables:
+        fits = [
+            i
+            for i, prefix in enumerate(prefixes)
+            if variable.name.startswith(prefix) and tuple(variable.shape) == tuple(variables[i].shape)
+        ]
+        longest = max((len(prefixes[i]) for i in fits), default=0)
+        named = [(i, variable.name[longest:]) for i in fits if len(prefixes[i]) == longest]
+        free = [each for each in named if each not in taken]
+        if not free or not variable.value.size:
+            continue
+        taken.add(free[0])
+        owner, name = free[0]
+        first = variable.value.reshape(-1)[0]
+        if not bool(jnp.all(variable.value == first)):
+            if not bool(jnp.all(variable.value == variables[owner].value)):
+                raise ValueError(
+                    f"inner: {inner.name} starts {variable.name} with values that are not known of a weight that grows "
+                    "again; use another optimizer with this algorithm."
+                )
+            first = None
+        slots[id(variable)] = _Slot(owner, name, first)
+    return slots
 
 
 def _layout(path: tuple[str, ...], leaf: Any, owners: Mapping[tuple[str, ...], keras.Variable]) -> Any:
@@ -420,13 +500,22 @@ def _read(written: Mapping[str, Any], custom_objects: Any) -> dict[str, Any]:
     if objects := written.get(_OBJECTS):
         raise ValueError(
             f"SparseOptimizer: the file cannot hold {', '.join(objects)}; load the model with compile=False and "
-            "compile it with an optimizer made as before, or register what it is with "
-            "keras.saving.register_keras_serializable before the model is saved."
+            "compile it with an optimizer made as before. (Files hold a configuration of plain values and of functions "
+            "registered with keras.saving.register_keras_serializable.)"
         )
     return {
         key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
         for key, value in written.items()
     }
+
+
+def _check_variables(optimizer: SparseOptimizer, variables: Sequence[keras.Variable]) -> None:
+    scaled = optimizer.loss_scale_factor or optimizer.inner.gradient_accumulation_steps
+    if scaled and any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
+        raise ValueError(
+            "inner: loss_scale_factor and gradient_accumulation_steps are not known of variables that gradients "
+            "overwrite, as of float8; train without them."
+        )
 
 
 def _check_inner(inner: Any) -> None:
@@ -436,6 +525,11 @@ def _check_inner(inner: Any) -> None:
         raise ValueError(
             "inner: is a LossScaleOptimizer, whose gradients are scaled; put it outside, "
             "LossScaleOptimizer(SparseOptimizer(inner, ...))."
+        )
+    if isinstance(inner, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "inner: is a MultiOptimizer, whose parts count steps and average weights by themselves; give one optimizer "
+            "for all variables, and choose by filter_fn what is pruned."
         )
     if inner.built:
         raise ValueError(

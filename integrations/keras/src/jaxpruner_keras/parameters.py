@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,16 +12,17 @@ import keras
 def paths_of(variables: Sequence[keras.Variable]) -> list[tuple[str, ...]]:
     """A path for each variable, its `path` split at slashes; all differ, and none is the beginning of another.
 
-    Keras allows both, in layers of one's own; a number or an underscore then tells them apart.
+    Keras allows both, in models inside of models and in layers of one's own; a number then tells them apart.
     """
     paths = [tuple(variable.path.split("/")) for variable in variables]
-    number: dict[tuple[str, ...], int] = collections.defaultdict(int)
-    for i, path in enumerate(paths):
-        number[path] += 1
-        if number[path] > 1:
-            paths[i] = (*path[:-1], f"{path[-1]}_{number[path] - 1}")
     folders = {path[:end] for path in paths for end in range(1, len(path))}
-    return [(*path[:-1], f"{path[-1]}_") if path in folders else path for path in paths]
+    taken: set[tuple[str, ...]] = set(folders)
+    for i, path in enumerate(paths):
+        numbers = itertools.count(1)
+        while paths[i] in taken:
+            paths[i] = (*path[:-1], f"{path[-1]}_{next(numbers)}")
+        taken.add(paths[i])
+    return paths
 
 
 def as_tree(paths: Sequence[tuple[str, ...]], values: Sequence[Any]) -> dict[str, Any]:
