@@ -1,6 +1,6 @@
 """stock_trainers: the trainers that people have, sparse and unmodified, on real digits.
 
-    jaxpruner-baselines run stock_trainers     # 27 runs
+    jaxpruner-baselines run stock_trainers --preset digits     # 27 runs, a minute; dense: 90.9
 
 One multilayer perceptron, one set of digits and one schedule, trained by `fit` of Keras 3, by a loop around
 `flax.nnx.Optimizer` and by Tunix's `PeftTrainer`. Each gets a sparse optimizer, and nothing else.
