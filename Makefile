@@ -1,6 +1,6 @@
 # Two commands do all on a fresh machine: `make baselines` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup baselines test test-lanes benchmarks lint format constraints clean
+.PHONY: help setup baselines test test-all test-lanes benchmarks lint format constraints clean
 
 RUN := .venv/bin
 SEEDS ?= 1
@@ -17,12 +17,15 @@ setup:  ## make or mend .venv and install the whole workspace at the pinned vers
 baselines: setup  ## the paper's table at embedded scale, dense and with every method; table and plot
 	@$(RUN)/jaxpruner-baselines suite --seeds $(SEEDS) --jobs $(JOBS) --tasks $(TASKS)
 
-test: setup  ## all tests
+test: setup  ## the tests but for the slow ones, within 10 minutes on 2 cores
 	@$(RUN)/ruff check .
-	@$(RUN)/python -m pytest -n 2 --dist worksteal
+	@$(RUN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-lanes: setup  ## the core's tests on the oldest and the newest JAX, for each interpreter at hand
-	@$(RUN)/python tools/lanes.py
+test-all: test  ## all tests: those, and then the slow ones
+	@$(RUN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-lanes: setup  ## the core's quick tests on the oldest and the newest JAX, for each interpreter at hand
+	@$(RUN)/python tools/lanes.py $(RECORD)
 
 benchmarks: setup  ## speed and memory of the core against sorts and a bare optimizer
 	@$(RUN)/jaxpruner-baselines bench

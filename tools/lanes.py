@@ -1,19 +1,22 @@
-"""Runs the core's tests on the oldest supported JAX and on the newest of each interpreter at hand.
+"""Runs the quick tests of the core on the oldest supported JAX and on the newest of each interpreter at hand.
 
 Every lane has an environment of its own under .lanes/. An interpreter that is absent is named in the
-closing table, it is not a failure.
+closing table, it is not a failure. `--record` writes the table into WORKSPACE.md; other arguments go to pytest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UV = Path(sys.executable).with_name("uv")
+RECORD = "--record"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,19 @@ def _uv(*command: str) -> int:
     return subprocess.run([UV, *command], cwd=ROOT, check=False).returncode
 
 
+def record(lines: dict[str, str]) -> None:
+    """Puts the table between its markers in WORKSPACE.md."""
+    path = ROOT / "WORKSPACE.md"
+    rows = "\n".join(f"| {title} | {line} |" for title, line in lines.items())
+    today = datetime.datetime.now(datetime.UTC).date()
+    table = f"| lane | result of {today} |\n|---|---|\n{rows}"
+    marked = r"(<!-- lanes -->\n).*?(<!-- /lanes -->)"
+    path.write_text(re.sub(marked, lambda found: found[1] + table + "\n" + found[2], path.read_text(), flags=re.DOTALL))
+
+
 def main() -> int:
-    pytest_args = sys.argv[1:] or ["tests/core", "tests/contract"]
+    given = [argument for argument in sys.argv[1:] if argument != RECORD]
+    pytest_args = given or ["-m", "not slow", "tests/core", "tests/contract"]
     lines = {}
     for lane in LANES:
         title = f"{lane.name}, Python {lane.python}"
@@ -81,6 +95,8 @@ def main() -> int:
     print("\nlanes")
     for title, line in lines.items():
         print(f"  {title:22} {line}")
+    if RECORD in sys.argv:
+        record(lines)
     return any(line.startswith(("failed", "FAILED")) for line in lines.values())
 
 

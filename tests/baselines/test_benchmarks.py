@@ -76,6 +76,7 @@ ROWS = {
 OTHER_NETWORKS = {"resnet_steps", "transformer_steps"}  # with --quick their network is that of vit_steps
 
 
+@pytest.mark.slow
 def test_quick_prints_and_writes_all_rows(tmp_path):
     result = CliRunner().invoke(
         app, ["bench", "--quick", "--repeats", "1", "--results", str(tmp_path)], env={"COLUMNS": "250"}
@@ -102,6 +103,7 @@ def test_host_peers_make_the_same_mask(name):
     assert mask.dtype.itemsize == peers.host_peers()[name].mask_bytes
 
 
+@pytest.mark.slow
 def test_module_command_with_selected_rows(tmp_path):
     command = [sys.executable, "-m", "jaxpruner_baselines.benchmarks", "--quick", "--rows", "nm_mask", "--repeats", "1"]
     done = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True, check=True)

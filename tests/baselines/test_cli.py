@@ -83,6 +83,7 @@ def test_table_and_plot(finished, tmp_path):
     assert width > height > 300
 
 
+@pytest.mark.slow
 def test_killed_run_continues_to_the_same_rows(finished, tmp_path):
     """Killed for good while a run is under way and its checkpoint has been written."""
     command = [sys.executable, "-m", "jaxpruner_baselines", *TINY, "--results", str(tmp_path)]
@@ -101,6 +102,7 @@ def test_killed_run_continues_to_the_same_rows(finished, tmp_path):
     assert resumed.equals(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "magnitude_ste", "rigl", "global_saliency"])
 def test_resuming_within_a_run_is_bit_exact(method, tmp_path):
     baseline = registry.get("digits_vit")

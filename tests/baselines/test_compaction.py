@@ -81,6 +81,7 @@ def test_the_network_from_scratch_has_the_sizes_that_pruning_leaves():
     assert float(kernels[1].std() / kernels[0].std()) == pytest.approx(2**0.5, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_baseline_compacts(tmp_path):
     output = invoke(
         "run", "compact", "--preset", "smoke", "--methods", "dense,magnitude,from_scratch", "--sparsities", "0.5",

@@ -33,6 +33,7 @@ def invoke(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_a_small_grid_from_the_command_line(tmp_path):
     common = ["dqn", "--preset", "smoke", "--results", str(tmp_path)]
     output = invoke("run", *common, "--methods", "dense,rigl", "--sparsities", "0.75", "--seeds", "1")

@@ -108,6 +108,7 @@ def test_variants_of_methods():
     assert "Unknown method" in invoke("run", "digits_vit", "--methods", "magnitude+masked", exit_code=2)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_bit(tmp_path):
     run = BASELINE.run("smoke", "magnitude+masked+top_k", 0.8, seed=0)
     *_, whole = BASELINE.train(run, Checkpoint(tmp_path / "whole"))

@@ -14,6 +14,7 @@ def test_a_fifth_of_what_is_left_goes_in_each_round():
     assert rewinding.sparsities_of_rounds(0.36) == pytest.approx([0, 0.2, 0.36])
 
 
+@pytest.mark.slow
 def test_a_ticket_is_found_and_an_interrupted_search_goes_on(tmp_path):
     run = later_methods.BASELINE.run("smoke", rewinding.METHOD, 0.36, seed=0)
     events = list(later_methods.train(run, Checkpoint(tmp_path / "whole")))

@@ -31,6 +31,7 @@ def programs(compiled_in, tmp_path_factory):
         yield
 
 
+@pytest.mark.slow
 @scenic
 def test_a_small_grid_from_the_command_line(tmp_path):
     common = ["vit", "--preset", "smoke", "--results", str(tmp_path)]
@@ -48,6 +49,7 @@ def test_a_small_grid_from_the_command_line(tmp_path):
     assert width > height > 300
 
 
+@pytest.mark.slow
 @scenic
 def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path):
     resnet = registry.get("resnet")
@@ -100,6 +102,7 @@ def test_imagenet_is_asked_for_before_anything_starts(tmp_path, monkeypatch):
     vit.prepare(vit.presets["paper"])
 
 
+@pytest.mark.slow
 def test_where_scenic_is_missing_the_command_says_how_to_install_it(tmp_path):
     block = "import sys; sys.modules['scenic'] = None; import jaxpruner_baselines.cli as c; c.main()"
 

@@ -14,6 +14,7 @@ pytest.importorskip("keras", reason="Keras is not installed; `make setup` instal
 pytest.importorskip("tunix", reason="Tunix is not installed; `make setup` installs it")
 
 
+@pytest.mark.slow
 def test_each_trainer_from_the_command_line(tmp_path):
     methods = "rigl+keras,magnitude+nnx,magnitude+tunix"
     command = ["run", "stock_trainers", "--preset", "smoke", "--seeds", "1", "--methods", methods]

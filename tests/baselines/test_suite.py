@@ -48,6 +48,7 @@ def test_the_tasks_are_the_rows_of_the_paper():
         assert set(METHODS) <= set(baseline.methods)
 
 
+@pytest.mark.slow
 def test_a_suite_from_the_command_line(tmp_path):
     common = ["--scale", "smoke", "--tasks", "fed_emnist", "--jobs", "2", "--results", str(tmp_path)]
     output = invoke("suite", *common, "--seeds", "1")
@@ -76,6 +77,7 @@ class Bomb:
         os._exit(9)
 
 
+@pytest.mark.slow
 def test_what_fails_or_crashes_loses_nothing_else(tmp_path):
     good, wrong, last = (FED.run("smoke", m, 0.8, seed=0) for m in ("magnitude", "[no_such_method]", "rigl"))
     crash = dataclasses.replace(good, preset=Bomb())
@@ -89,6 +91,7 @@ def test_what_fails_or_crashes_loses_nothing_else(tmp_path):
     assert "[4/4] fed_emnist: rigl 0.8 seed 0: accuracy" in told.getvalue()
 
 
+@pytest.mark.slow
 def test_missing_hosts_are_named_and_the_rest_goes_on(tmp_path):
     block = """
         import sys

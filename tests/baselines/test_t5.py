@@ -31,6 +31,7 @@ def programs(compiled_in, tmp_path_factory):
         yield
 
 
+@pytest.mark.slow
 @t5x
 def test_a_small_grid_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -60,6 +61,7 @@ def test_a_small_grid_from_the_command_line(tmp_path, monkeypatch):
     assert "BLEU" in result.output
 
 
+@pytest.mark.slow
 @t5x
 def test_an_interrupted_run_pretrains_once(tmp_path):
     t5 = registry.get("t5")

@@ -71,6 +71,7 @@ def of_two_checkpoints(steps: list[cases.Step]) -> Any:
 AVERAGES = [exponential_average, incremental_average, mean, of_two_checkpoints]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize(("algorithm", "packed"), [*KINDS, ("set", False), ("global_magnitude", True)])
 def test_averages_over_steps(algorithm, packed, average):

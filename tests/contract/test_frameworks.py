@@ -179,6 +179,7 @@ def masked_leaves(masks: Any) -> list[Any]:
     return jax.tree.leaves(masks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
 def test_what_takes_parameters_and_a_state(framework, algorithm):
     run, algorithm = trained(framework, algorithm), updater(algorithm)
@@ -322,6 +323,7 @@ def tunix_trainer(algorithm: str, steps: int, folder: pathlib.Path) -> Any:
     return trainer.with_gen_model_input_fn(model_input)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # it uses old names of JAX and Orbax
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_tunix_peft_trainer(algorithm, tmp_path):
@@ -353,6 +355,7 @@ def test_tunix_peft_trainer(algorithm, tmp_path):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "static_sparse", "global_magnitude"])
 def test_the_hooks_of_easydel(algorithm):
     """`TrainingArguments(pruning_module=updater)`: the trainer wraps its optimizer once, calls two hooks around each

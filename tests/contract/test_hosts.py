@@ -34,6 +34,7 @@ def period(algorithm):
     return 2 if algorithm in cases.DROP_AND_GROW else 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
 def test_jit_equals_no_jit(algorithm):
     params = cases.tree("dict", kernels=kernels(algorithm))
@@ -47,6 +48,7 @@ def test_jit_equals_no_jit(algorithm):
         cases.assert_same_bits(one.new_state, other.new_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [*cases.ALGORITHMS, "movement"])
 def test_state_survives_orbax_and_pickle(algorithm, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
@@ -92,6 +94,7 @@ def test_state_is_a_scan_carry(algorithm, packed):
     jax.eval_shape(lambda: jax.lax.scan(step, (params, tx.init(params)), length=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_scan_over_donated_buffers(algorithm):
     params = cases.tree("dict", kernels=kernels(algorithm))
@@ -166,6 +169,7 @@ def test_inside_a_chain_that_scales_afterwards_is_not_exact():
     assert all(np.asarray(cases.run(tx, params)[-1].new_params["dense"]["kernel"]).ravel() != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", cases.ALGORITHMS)
 def test_optax_masked(algorithm):
     """Only part of the tree is handed to the transformation."""
@@ -181,6 +185,7 @@ def test_optax_masked(algorithm):
     check_final_sparsity(algorithm, steps[-1].new_params["trained"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_multi_transform(algorithm):
     params = {"dense": cases.tree("dict"), "sparse": cases.tree("dict", seed=1, kernels=kernels(algorithm))}
@@ -206,6 +211,7 @@ def check_final_sparsity(algorithm, params):
         assert kept == cases.kept_number(size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_apply_if_finite(algorithm):
     params = cases.tree("dict", kernels=kernels(algorithm))
@@ -222,6 +228,7 @@ def test_apply_if_finite(algorithm):
     cases.check_zeros(params, final_masks(updater, steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_outer_inject_hyperparams(algorithm):
     params = cases.tree("dict", kernels=kernels(algorithm))
@@ -234,6 +241,7 @@ def test_outer_inject_hyperparams(algorithm):
     cases.assert_same_bits(steps[-1].new_params, expected[-1].new_params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_vmap_over_params_and_seeds(algorithm):
     """An ensemble trained at once is the ensemble trained one by one."""
@@ -261,6 +269,7 @@ def test_vmap_over_params_and_seeds(algorithm):
         cases.assert_same_bits(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone(params, jnp.arange(2)[i]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pmap.*:DeprecationWarning")
 @pytest.mark.parametrize("algorithm", ["magnitude", "set", "magnitude_ste"])
 def test_pmap(algorithm):

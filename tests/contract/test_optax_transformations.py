@@ -342,6 +342,7 @@ def test_nothing_of_optax_is_forgotten():
     assert missing == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside(name):
     inner = INSIDE[name]()
@@ -360,6 +361,7 @@ STATES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STATES)
 def test_inside_with_masks_that_regrow(name):
     """The statistics of regrown weights are reset, whatever the state of the inner optimizer looks like."""

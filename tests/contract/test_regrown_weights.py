@@ -33,6 +33,7 @@ INNER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", list(INNER))
 @pytest.mark.parametrize("algorithm", cases.DROP_AND_GROW)
 def test_regrown_weights_are_new(algorithm, inner):

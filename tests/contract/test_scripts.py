@@ -88,6 +88,7 @@ def test_magnitude_pruning_by_hand(model):
     np.testing.assert_array_equal(masks["Dense_0"]["kernel"], params["Dense_0"]["kernel"] != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "dist_type"), [
     ("magnitude", "erk"), ("saliency", "uniform"), ("global_magnitude", "uniform"), ("rigl", "erk"),
     ("magnitude_ste", "uniform"), ("no_prune", "uniform"),

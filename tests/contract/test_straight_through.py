@@ -42,6 +42,7 @@ def stock_trainer(updater, inner, params, steps=cases.STEPS, compiled=cases.comp
         yield params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "packed"), [("sgd", True), ("adamw", False)])
 @pytest.mark.parametrize("algorithm", cases.STRAIGHT_THROUGH)
 def test_sparsify_is_the_paper_protocol(algorithm, optimizer, packed):
@@ -116,6 +117,7 @@ def test_preserve_leaves_zero_initialised_leaves_dense():
     np.testing.assert_array_equal(np.asarray(new_params["body"]) == 0, [[True, False], [False, True]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("algorithm", [a for a in cases.ALGORITHMS if a not in cases.STRAIGHT_THROUGH])
 def test_the_paper_protocol_changes_nothing_more(algorithm, packed):

@@ -66,6 +66,7 @@ TREES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "kind"),
     [
@@ -109,6 +110,7 @@ def test_instant_sparsify_of_a_filtered_module(algorithm):
         assert kept == sum(map(cases.kept_number, sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "dtype"), [
     ("magnitude", "bfloat16"), ("saliency", "float16"), ("random", "bfloat16"), ("magnitude_ste", "bfloat16"),
     ("random_ste", "float16"), ("global_magnitude", "bfloat16"), ("static_sparse", "float16"),
@@ -162,6 +164,7 @@ for algorithm in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_float64():
     algorithms = ["magnitude", "random", "global_saliency", "rigl", "set", "magnitude_ste"]
     command = [sys.executable, "-c", FLOAT64, os.path.dirname(cases.__file__), *algorithms]

@@ -212,6 +212,7 @@ def gradient(fn, params, *args):
     return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(fn(p, *args)))))(params)
 
 
+@pytest.mark.slow
 @given(layers=st.lists(st.sampled_from(LAYERS), min_size=1, max_size=4), sparsity=st.sampled_from([0.3, 0.5, 0.75]))
 @settings(max_examples=8, deadline=None)
 def test_networks_of_random_layers(layers, sparsity):
@@ -288,6 +289,7 @@ def test_units_are_scored_over_all_their_places():
 ALGORITHMS = ["magnitude", "saliency", "random", "magnitude_ste", "random_ste", "global_magnitude", "static_sparse"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("multiple_of", [1, 4])
 def test_training_keeps_whole_units_and_as_many_as_asked(algorithm, multiple_of):

@@ -92,6 +92,7 @@ def train(tmp: Path, wait_after: int | None = None, **arguments) -> list[dict] |
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.__version_info__ < (0, 5), reason="Orbax in several processes needs a newer jaxlib")
 @pytest.mark.parametrize(("algorithm", "packed"), [("rigl", False), ("magnitude", True)])
 def test_killed_and_resumed(tmp_path, algorithm, packed):

@@ -32,6 +32,7 @@ def test_a_perceptron_by_hand():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [
@@ -131,6 +132,7 @@ def test_what_is_looked_up_is_no_weight():
 SCHEDULE = {"update_start_step": 4, "update_end_step": 12, "update_freq": 4}
 
 
+@pytest.mark.slow
 @given(
     algorithm=st.sampled_from(["magnitude", "saliency", "magnitude_ste", "global_magnitude", "static_sparse", "rigl"]),
     steps=st.integers(1, 20),

@@ -44,6 +44,7 @@ def config(algorithm="magnitude", **more):
     return {"algorithm": algorithm} | given | more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "global_magnitude", "magnitude_ste"])
 def test_units_of_a_layer_that_was_not_chosen_all_stay(algorithm):
     """Its rows go with the units before it all the same."""

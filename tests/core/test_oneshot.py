@@ -113,6 +113,7 @@ def dense(params: Any, x: Any) -> Any:
     return x @ params["kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("algorithm", ORACLES)
 def test_a_layer_is_pruned_as_its_paper_says(x64, algorithm, structure):
@@ -199,6 +200,7 @@ def test_whatever_the_layout_the_same_weights_go(algorithm, layout):
     np.testing.assert_allclose(pruned["w"], place(reference["kernel"]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_convolutions_are_products_with_patches(x64, groups):
     kernel, images = drawn(3, 3, 8 // groups, 16), drawn(2, 6, 6, 8)
@@ -403,6 +405,7 @@ def tokens(number: int = 2) -> list[np.ndarray]:
     return [np.random.default_rng(i).integers(0, 40, (8, 6)) for i in range(number)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "wanda", "sparsegpt"])
 def test_layers_that_are_run_through_by_scan_are_pruned_one_by_one(algorithm):
     params = transformer()
@@ -428,6 +431,7 @@ STACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", STACKS)
 def test_stacks_are_followed_into_scan(way):
     place, move = STACKS[way]
@@ -552,6 +556,7 @@ def equinox():
     return lambda net, x: jax.vmap(net)(jnp.moveaxis(x, -1, 1)), net
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", [linen, nnx, haiku, equinox], ids=lambda each: each.__name__)
 def test_networks_of_any_framework(framework):
     forward, params = framework()
@@ -605,6 +610,7 @@ assert pruned["down"].sharding == masks["down"].sharding == params["down"].shard
 """
 
 
+@pytest.mark.slow
 def test_batches_over_eight_devices_give_the_same_masks():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=env, check=False)
@@ -612,6 +618,7 @@ def test_batches_over_eight_devices_give_the_same_masks():
     assert [json.loads(line) for line in done.stdout.splitlines()] == [{"up": 0, "down": 0}] * 2
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_goes_on(tmp_path):
     params, x = {"a": drawn(16, 24), "b": drawn(24, 16), "c": drawn(16, 8)}, correlated(64, 16)
     params = jax.tree.map(np.float32, params)
@@ -695,6 +702,7 @@ def test_owl_leaves_sparsities_that_are_given():
     assert [int(mask.sum()) for mask in masks.values()] == [16, 16]
 
 
+@pytest.mark.slow
 def test_sparsities_of_their_own():
     params = {"a": drawn(16, 32).astype(np.float32), "b": drawn(32, 20).astype(np.float32)}
     forward = lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"]  # noqa: E731
@@ -729,6 +737,7 @@ def mlp_params() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "wanda", "flap"])
 def test_units_leave(algorithm):
     params, x = mlp_params(), drawn(64, 8).astype(np.float32)
@@ -785,6 +794,7 @@ def test_units_that_are_always_the_same_leave_without_a_trace(mlp):
     np.testing.assert_allclose(mlp(pruned, x), mlp(params, x), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_units_of_all_groups_compete():
     params = transformer()
     groups = jaxpruner.find_groups(scanned, params, tokens()[0]).choose("*up*", "*out*")

@@ -37,6 +37,7 @@ def trained(tx, steps, params=PARAMS, state=None, jit=jax.jit):
     return params, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("algorithm", ["magnitude", "global_magnitude", "magnitude_ste"])
 def test_the_sparsity_at_hand_wins(algorithm, jit):
@@ -58,6 +59,7 @@ def test_a_distribution_that_reads_weights_goes_on_with_what_init_found():
     assert int(state.masks["a"].sum()) == round(100 * (1 - 0.505))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
@@ -145,6 +147,7 @@ def sparse_checkpoint(share=0.7):
     return pruned, masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("algorithm", ["magnitude", "saliency", "random", "global_magnitude"])
@@ -166,6 +169,7 @@ def test_zeros_of_a_checkpoint_stay_while_pruning_goes_on(algorithm, packed, jit
     assert zeros == sorted(zeros)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rigl", "set", "preserve", "static_sparse", "magnitude"])
 def test_training_starts_from_given_masks(algorithm):
     """A lottery ticket, rewound to parameters that do not show it: one leaf is zero throughout."""
@@ -225,6 +229,7 @@ def test_gradients_that_overflowed_grow_nothing():
         state = new
 
 
+@pytest.mark.slow
 def test_a_key_for_each_seed_under_vmap():
     def train(key):
         tx = transformation("set", rng_seed=key)

@@ -57,6 +57,7 @@ SPECIAL = st.sampled_from([0.0, -0.0, NAN, -NAN, INF, -INF, 1.0, -1.0, 1e-45, -1
 VALUES = st.one_of(SPECIAL, st.floats(width=32), st.integers(-3, 3).map(float))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)
@@ -119,6 +120,7 @@ def test_sizes_that_rows_do_not_divide(size, method):
         check([np.round(normal(size), 2)], keep, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, np.int8, np.uint16, np.bool_])
 def test_dtypes(dtype, method):
@@ -149,6 +151,7 @@ def test_bfloat16_denormals_keep_their_order_among_float32_leaves(method):
         check(leaves, keep, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_float64(method):
     with enable_x64(True):
@@ -208,6 +211,7 @@ def test_scores_can_be_functions_of_their_operands(method):
         np.testing.assert_array_equal(mask, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_transformations(method):
     scores = np.round(normal((6, 200)), 1)
@@ -244,6 +248,7 @@ def test_counts_of_huge_leaves_are_exact_in_the_program(method):
     assert [mask.shape for mask in jax.tree.leaves(lowered.out_info)] == [huge.shape] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(AVAILABLE < 10e9, reason="needs 10 GB of memory")
 def test_entries_past_32_bits_are_counted_exactly():
     # Two leaves of more than 2**31 entries each, more than 2**32 together (one array: they are only read). All
@@ -331,6 +336,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_sharded_scores_are_not_gathered():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(SHARDED)], env=env, check=True, timeout=300)

@@ -125,6 +125,7 @@ def run_on_8_devices(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("structure", "packed", "axis", "algorithms"), [
     pytest.param("unstructured", False, 0, ALGORITHMS, id="unstructured-dense-rows"),
     pytest.param("unstructured", True, 1, ALGORITHMS, id="unstructured-packed-columns"),
@@ -150,6 +151,7 @@ def test_sharded_masks(structure, packed, axis, algorithms):
     assert not faults, json.dumps(faults, indent=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packed", "algorithms"),
     [
@@ -177,6 +179,7 @@ def test_transformer(packed, algorithms):
     assert report[f"{algorithms[0]}, fsdp"]["largest all-reduce"] > 0
 
 
+@pytest.mark.slow
 def test_state_shardings():
     cases = Path(__file__).with_name("state_shardings_cases.py")
     run_on_8_devices("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", str(cases))

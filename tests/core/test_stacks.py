@@ -39,6 +39,7 @@ def trained(algorithm, params, axis=None, **changes):
     return tx.init.updater.current_masks(state, params), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "axis", "structure", "packed"),
     [

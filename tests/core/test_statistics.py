@@ -75,6 +75,7 @@ def test_every_step_is_remembered_and_scores_read_it():
     np.testing.assert_array_equal(state.masks["a"], total >= np.sort(total.ravel())[16])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["pickle", "flax", "orbax"])
 def test_resumed_bit_for_bit(way, tmp_path):
     tx = jaxpruner.sparsify(optax.adam(0.1), updater(use_packed_masks=True))

@@ -227,6 +227,7 @@ def test_the_count_rounds_half_to_even():
     assert counts == [1, 2, 2, 4, 4, 6, 6, 8]
 
 
+@pytest.mark.slow
 def test_float64():
     program = """
 import json, sys
@@ -301,6 +302,7 @@ def test_blocks_with_ragged_edges(use_avg_pooling, scores, sparsity):
     check(Block((2, 3), use_avg_pooling), scores, sparsity)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "use_avg_pooling"),
     [((7,), True), ((8,), False), ((5, 1), True), ((4, 5, 3), False), ((4, 5, 3), True), ((3, 3, 2, 4), True)],

@@ -91,6 +91,7 @@ def test_sparsities_under_jit_are_between_zero_and_one():
     assert summary["_total_sparsity"] == 0.0
 
 
+@pytest.mark.slow
 def test_totals_past_two_to_the_31_are_exact():
     # One array of 2**24 entries, seen through many leaves.
     mask = jnp.zeros(2**24, bool).at[:3].set(True)

@@ -83,6 +83,7 @@ def test_all_names_exist_and_are_listed_once():
     assert all(hasattr(jaxpruner, name) for name in jaxpruner.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module_name", MODULES)
 def test_doctests(module_name):
     failed, _ = doctest.testmod(importlib.import_module(module_name))
@@ -98,6 +99,7 @@ def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_of_a_page(page, tmp_path, monkeypatch):
     """The blocks of a page share one namespace, in order. A page of an integration needs its host."""

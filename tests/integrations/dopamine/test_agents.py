@@ -126,6 +126,7 @@ def nature(**arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nature", "implicit_quantile", "sac"])
 def test_each_agent_acts_the_same_without_its_dead_units(kind, monkeypatch):
     monkeypatch.setitem(AGENTS, "nature", nature)
@@ -148,6 +149,7 @@ def test_each_agent_acts_the_same_without_its_dead_units(kind, monkeypatch):
         np.testing.assert_allclose(actions(), dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AGENTS)
 def test_each_agent_is_sparse_after_every_train_step_and_resumes(kind, tmp_path):
     agent = make(kind)
@@ -212,6 +214,7 @@ def test_bindings_of_the_stock_class_hold():
     assert make("dqn", "JaxDQNAgent.gamma = 0.5").gamma == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste", "preserve"])
 def test_a_dense_checkpoint_goes_on_sparse(algorithm, tmp_path):
     with cases.configured([], bindings()):
@@ -445,6 +448,7 @@ def test_agents_and_environments_that_do_not_fit(name, space, message):
         jd.create_sparse_agent(Space(space), agent_name=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sac", "ppo"])
 def test_agents_of_continuous_actions_by_name(name):
     with cases.configured([], bindings("sparsify.update_end_agent_step = 40_000")):
@@ -478,6 +482,7 @@ def test_an_agent_of_ones_own_becomes_sparse_by_its_name_in_gin(name):
     assert np.mean([(layers[name]["kernel"] == 0).mean() for name in ("layers_0", "layers_1")]) > 0.7
 
 
+@pytest.mark.slow
 def test_names_in_gin_may_be_macros():
     with cases.configured([], bindings("NAME = 'jax_dqn'", "create_agent.agent_name = %NAME", *TINY_ATARI)):
         agent = jd.create_sparse_agent(Space(gymnasium.spaces.Discrete(2)))

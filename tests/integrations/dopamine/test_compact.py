@@ -35,6 +35,7 @@ def q_values(agent, params, network_def):
     return jax.jit(jax.vmap(lambda state: network_def.apply(params, state).q_values))(states(agent))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flags_of_play")
 def test_a_checkpoint_becomes_a_compact_agent_that_plays_the_same(trained, tmp_path, capsys):
     folder, agent = trained

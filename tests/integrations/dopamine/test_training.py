@@ -48,6 +48,7 @@ def assert_same_agents(one, other):
     cases.assert_same_bits(one._replay.sample(32), other._replay.sample(32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_cartpole_learns_at_90_percent(seed, tmp_path):
     """A loose bar: a random agent gets about 20."""
@@ -71,6 +72,7 @@ def test_cartpole_learns_at_90_percent(seed, tmp_path):
 
 
 # One of each kind: all of them are trained in test_agents.
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["saliency", "global_magnitude", "magnitude_ste", "set"])
 def test_pong_is_exactly_sparse(algorithm, tmp_path):
     """Real frames: 300 agent steps of 4 frames each."""
@@ -82,6 +84,7 @@ def test_pong_is_exactly_sparse(algorithm, tmp_path):
     cases.assert_exactly_sparse(agent, 0.95)
 
 
+@pytest.mark.slow
 def test_pong_resumes_to_the_bit(tmp_path):
     """In the middle of its mask updates, with packed masks; sticky actions and the start of each game included."""
     more = cases.bind(algorithm="rigl", use_packed_masks=True)
@@ -94,6 +97,7 @@ def test_pong_resumes_to_the_bit(tmp_path):
     assert_same_agents(parts.agent, whole.agent)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flags_of_play")
 def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
     """From the repository's root, where a folder called `baselines` is on the path."""
@@ -176,6 +180,7 @@ PAPER = jaxpruner.PolynomialSchedule(update_freq=250, update_start_step=120_000,
 DYNAMIC = jaxpruner.PolynomialSchedule(update_freq=1_250, update_start_step=1_250, update_end_step=2_493_750)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
     with cases.configured([name], SMALL if name.startswith("rainbow") else [SMALL[0], *cases.QUIET]):

@@ -56,6 +56,7 @@ def test_stock_clients_move_pruned_weights(client_optimizer):
         assert kernel[~mask].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("algorithm", ["no_prune", "magnitude", "static_sparse", "global_saliency", "preserve"])
 def test_a_server_of_masked_clients_stays_exactly_sparse(algorithm, packed):

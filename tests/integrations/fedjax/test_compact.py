@@ -31,6 +31,7 @@ def trained(tmp_path_factory):
     return config, run(build(config)).params
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_compact_model(trained, capsys):
     config, params = trained
     made = compact.compact(config, rounds=2)

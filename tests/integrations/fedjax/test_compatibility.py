@@ -13,6 +13,7 @@ import federated_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from federated_cases import fedjax
 
 from jaxpruner_fedjax import compatibility
@@ -131,6 +132,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_pmap_on_two_devices_equals_jit():
     program = PMAP.format(folder=str(pathlib.Path(__file__).parent))
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}

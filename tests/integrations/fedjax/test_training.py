@@ -91,6 +91,7 @@ def whole(tmp_path_factory) -> pathlib.Path:
     return root
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_to_the_bit(whole, tmp_path):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command(tmp_path), stderr=log, env=environment(tmp_path / "compiled"))
@@ -361,6 +362,7 @@ def test_mistakes_are_told_before_anything_starts(more, message, tmp_path):
     assert not root.exists()
 
 
+@pytest.mark.slow
 def test_the_command_tells_mistakes_in_one_line(tmp_path):
     mistaken = command(tmp_path / "root", algorithm="rig", skip_gradients=True)
     done = subprocess.run(mistaken, capture_output=True, text=True, env=environment(tmp_path), check=False)

@@ -104,6 +104,7 @@ def test_every_algorithm_trains_exactly_sparse_under_fit(algorithm):
     assert np.isfinite(model.evaluate(X, Y, verbose=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste", "saliency"])
 def test_the_steps_are_those_of_optax(algorithm):
     """Masks and weights of the core's own transformation around the same optimizer, momentum included."""
@@ -128,6 +129,7 @@ def test_the_steps_are_those_of_optax(algorithm):
             np.testing.assert_array_equal(value == 0, params[v.path] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -151,6 +153,7 @@ def test_without_pruning_it_is_the_stock_optimizer(options):
     assert int(stock.optimizer.iterations) == int(ours.optimizer.iterations)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste", "fisher"])
 def test_a_keras_file_goes_on_bit_for_bit(algorithm, tmp_path):
     def new():
@@ -223,6 +226,7 @@ def test_mixed_precision_nests(tmp_path):
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste"])
 def test_accumulated_gradients_are_one_step(algorithm):
     """Four batches of 4, accumulated, are one of 16: masks follow steps of the optimizer, not batches."""
@@ -238,6 +242,7 @@ def test_accumulated_gradients_are_one_step(algorithm):
     assert int(small.optimizer.iterations) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste"])
 @pytest.mark.parametrize("every", [None, 2])
 def test_averages_of_weights_are_sparse(algorithm, every):
@@ -456,6 +461,7 @@ def test_compact_and_export():
     np.testing.assert_allclose(exported.call(X[:5]), model.predict(X[:5], verbose=0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_norms_and_dropout_are_part_of_the_function():
     keras.utils.set_random_seed(1)
     layers = keras.layers
@@ -470,6 +476,7 @@ def test_norms_and_dropout_are_part_of_the_function():
     np.testing.assert_allclose(out, model.predict(x, verbose=0), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["data", "model"])
 def test_on_several_devices(distribution):
     """Keras's own distributions, on virtual devices: the same sparse weights, and masks where their parameters lie."""

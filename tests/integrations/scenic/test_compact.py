@@ -23,6 +23,7 @@ GROUPS = {"sparsity_sparsity": 0.5, "sparsity_dist_type": "uniform", "sparsity_s
 META_DATA = {"num_classes": 10, "target_is_onehot": True}
 
 
+@pytest.mark.slow
 def test_a_training_by_groups_becomes_a_smaller_model(tmp_path, capsys, caplog):
     logging.get_absl_logger().propagate = True
     caplog.set_level("INFO", logger="absl")
@@ -56,6 +57,7 @@ def test_a_training_by_groups_becomes_a_smaller_model(tmp_path, capsys, caplog):
         compact.compact(wider, str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "sparsity"), [("magnitude", 0.98), (None, None)])
 def test_networks_that_were_pruned_weight_by_weight_and_dense_ones(algorithm, sparsity, tmp_path, capsys):
     more = {} if algorithm is None else {"sparsity_sparsity": sparsity, "sparsity_dist_type": "uniform"}

@@ -40,6 +40,7 @@ def test_every_algorithm_is_exactly_sparse_after_20_steps(algorithm, tmp_path):
     assert logged[-1][1] == pytest.approx(0.8, abs=0.03)
 
 
+@pytest.mark.slow
 def test_positions_and_class_token_of_a_vit_stay_dense_and_what_is_excluded_by_name(tmp_path):
     state, _ = cases.run(cases.vit("global_magnitude", sparsity_exclude_reg_exp="^embedding"), tmp_path)
     cases.assert_exactly_sparse(state)
@@ -61,6 +62,7 @@ def test_frozen_parameters_are_left_as_they_were(tmp_path):
     assert any(value > 0.7 for value in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "data"), [("rigl", {}), ("movement", {"dataset_name": "digits", "replay_data_on_resume": True})]
 )
@@ -116,6 +118,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(folders, folder, algor
             cases.run(cases.config(algorithm, checkpoint=True, **more), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_sparsity_holds_from_here_and_is_told(folders, tmp_path, caplog):
     shutil.copytree(folders / "sparse", tmp_path / "run")
     logging.get_absl_logger().propagate = True
@@ -130,6 +133,7 @@ def test_another_sparsity_holds_from_here_and_is_told(folders, tmp_path, caplog)
     assert caplog.records[-1].getMessage().startswith("sparsity: asked 95.0 %, reached 90")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_small", "mnist"])
 def test_shipped_configurations_log_their_sparsity(name, tmp_path):
     """With their own learning rates, which are vectors of one number in the logs."""
@@ -150,6 +154,7 @@ def test_shipped_configurations_log_their_sparsity(name, tmp_path):
     assert "learning_rate" in writer.scalars
 
 
+@pytest.mark.slow
 def test_killed_for_good_and_resumed(tmp_path):
     more = {"checkpoint": True, "checkpoint_steps": 4, "num_training_steps": 4000, "log_eval_steps": 4000}
     program = f"""
@@ -177,6 +182,7 @@ cases.run(cases.config("set", **{more!r}), cases.pathlib.Path({str(tmp_path / "r
     cases.assert_exactly_sparse(state)
 
 
+@pytest.mark.slow
 def test_two_devices_equal_one(tmp_path):
     """For one that grows by gradients; and straight-through, with packed masks."""
     algorithms = {"rigl": {}, "magnitude_ste": {"sparsity_use_packed_masks": True}}
@@ -205,6 +211,7 @@ for name, more in {algorithms!r}.items():
             np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "magnitude_ste"])
 def test_a_dense_checkpoint_is_pruned_by_the_transfer_trainer(algorithm, tmp_path):
     dense, _ = cases.run(cases.vit(None, checkpoint=True), tmp_path / "dense")
@@ -239,6 +246,7 @@ def plainvit(**more):
     return c
 
 
+@pytest.mark.slow
 def test_plainvit(tmp_path):
     state, writer = cases.run(plainvit(), tmp_path)
     cases.assert_exactly_sparse(state)

@@ -32,6 +32,7 @@ def trained(tmp_path_factory):
     return folder / f"checkpoint_{STEPS}", state
 
 
+@pytest.mark.slow
 def test_a_training_by_groups_becomes_a_smaller_model(trained, capsys):
     checkpoint, state = trained
     small = compact.compact(str(checkpoint), batch_size=2)

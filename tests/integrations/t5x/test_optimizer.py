@@ -103,6 +103,7 @@ def test_it_does_what_the_optax_transformation_does(algorithm):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude", "rigl", "magnitude_ste"])
 @pytest.mark.parametrize("inner", INNER)
 def test_any_optimizer_of_t5x(inner, algorithm):
@@ -121,6 +122,7 @@ def test_any_optimizer_of_t5x(inner, algorithm):
     assert all(name.startswith("state/sparse/") for name in names - wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "packed"),
     [

@@ -37,6 +37,7 @@ def sparse(dense, tmp_path_factory) -> tuple[pathlib.Path, object]:
     return folder / "checkpoint_12", state
 
 
+@pytest.mark.slow
 def test_the_dense_checkpoint_is_restored_to_the_bit(dense, tmp_path):
     """Statistics included; masks start at all ones."""
     _, state = cases.finetune(tmp_path, dense, steps=cases.DENSE_STEPS)  # no step is left to train
@@ -48,6 +49,7 @@ def test_the_dense_checkpoint_is_restored_to_the_bit(dense, tmp_path):
     assert found["state/sparse/count"] == 0
 
 
+@pytest.mark.slow
 def test_the_sparsity_is_exact_in_state_checkpoint_and_logs(sparse):
     checkpoint, state = sparse
     found = {name: float(value) for name, value in metrics.sparsities(state).items()}
@@ -79,12 +81,14 @@ def test_a_resumed_run_is_the_run_that_went_through(dense, tmp_path):
     cases.assert_equal(cases.of(resumed), cases.of(whole))
 
 
+@pytest.mark.slow
 def test_a_sparse_checkpoint_is_continued(sparse, tmp_path):
     checkpoint, state = sparse
     _, restored = cases.finetune(tmp_path, checkpoint, steps=12)
     cases.assert_equal(cases.of(restored), cases.of(state))
 
 
+@pytest.mark.slow
 def test_a_sparse_checkpoint_is_continued_to_another_sparsity_but_not_by_another_algorithm(sparse, tmp_path):
     checkpoint, _ = sparse
     more = {"SPARSITY": 0.9, "UPDATE_END_STEP": 10}
@@ -114,6 +118,7 @@ def test_what_a_run_that_is_resumed_cannot_go_on_with_is_told(sparse, dense):
     assert sorted(folder.glob("checkpoint_*"))[-1].name != "checkpoint_16"
 
 
+@pytest.mark.slow
 def test_a_schedule_that_does_not_fit_in_the_run_is_refused(tmp_path, dense):
     """Those of sparse.gin in a short run; at its start, without gin's chain of calls."""
     defaults = {"UPDATE_START_STEP": 25_000, "UPDATE_END_STEP": 75_000, "UPDATE_FREQ": 1000}
@@ -145,6 +150,7 @@ def test_what_is_misspelled_is_told_in_a_line(tmp_path):
         assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_scanned_layers_straight_through_with_packed_masks(tmp_path):
     """The scalable T5, from scratch."""
     network = tmp_path / "scanned.gin"
@@ -175,6 +181,7 @@ def test_scanned_layers_straight_through_with_packed_masks(tmp_path):
     assert float(metrics.sparsities(resumed)["total"]) == pytest.approx(0.8, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_stock_evaluation_and_export(sparse, tmp_path):
     """T5X's eval reads a sparse checkpoint, and the export as a dense run's; both say the same."""
     checkpoint, state = sparse
@@ -201,6 +208,7 @@ def test_stock_evaluation_and_export(sparse, tmp_path):
     cases.assert_equal(cases.of(restored), wanted)
 
 
+@pytest.mark.slow
 def test_stock_inference_reads_sparse_checkpoints(sparse, tmp_path):
     checkpoint, _ = sparse
     written = []
@@ -218,6 +226,7 @@ def test_stock_inference_reads_sparse_checkpoints(sparse, tmp_path):
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
 def test_a_decoder_only_model(tmp_path):
     import t5x
 
@@ -237,12 +246,14 @@ def test_a_decoder_only_model(tmp_path):
     assert any(name.startswith("decoder/layers_0/mlp") for name in found)
 
 
+@pytest.mark.slow
 def test_nothing_of_a_dense_checkpoint_is_dead(dense, tmp_path, capsys):
     small = compact.compact(str(dense), str(tmp_path), batch_size=1)
     assert "Nothing was removed: no unit is dead." in capsys.readouterr().out
     assert small.report["report"]["params"][0] == small.report["report"]["params"][1]
 
 
+@pytest.mark.slow
 def test_export_of_what_is_no_sparse_checkpoint(dense, sparse, tmp_path):
     with pytest.raises(ValueError, match="has no state/sparse, the masks"):
         export.export(str(dense), str(tmp_path))
@@ -253,6 +264,7 @@ def test_export_of_what_is_no_sparse_checkpoint(dense, sparse, tmp_path):
         export.export(str(sparse[0]), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_the_format_of_the_public_ones(tmp_path):
     """T5X's own, from before Orbax."""
     legacy = tmp_path / "legacy.gin"
@@ -302,11 +314,13 @@ def test_the_papers_configuration(size):
         assert float(rate(100_000)) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(dense, tmp_path):
     with pytest.raises(ValueError, match=r"the checkpoint lacks \d+ parameters of this model, such as target/"):
         cases.finetune(tmp_path, dense, steps=12, **{f"{cases.T5}.num_decoder_layers": 2})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_width_is_refused(dense, tmp_path):
     with pytest.raises(ValueError, match=r"^target/.*: is \[.*16.*\] in the checkpoint and \[.*24.*\] in the model."):
         cases.finetune(tmp_path, dense, steps=12, **{f"{cases.T5}.emb_dim": 24})
@@ -337,6 +351,7 @@ def test_the_release_of_jestimator_is_not_the_one(tmp_path, monkeypatch):
     assert "is the release on PyPI, which fails on today's JAX. First: pip uninstall jestimator" in told
 
 
+@pytest.mark.slow
 def test_model_parallel_runs_are_the_runs_on_one_device(dense, tmp_path):
     """In a process of two virtual devices, since a process has its number from the start."""
     script = pathlib.Path(__file__).parent / "partitions.py"

@@ -99,6 +99,7 @@ def test_t5_1_1_base_gets_the_sparsities_that_it_has_unscanned():
     np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "more"),
     [
@@ -137,6 +138,7 @@ def unstacked_axes(axes, path):
     return PartitionSpec(*(name for name in stacked if name != "layers"))
 
 
+@pytest.mark.slow
 def test_sparse_training_keeps_the_count_of_each_layer():
     shapes, axes = scanned_axes()
     chosen = optimizer("rigl", update_end_step=10, update_freq=5)  # at step 0 it changes its masks
