@@ -17,7 +17,7 @@ setup:  ## make or mend .venv and install the whole workspace at the pinned vers
 baselines: setup  ## the paper's table at embedded scale, dense and with every method; table and plot
 	@$(RUN)/jaxpruner-baselines suite --seeds $(SEEDS) --jobs $(JOBS) --tasks $(TASKS)
 
-test: setup  ## the tests but for the slow ones, within 10 minutes on 2 cores
+test: setup  ## the tests but for the slow ones
 	@$(RUN)/ruff check .
 	@$(RUN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 

@@ -12,7 +12,7 @@ _WIDTH = 20  # characters of the bar
 
 
 class SparsityLogger(keras.callbacks.Callback):
-    """Adds `sparsity` to the logs of each epoch, and so to `History`, TensorBoard and CSV, and draws it.
+    """Adds `sparsity` to the logs of each epoch, for `History` and the callbacks after it, and draws it.
 
     It also refuses a schedule that would not end within the training, before the first step.
 

@@ -78,9 +78,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._taken_over = {key: getattr(inner, key) for key in _TAKEN_OVER}
         self.inner = inner
         inner.use_ema, inner.ema_overwrite_frequency, inner.loss_scale_factor = False, None, None
-        jaxpruner.sparsify(
-            optax.identity(), updater, **config
-        )  # refuses what would not be sparse, as it does for optax
+        # Refuses what would not be sparse, as it does for optax.
+        jaxpruner.sparsify(optax.identity(), updater, **config)
         self._config = config if updater is None else updater
         is_made = isinstance(updater, jaxpruner.BaseUpdater)
         self.updater = updater if is_made else jaxpruner.create_updater_from_config(self._config)
@@ -106,9 +105,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         # In the order of Keras's variables, not by name: files number variables, and names may change when a model is
         # read from one.
         places = {path: i for i, path in enumerate(self._paths)}
-        kinds = [path[: len(path) - len(owner_of(path, places) or ())] for path in names]
-        order = [places.get(owner_of(path, places), -1) for path in names]
-        self._order = sorted(range(len(leaves)), key=lambda i: (kinds[i], order[i]))
+
+        def place(i):
+            owner = owner_of(names[i], places) or ()
+            return names[i][: len(names[i]) - len(owner)], places.get(owner, -1)
+
+        self._order = sorted(range(len(leaves)), key=place)
         for i in self._order:
             variable = self.add_variable(
                 leaves[i].shape,
@@ -237,17 +239,17 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             step = step._replace(state=step.state._replace(inner_state=None))
         kept = self._without_sums(inner) if times > 1 else list(inner)
 
-        def take(inner):
+        def take(slots):
             grads = self._list(step.grads)
             if times > 1:  # the inner optimizer divides
                 grads = [times * grad for grad in grads]
-            return self.inner.stateless_apply(inner, grads, self._list(step.params))
+            return self.inner.stateless_apply(slots, grads, self._list(step.params))
 
         def renew():
-            return self._renewed(step, kept)
+            return self._renewed(step, kept) if self.updater.regrows else kept
 
         def skip():
-            slots = renew() if self.updater.regrows else kept
+            slots = renew()
             place = self._inner_place(self.inner._iterations)  # batches are counted, as learning rates follow them
             slots = [value + 1 if i == place else value for i, value in enumerate(slots)]
             return self._list(step.params), slots
@@ -255,18 +257,20 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if self.updater.skip_gradients:
             proposed, inner = when(step.is_mask_update, skip, lambda: tuple(map(list, take(kept))))
         else:
-            if self.updater.regrows:
-                kept = when(step.is_mask_update, renew, lambda: kept)
-            proposed, inner = take(kept)
+            proposed, inner = take(when(step.is_mask_update, renew, lambda: kept) if self.updater.regrows else kept)
         stepped, state = jaxpruner.end_step(step, self._tree(proposed))
         stepped = [new.astype(old.dtype) for new, old in zip(self._list(stepped), params, strict=True)]
-        stepped = self._constrained(stepped, self._list(self.updater.current_masks(state, self._tree(stepped))))
         leaves = jax.tree.leaves(state)
-        return stepped, [leaves[i] for i in self._order], list(inner)
+        return self._constrained(stepped, state), [leaves[i] for i in self._order], list(inner)
 
-    def _constrained(self, params: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
+    def _current_masks(self, state: jaxpruner.SparseState, params: Sequence[Any]) -> list[Any]:
+        return self._list(self.updater.current_masks(state, self._tree(params)))
+
+    def _constrained(self, params: list[Any], state: jaxpruner.SparseState) -> list[Any]:
         """The constraints of variables again, which the inner optimizer has applied before weights were pruned."""
-        constrained = list(params)
+        if all(variable.constraint is None for variable in self._trainable_variables):
+            return params
+        constrained, masks = list(params), self._current_masks(state, params)
         for i, variable in enumerate(self._trainable_variables):
             if variable.constraint is not None:
                 value = variable.constraint(params[i]).astype(params[i].dtype)
@@ -279,7 +283,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             return params, own
         place = self._inner_place(self.inner._iterations)
         before = (inner[place] - 1) // (self.inner.gradient_accumulation_steps or 1)  # this step, as Keras counts
-        masks = self._list(self.updater.current_masks(self._state(own), self._tree(params)))
+        state = self._state(own)
+        masks = self._current_masks(state, params)
         own = list(own)
         momentum = jnp.where(before == 0, 0.0, self.ema_momentum)
         overwrites = self.ema_overwrite_frequency and (before + 1) % self.ema_overwrite_frequency == 0
@@ -294,7 +299,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             own[at] = mean if masks[i] is None else jnp.where(masks[i], mean, 0)
             if self.ema_overwrite_frequency:
                 shown[i] = jnp.where(overwrites, own[at], params[i])
-        return self._constrained(shown, masks) if self.ema_overwrite_frequency else shown, own
+        return self._constrained(shown, state) if self.ema_overwrite_frequency else shown, own
 
     @property
     def count(self) -> int:
