@@ -112,6 +112,19 @@ def test_a_sparsity_and_nm_that_disagree():
     jaxpruner.create_updater_from_config(config).instant_sparsify(params)  # where a warning is an error
 
 
+def test_units_too_large_for_the_sparsity_are_told():
+    params = {"conv": jnp.ones((3, 2, 4, 8)), "kernel": jnp.arange(1.0, 129.0).reshape(8, 16)}
+    updater = jaxpruner.create_updater_from_config(
+        {"algorithm": "magnitude", "sparsity": 0.9, "sparsity_type": "block_2,4", **schedule(0, 0)}
+    )
+    tx = jaxpruner.sparsify(optax.sgd(0.1), updater)
+    # Blocks are of the first two axes, so that the convolution has two, one of them at the edge and smaller.
+    with pytest.warns(UserWarning, match=r"conv: a sparsity of 0.9 is asked for, and of its 2 units of Block"):
+        params, state = trained(tx, params)
+    assert int(jnp.count_nonzero(params["conv"])) == 128
+    jaxpruner.check_sparse(params, state, updater)  # as sparse as such units can be
+
+
 def test_zeros_that_rank_alike_are_told():
     params = {"lora": jnp.zeros((4, 6)), "kernel": jnp.ones((4, 4))}
     with pytest.warns(UserWarning, match="lora is zero throughout, and masks are made at step 0"):

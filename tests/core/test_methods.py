@@ -354,6 +354,24 @@ def check_masks(masks, scores):
         np.testing.assert_array_equal(masks[k], mask)
 
 
+def test_a_last_layer_of_zeros_hides_all_scores_and_is_told():
+    params = {"hidden": jnp.asarray(START["a"]), "last": jnp.zeros((8, 3))}
+
+    def loss(params):
+        return jnp.sum((jnp.ones((2, 8)) @ params["hidden"] @ params["last"] - 1) ** 2)
+
+    updater = jaxpruner.create_updater_from_config({"algorithm": "snip", "sparsity": 0.5})
+    tx = jaxpruner.sparsify(optax.sgd(0.1), updater)
+    state = tx.init(params)
+    updates, state = tx.update(jax.grad(loss)(params), state, params)
+    assert all(mask.all() for mask in jax.tree.leaves(state.masks))
+    with pytest.raises(ValueError, match=r"asked 50.0%, and SNIP pruned nothing at the first step, since all scores"):
+        jaxpruner.check_sparse(optax.apply_updates(params, updates), state, updater)
+    # Where a few steps have trained the last layer, scores say what to keep.
+    _, masks = updater.instant_sparsify({**params, "last": jnp.full((8, 3), 0.1)}, loss_fn=loss)
+    assert sum(int(mask.sum()) for mask in jax.tree.leaves(masks)) == (64 + 24) / 2
+
+
 def test_snip():
     g = gradient(START)
     scores = {k: np.abs(START[k] * g[k]) for k in SHAPES}

@@ -112,6 +112,8 @@ def test_a_global_threshold_is_one_for_all_layers():
 def test_stacks_that_are_none():
     with pytest.raises(ValueError, match=r"stack_axes: 'layer/\*' matches no parameter"):
         trained("magnitude", stacked(0), stack_axes={"layer/*": 0})
+    with pytest.raises(ValueError, match=r"stack_axes: 1 is not a mapping; give \{path or pattern: value\}"):
+        trained("magnitude", stacked(0), stack_axes=1)
     with pytest.raises(ValueError, match=r"layers/kernel: axis 3 does not exist in \(3, 8, 12\)"):
         trained("magnitude", stacked(0), stack_axes={"layers/kernel": 3})
     params = {"layers": {"kernel": jnp.ones((4, 8, 10))}}

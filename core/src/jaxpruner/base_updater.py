@@ -101,6 +101,8 @@ class BaseUpdater:
     is_global: ClassVar[bool] = False
     # Whether masks are made when the schedule says so; else they are what training starts with.
     follows_schedule: ClassVar[bool] = True
+    # Whether the masks that it starts with are to have the final sparsity once the first step is done.
+    reaches_sparsity: ClassVar[bool] = False
     # Whether training starts dense; else with a mask of the final sparsity.
     starts_dense: ClassVar[bool] = True
     # What a configuration with a start and an end makes of them.
@@ -344,7 +346,7 @@ class BaseUpdater:
             return None
         if callable(self.stack_axes):
             return self.stack_axes(path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        return trees.most_specific(trees.pattern_pairs(self.stack_axes), path, "stack_axes")
+        return trees.most_specific(trees.pattern_pairs(self.stack_axes, "stack_axes"), path, "stack_axes")
 
     def layers(self, params: Any) -> Any:
         """The parameters as filters and distributions see them: a stack as one layer, so many times."""

@@ -132,7 +132,7 @@ def get_sparsities_erdos_renyi(
     shapes = {key: tuple(int(d) for d in shape) for key, shape in var_shape_dict.items()}
     named = {
         pattern: value
-        for pattern, value in trees.pattern_pairs(custom_sparsity_map)
+        for pattern, value in trees.pattern_pairs(custom_sparsity_map, "custom_sparsity_map")
         if any(trees.matches(pattern, path) for path in shapes)
     }
     custom = _custom_sparsities(named, list(shapes))

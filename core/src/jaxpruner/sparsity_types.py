@@ -62,6 +62,10 @@ class SparsityType(abc.ABC):
         """How many units of a leaf of this shape are kept or pruned."""
         return math.prod(shape)
 
+    def unit_size(self, shape: tuple[int, ...]) -> int:
+        """How many weights of a leaf of this shape the largest unit has."""
+        return -(-math.prod(shape) // max(1, self.num_units(shape)))
+
     @property
     def of_layer(self) -> SparsityType:
         """The structure of one layer: this one, unless it is of a stack of them."""
@@ -167,6 +171,11 @@ class Block(_Units):
     def num_units(self, shape):
         rows, columns = self._plane(self._tiled_first(shape))
         return -(-rows // self.block_shape[0]) * -(-columns // self.block_shape[1])
+
+    def unit_size(self, shape):
+        first = self._tiled_first(shape)
+        rows, columns = self._plane(first)
+        return min(rows, self.block_shape[0]) * min(columns, self.block_shape[1]) * math.prod(first[2:])
 
     def pool(self, scores):
         wide = _at_least_float32(scores)
@@ -359,6 +368,10 @@ class Stacked(SparsityType):
         """Those of one layer."""
         return self.structure.num_units(without_axis(shape, self.axis))
 
+    def unit_size(self, shape):
+        """Those of one layer."""
+        return self.structure.unit_size(without_axis(shape, self.axis))
+
     def mask(self, scores, sparsity):
         each = jax.vmap(self.structure.mask, in_axes=(self.axis, None), out_axes=self.axis)
         return each(scores, sparsity)
@@ -458,7 +471,8 @@ def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any, stack_axis: in
     if isinstance(structure, type):
         structure = _without_arguments(structure)
     elif _is_patterns(structure):
-        structure = trees.most_specific(trees.pattern_pairs(structure), path, "sparsity_type", Unstructured())
+        pairs = trees.pattern_pairs(structure, "sparsity_type")
+        structure = trees.most_specific(pairs, path, "sparsity_type", Unstructured())
     elif callable(structure):
         structure = structure(path, param)
     if not isinstance(structure, SparsityType):

@@ -14,7 +14,7 @@ import fnmatch
 import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,40 @@ def is_number(leaf: Any) -> bool:
 def is_floating(leaf: Any) -> bool:
     """Whether a leaf is an array of floating numbers, or the shape of one: what can be pruned."""
     return hasattr(leaf, "shape") and is_number(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or the shape of one."""
+    return hasattr(leaf, "shape") and is_number(leaf)
+
+
+class Parted(NamedTuple):
+    """A tree in two parts: leaves that a function is traced for, and what stays as it is.
+
+    Attributes:
+      leaves: those that are traced, in order.
+      paths: theirs.
+      joined: from other leaves in their places to the whole tree.
+    """
+
+    leaves: list[Any]
+    paths: list[KeyPath]
+    joined: Callable[[Sequence[Any]], Any]
+
+
+def parted(tree: Any, is_traced: Callable[[Any], bool] = is_array) -> Parted:
+    """Parts a tree; what is no array, such as the functions in a module of Equinox, is not traced."""
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if is_traced(leaf)]
+    paths = [path for path, leaf in named_leaves(tree) if is_traced(leaf)]
+
+    def joined(others: Sequence[Any]) -> Any:
+        whole = list(leaves)
+        for place, leaf in zip(places, others, strict=True):
+            whole[place] = leaf
+        return treedef.unflatten(whole)
+
+    return Parted([leaves[i] for i in places], paths, joined)
 
 
 def numbers_only(tree: Any) -> Any:
@@ -206,7 +240,7 @@ def resolve(custom: Any, paths: Sequence[KeyPath], what: str) -> dict[KeyPath, A
     Raises:
       ValueError: if a key names none of the paths, or if two equally specific ones differ.
     """
-    pairs = pattern_pairs(custom)
+    pairs = pattern_pairs(custom, what)
     for pattern, _ in pairs:
         if not any(matches(pattern, path) for path in paths):
             raise ValueError(_no_match(pattern, paths, what))
@@ -215,11 +249,14 @@ def resolve(custom: Any, paths: Sequence[KeyPath], what: str) -> dict[KeyPath, A
     return {path: value for path, value in found.items() if value is not missing}
 
 
-def pattern_pairs(custom: Any) -> list[tuple[Any, Any]]:
+def pattern_pairs(custom: Any, what: str) -> list[tuple[Any, Any]]:
     """The (pattern, value) pairs of a mapping, of pairs, or of None."""
     if custom is None:
         return []
-    return list(custom.items()) if hasattr(custom, "items") else [tuple(pair) for pair in custom]
+    try:
+        return [(pattern, value) for pattern, value in (custom.items() if hasattr(custom, "items") else custom)]
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}: {custom!r} is not a mapping; give {{path or pattern: value}}.") from None
 
 
 def _no_match(pattern: str | KeyPath, paths: Sequence[KeyPath], what: str) -> str:

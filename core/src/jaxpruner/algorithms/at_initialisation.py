@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxpruner import scores, trees
 from jaxpruner.algorithms.global_pruners import GlobalPruning
 from jaxpruner.elementwise import require_grads
+from jaxpruner.selection.score_reading import as_array
 from jaxpruner.sparsity_schedules import OneShotSchedule, Schedule
 from jaxpruner.training.projection import apply_mask
 
@@ -29,7 +30,8 @@ Loss = Callable[..., Any]
 class _AtInitialisation(GlobalPruning):
     """One global mask, made in the first step, which never changes; whatever schedule is given.
 
-    A leaf that is zero throughout scores 0 and goes first: exclude it with `filter_fn`.
+    A leaf that is zero throughout scores 0 and goes first: exclude it with `filter_fn`. Where all scores are 0, as
+    behind a last layer that starts at zero and lets no gradient pass, nothing is pruned, and `check_sparse` tells it.
     """
 
     is_sparse_gradients: bool = True
@@ -37,9 +39,19 @@ class _AtInitialisation(GlobalPruning):
     scheduler: Schedule = OneShotSchedule(0)
 
     follows_schedule = False
+    reaches_sparsity = True
 
     def __post_init__(self):
         self.scheduler = OneShotSchedule(0)
+
+    def create_masks(self, scores, target_sparsity):
+        masks = super().create_masks(scores, target_sparsity)
+        each = trees.map_pruned(lambda score, _: jnp.any(as_array(score) != 0), scores, masks)
+        # By the rule for ties zeros would keep the first layers and cut off the last.
+        is_silent = ~jnp.any(jnp.stack(jax.tree.leaves(each)))
+        return trees.map_pruned(lambda mask, _: mask | is_silent, masks, masks)
+
+    create_masks.reads_unevaluated = True
 
     def _objective(self, loss_fn: Loss | None, batches: Iterable[Any] | None) -> Loss:
         """The mean of a loss over batches, a function of the parameters."""

@@ -352,6 +352,6 @@ def _prune_units(task: Task, algorithm: str, updater: BaseUpdater, progress: boo
     products = {i for i, array in enumerate(task.arrays) if array.ndim > 1 and trees.is_floating(array)}
     weights, calibration = task.calibration(products)
     layers = _bar(_layers(calibration, task, algorithm), weights, task, progress, algorithm)
-    params = task.with_arrays(task.arrays, otherwise=None)
+    params = task.arrays_only(task.arrays)
     pruned, masks = units.prune(algorithm, updater, params, task.paths, weights, calibration.leaves, layers)
     return writing.as_given(task, pruned, masks)

@@ -11,7 +11,6 @@ from jaxpruner import trees
 from jaxpruner.calibration.program import Leaf, program_of
 from jaxpruner.calibration.running import Calibration, Leaves, known_values
 from jaxpruner.calibration.weights import Weights
-from jaxpruner.compaction.finding import is_array
 
 
 class Task:
@@ -19,26 +18,14 @@ class Task:
 
     def __init__(self, forward: Callable[[Any, Any], Any], params: Any, batches: Sequence[Any]):
         check_batches(batches)
-        leaves, self._treedef = jax.tree.flatten(params)
-        # What is no array, such as the functions in a module of Equinox, stays as it is.
-        self._places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-        self._leaves = leaves
-        self.arrays = [leaves[i] for i in self._places]
-        self.paths = [path for path, leaf in trees.named_leaves(params) if is_array(leaf)]
+        self.arrays, self.paths, self.with_arrays = trees.parted(params)
+        # The same with None in place of what is no array.
+        self.arrays_only = trees.parted(jax.tree.map(lambda p: p if trees.is_array(p) else None, params)).joined
         self.params = params
-
-        def of_arrays(arrays, batch):
-            return forward(self.with_arrays(arrays), batch)
-
-        self._closed = jax.make_jaxpr(of_arrays)(self.arrays, batches[0])
+        self._closed = jax.make_jaxpr(lambda arrays, batch: forward(self.with_arrays(arrays), batch))(
+            self.arrays, batches[0]
+        )
         self.batches = [jax.tree.leaves(batch) for batch in batches]
-
-    def with_arrays(self, arrays: Sequence[Any], **otherwise: Any) -> Any:
-        """The parameters with these in the places of their arrays, and with `otherwise` in those of all else."""
-        leaves = [otherwise.get("otherwise", leaf) for leaf in self._leaves]
-        for place, array in zip(self._places, arrays, strict=True):
-            leaves[place] = array
-        return self._treedef.unflatten(leaves)
 
     def calibration(self, prunable: set[int]) -> tuple[Weights, Calibration]:
         """What becomes of the parameters of these numbers, and the pass."""

@@ -68,7 +68,7 @@ def as_given(task: Task, arrays: Sequence[Any], kept: Sequence[Any | None]) -> t
     placed = [before if after is before else _like(before, after, before.dtype) for before, after in pairs]
     pairs = zip(task.arrays, kept, strict=True)
     marks = [None if mask is None else jnp.asarray(_like(before, mask, bool)) for before, mask in pairs]
-    return task.with_arrays(placed), task.with_arrays(marks, otherwise=None)
+    return task.with_arrays(placed), task.arrays_only(marks)
 
 
 def _like(before: Any, after: Any, dtype: Any) -> Any:

@@ -60,7 +60,7 @@ class Compact:
         types = tuple(_Type.of(leaf) for leaf in leaves)
         evaluation, results = self._evaluation(treedef, types)
         leaves_of = functools.partial(jax.tree.leaves, is_leaf=sparse_kernels.is_sparse)
-        given = [leaf for leaf in leaves_of(params) if finding.is_array(leaf)]
+        given = [leaf for leaf in leaves_of(params) if trees.is_array(leaf)]
         return jax.tree.unflatten(results, evaluation([*given, *leaves]))
 
     def _of_dense(self, params: Any, *args: Any) -> Any:
@@ -148,7 +148,7 @@ class Compact:
             is_leaf=sparse_kernels.is_sparse,
         )
         small = flops.summarize_flops(self._of_dense, dense, *self._example)
-        arrays = [leaf for leaf in jax.tree.leaves(self._whole) if finding.is_array(leaf)]
+        arrays = [leaf for leaf in jax.tree.leaves(self._whole) if trees.is_array(leaf)]
         nodes = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=sparse_kernels.is_sparse)
         is_kept = {trees.leaf_name(trees.key_names(p)): k for p, k in nodes if sparse_kernels.is_sparse(k)}
         return Report(
@@ -168,12 +168,12 @@ class Compact:
                 "small.params; give these, or what was trained from them."
             )
         for (path, mine), (_, leaf) in zip(expected, given, strict=True):
-            if isinstance(mine, numbers.Number) and (finding.is_array(leaf) or leaf != mine):
+            if isinstance(mine, numbers.Number) and (trees.is_array(leaf) or leaf != mine):
                 raise ValueError(
                     f"params: {trees.leaf_name(path)} is a number of the function, {mine}, which stays as it is; make "
                     "it an array before compact()."
                 )
-            if finding.is_array(mine) and jnp.shape(leaf) != jnp.shape(mine):
+            if trees.is_array(mine) and jnp.shape(leaf) != jnp.shape(mine):
                 raise ValueError(
                     f"params: {trees.leaf_name(path)} has shape {jnp.shape(leaf)}, and the small function takes "
                     f"{jnp.shape(mine)}; give small.params, or what was trained from them."
@@ -283,7 +283,7 @@ def compact(
     """
     traced = finding.trace(fn, params, *args)
     found = traced.found
-    leaves = [leaf for leaf in jax.tree.leaves(params) if finding.is_array(leaf)]
+    leaves = [leaf for leaf in jax.tree.leaves(params) if trees.is_array(leaf)]
     is_known = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     if keep is None and not is_known:
         raise ValueError("params: shapes tell nothing of zeros; give arrays, or the units to keep (keep=).")
@@ -293,7 +293,7 @@ def compact(
     masks = {path: tuple(evaluation.mask(dim) for dim in dims) for path, dims in along}
 
     def cut(path, leaf):
-        if path not in masks or not finding.is_array(leaf):
+        if path not in masks or not trees.is_array(leaf):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(evaluation.shape(dict(along)[path]), leaf.dtype)
@@ -321,7 +321,7 @@ def compact(
             liveness.kept_entries(leaf, found.axes_of(dims), chosen)
             for leaf, (_, dims) in zip(leaves, along, strict=True)
         )
-        whole = jax.tree.map(lambda leaf: next(masked) if finding.is_array(leaf) else leaf, params)
+        whole = jax.tree.map(lambda leaf: next(masked) if trees.is_array(leaf) else leaf, params)
         _check(small, fn, whole, args)
     return small
 
@@ -365,23 +365,14 @@ def _given(known: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _check(small: Compact, fn: Callable[..., Any], params: Any, args: Sequence[Any]) -> None:
-    leaves, treedef = jax.tree.flatten(params)
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if finding.is_array(leaf)}
+    def results(fn: Callable[..., Any], params: Any) -> list[tuple[Any, Any]]:
+        arrays, _, joined = trees.parted(params)
+        return trees.named_leaves(jax.jit(lambda arrays, args: fn(joined(arrays), *args))(arrays, tuple(args)))
 
-    def whole(arrays, args):
-        return fn(treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)]), *args)
-
-    small_leaves, small_treedef = jax.tree.flatten(small.params)
-    small_arrays = {i: leaf for i, leaf in enumerate(small_leaves) if finding.is_array(leaf)}
-
-    def compacted(arrays, args):
-        params = small_treedef.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(small_leaves)])
-        return small.fn(params, *args)
-
-    expected = trees.named_leaves(jax.jit(whole)(arrays, tuple(args)))
-    got = trees.named_leaves(jax.jit(compacted)(small_arrays, tuple(args)))
+    expected, got = results(fn, params), results(small.fn, small.params)
     # Sums of other lengths round otherwise.
-    widths = [jnp.finfo(leaf.dtype).eps for leaf in arrays.values() if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    arrays = trees.parted(params).leaves
+    widths = [jnp.finfo(leaf.dtype).eps for leaf in arrays if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     for (path, a), (_, b) in zip(expected, got, strict=True):
         if not trees.is_number(a):
             continue
@@ -407,4 +398,4 @@ def _entries(leaves: Sequence[Any]) -> int:
 
 
 def _bytes(leaves: Sequence[Any]) -> int:
-    return sum(math.prod(np.shape(leaf)) * leaf.dtype.itemsize for leaf in leaves if finding.is_array(leaf))
+    return sum(math.prod(np.shape(leaf)) * leaf.dtype.itemsize for leaf in leaves if trees.is_array(leaf))

@@ -78,7 +78,7 @@ def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: A
             )
 
     def read(at, leaf):
-        if not finding.is_array(leaf):
+        if not trees.is_array(leaf):
             return leaf
         array = saved[_name(at)]
         # NumPy knows no bfloat16 by name.
@@ -88,7 +88,7 @@ def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: A
 
 
 def _arrays(tree: Any) -> list[tuple[trees.KeyPath, Any]]:
-    return [(path, leaf) for path, leaf in trees.named_leaves(tree) if finding.is_array(leaf)]
+    return [(path, leaf) for path, leaf in trees.named_leaves(tree) if trees.is_array(leaf)]
 
 
 def _name(path: trees.KeyPath) -> str:

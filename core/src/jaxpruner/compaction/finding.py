@@ -191,25 +191,14 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any) -> Traced:
     Raises:
       ValueError: see :func:`find_groups`.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    # What is no array, such as the functions in a module of Equinox, stays as it is.
-    traced = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    paths = [path for path, leaf in trees.named_leaves(params) if is_array(leaf)]
-
-    def of_arrays(given, *args):
-        return fn(treedef.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)]), *args)
-
-    closed, results = jax.make_jaxpr(of_arrays, return_shape=True)({i: leaves[i] for i in traced}, *args)
+    arrays, paths, joined = trees.parted(params)
+    traced = jax.make_jaxpr(lambda arrays, *args: fn(joined(arrays), *args), return_shape=True)
+    closed, results = traced(arrays, *args)
     arguments = [rules.fresh(variable.aval.shape) for variable in closed.jaxpr.invars]
     found = group(reading.read(closed, arguments), paths)
     return Traced(found, jax.tree.structure(results))
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array or the shape of one."""
-    return hasattr(leaf, "shape") and trees.is_number(leaf)
-
-
 def shapes_of(params: Any) -> Any:
     """The parameters with the shapes of arrays in their place."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype) if is_array(p) else p, params)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype) if trees.is_array(p) else p, params)

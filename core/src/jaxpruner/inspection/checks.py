@@ -139,6 +139,7 @@ def check_targets(updater: BaseUpdater, params: Any) -> None:
         )
     if disagreement := structure_disagreement(updater, params, targets):
         raise ValueError(disagreement)
+    _tell_of_large_units(updater, params, targets)
     _tell_of_zeros(updater, params, targets)
 
 
@@ -165,6 +166,29 @@ def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> s
 def warn_once(message: str) -> None:
     """A warning that a process sees once."""
     warnings.warn(message, UserWarning, stacklevel=4)
+
+
+# Shares of a leaf: how far the sparsity of whole units may be from what was asked for before it is told.
+_FAR = 0.1
+
+
+def _tell_of_large_units(updater: BaseUpdater, params: Any, targets: Any) -> None:
+    """A leaf of a few units cannot have any sparsity: one unit is always kept."""
+    if updater.custom_topk:
+        return
+    pruned = dict(trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)))
+    for path, target in trees.named_leaves(targets):
+        shape, structure = jnp.shape(pruned[path]), updater.structure(path, pruned[path])
+        if isinstance(target, jax.core.Tracer) or isinstance(structure.of_layer, sparsity_types.Unstructured):
+            continue
+        units = structure.num_units(shape)
+        given = 1 - max(1, round(units * (1 - float(target)))) / max(1, units)
+        if abs(given - float(target)) > _FAR:
+            warn_once(
+                f"{trees.leaf_name(path)}: a sparsity of {float(target):g} is asked for, and of its {units} units of "
+                f"{structure.of_layer} a share of {given:.2g} is pruned. Choose smaller units, or other axes, or "
+                "exclude the leaf with filter_fn."
+            )
 
 
 def _tell_of_zeros(updater: BaseUpdater, params: Any, targets: Any) -> None:
@@ -238,12 +262,20 @@ def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
 def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseUpdater) -> None:
     last, count = _end(updater), _count(state)
     is_over = last is not None and count > last
-    if not (updater.follows_schedule and updater.starts_dense and updater.masks is None and is_over):
+    is_asked = updater.follows_schedule or updater.reaches_sparsity
+    if not (is_asked and updater.starts_dense and updater.masks is None and is_over):
         return
     try:
         asked, held, slack = shares_pruned(params, state, updater)
     except ValueError:
         return  # masks of a part of the parameters, whose budget is shared with others
+    if updater.reaches_sparsity and not held:
+        raise ValueError(
+            f"sparsity: asked {asked:.1%}, and {type(updater).__name__} pruned nothing at the first step, since all "
+            "scores were 0: a last layer that starts at zero lets no gradient pass to the others. Let it start from "
+            "other values, or make masks of parameters that were trained for some steps, updater.instant_sparsify("
+            "params, ...), for masks= of static_sparse or preserve."
+        )
     if asked - held > slack:
         raise ValueError(
             f"sparsity: asked {asked:.1%}, masks hold {held:.1%}, and the schedule is over (its last "
@@ -282,5 +314,7 @@ def _weights(
         size = float(np.prod(shape))
         total, asked, held = total + size, asked + float(target) * size, held + size - kept
         # Shares are rounded to a unit in each layer.
-        slack += size / max(1, updater.structure(path, leaves[path]).num_units(shape)) + 1e-3 * size
+        structure, axis = updater.structure(path, leaves[path]), updater.stack_axis(path, leaves[path])
+        layers = 1 if axis is None else shape[axis]
+        slack += layers * structure.unit_size(shape) + 1e-3 * size
     return asked, held, slack, total

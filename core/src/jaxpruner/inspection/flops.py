@@ -170,14 +170,8 @@ def shifted_parameters(fn: Callable[..., Any], params: Any, *args: Any) -> tuple
 def _walk(
     fn: Callable[..., Any], params: Any, args: Sequence[Any], sizes: Sequence[int], tell: Any, **more: Any
 ) -> None:
-    # What is no number, such as the functions in a module of Equinox, is not traced.
-    leaves, treedef = jax.tree.flatten(params)
-    traced = [i for i, leaf in enumerate(leaves) if trees.is_number(leaf)]
-
-    def of_numbers(given, *args):
-        return fn(treedef.unflatten([given.get(i, leaf) for i, leaf in enumerate(leaves)]), *args)
-
-    jaxpr = jax.make_jaxpr(of_numbers)({i: leaves[i] for i in traced}, *args).jaxpr
+    numbers, _, joined = trees.parted(params, trees.is_number)
+    jaxpr = jax.make_jaxpr(lambda numbers, *args: fn(joined(numbers), *args))(numbers, *args).jaxpr
     parameters = [jaxprs.Value((i,)) for i in range(len(sizes))]
     jaxprs.walk(jaxpr, parameters + [jaxprs.DATA] * (len(jaxpr.invars) - len(sizes)), sizes, tell, **more)
 

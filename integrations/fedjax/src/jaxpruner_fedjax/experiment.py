@@ -126,7 +126,8 @@ def run(experiment: Experiment) -> Any:
             if _due(config.eval_frequency, done, config):
                 row |= evaluate(experiment)
                 if not is_checked:
-                    jaxpruner.check_sparse(experiment.state.params, experiment.state.opt_state)
+                    state = experiment.state
+                    jaxpruner.check_sparse(state.params, state.opt_state, experiment.server.updater)
                     is_checked = True
             recorder.write(done, row)
             if _due(config.checkpoint_frequency, done, config):

@@ -223,7 +223,7 @@ class _Watch:
             if not self.masks_checked:
                 params, opt_state = _of_one_device(train_state)
                 if find_states(opt_state):
-                    jaxpruner.check_sparse(params, opt_state)
+                    jaxpruner.check_sparse(params, opt_state, self.made and self.made.configured)
                     self.masks_checked = reached(params, opt_state) > 0
             return stock(train_state, *args, **kwargs)
 
