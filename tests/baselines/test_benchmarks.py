@@ -59,6 +59,7 @@ ROWS = {
     "compact VisionTransformer, forward pass, 50% removed": 1,
     "compact VisionTransformer, training step, 50% removed": 1,
     "32x32, 90% zeros, times 4: sparse_above": 1,
+    "agent plays dqn_cartpole, 50% of units removed": 1,
     **{
         row: count
         for structure in ("unstructured", "2:4")

@@ -82,9 +82,10 @@ def test_the_network_from_scratch_has_the_sizes_that_pruning_leaves():
 
 
 @pytest.mark.slow
-def test_the_baseline_compacts(tmp_path):
+@pytest.mark.parametrize(("preset", "more_steps"), [("smoke", 1), ("smoke_distil", 2)])
+def test_the_baseline_compacts(preset, more_steps, tmp_path):
     output = invoke(
-        "run", "compact", "--preset", "smoke", "--methods", "dense,magnitude,from_scratch", "--sparsities", "0.5",
+        "run", "compact", "--preset", preset, "--methods", "dense,magnitude,from_scratch", "--sparsities", "0.5",
         "--seeds", "1", "--results", str(tmp_path),
     )  # fmt: skip
     rows = Results(tmp_path / "compact.csv").read()
@@ -92,6 +93,7 @@ def test_the_baseline_compacts(tmp_path):
     assert rows["sparsity_reached"].tolist() == [0.0, 0.5, 0.5]
     sizes = [json.loads(details)["parameters"] for details in rows["details"]]
     assert sizes[0] > sizes[1] == sizes[2]
-    assert (tmp_path / "compact-smoke-speedup.png").exists()
+    assert rows["steps"].tolist() == [rows["steps"][0] * factor for factor in (1, more_steps, more_steps)]
+    assert (tmp_path / f"compact-{preset}-speedup.png").exists()
     assert all(json.loads(details)["speedup"] > 0 for details in rows["details"])
     assert "about" in output

@@ -2,10 +2,14 @@
 
     jaxpruner-baselines run compact --preset vit --seeds 3     # 30 runs; dense: 90.8
     jaxpruner-baselines run compact --preset resnet
+    jaxpruner-baselines run compact --preset vit_distil
 
 A dense network is trained, pruned by groups while it goes on training, compacted, and fine-tuned as the small function
 with what was left of the optimizer's state. Beside it `from_scratch`: a network of the same smaller sizes that is
 trained from the start, for as many steps.
+
+`vit_distil` trains the dense network to its end, prunes it at once, compacts it, and trains the small function on the
+dense one's outputs (Muralidharan et al., 2024, "Compact Language Models via Pruning and Knowledge Distillation").
 """
 
 from __future__ import annotations
@@ -51,12 +55,21 @@ class Preset:
     validation: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Distilled(Preset):
+    """`epochs` train the teacher, which is pruned at once; these come after them."""
+
+    distil_epochs: int = 20
+
+
 PRESETS = {
     "vit": Preset("vit"),
     "resnet": Preset("resnet", epochs=20),
+    "vit_distil": Distilled("vit"),
     "vit_mnist": Preset("vit_mnist", "mnist_5k", epochs=20),
     "short": Preset("vit_short", epochs=30),  # one run of it ends `suite`
     "smoke": Preset("vit_smoke", epochs=4, prune_every=5, timed_images=8, repeats=1),
+    "smoke_distil": Distilled("vit_smoke", epochs=2, distil_epochs=2, timed_images=8, repeats=1),
 }
 
 
@@ -67,7 +80,7 @@ class _ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        norm = functools.partial(nn.GroupNorm, num_groups=8)
+        norm = functools.partial(nn.GroupNorm, num_groups=4)
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False)
         x = nn.relu(norm()(conv(self.width)(images)))
         for stage in range(3):
@@ -86,7 +99,7 @@ MODELS: dict[str, nn.Module] = {
     "vit_short": ViT(patch=2, dim=64, depth=1, heads=4, classes=10),
     "vit_mnist": ViT(patch=4, dim=64, depth=4, heads=4, classes=10),
     "vit_smoke": ViT(patch=4, dim=8, depth=1, heads=2, classes=10),
-    "resnet": _ResNet(32),
+    "resnet": _ResNet(),
 }
 
 
@@ -95,11 +108,27 @@ def optimizer(preset: Preset, steps: int) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=preset.weight_decay)
 
 
-def make_epoch(forward: Callable[..., Any], tx: optax.GradientTransformation) -> Callable[..., Any]:
+def on_labels(logits: Any, images: Any, labels: Any) -> Any:
+    """Cross entropy of each image."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def on_outputs_of(teacher: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """Kullback-Leibler divergence of each image from what a teacher gives."""
+
+    def loss(logits, images, labels):
+        return optax.kl_divergence(jax.nn.log_softmax(logits), jax.nn.softmax(teacher(params, images)))
+
+    return loss
+
+
+def make_epoch(
+    forward: Callable[..., Any], tx: optax.GradientTransformation, loss: Callable[..., Any] = on_labels
+) -> Callable[..., Any]:
     """`(params, opt_state), images, labels -> (params, opt_state), loss` over batches."""
 
     def loss_fn(params, images, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(forward(params, images), labels).mean()
+        return loss(forward(params, images), images, labels).mean()
 
     def train_step(state, batch):
         params, opt_state = state
@@ -136,39 +165,48 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     preset, is_pruned = run.preset, run.method not in (DENSE, FROM_SCRATCH)
     dataset = data.DATASETS[preset.dataset](validation=preset.validation)
     steps_per_epoch = len(dataset.train) // preset.batch_size
-    steps = preset.epochs * steps_per_epoch
+    distils = is_pruned and isinstance(preset, Distilled)
+    epochs = preset.epochs + (0 if run.method == DENSE else getattr(preset, "distil_epochs", 0))
+    # The teacher's training is whole, and what follows is one of its own.
+    first_steps = steps_per_epoch * (preset.epochs if distils else epochs)
+    steps = steps_per_epoch * epochs
     model, example = MODELS[preset.network], dataset.train.images[: preset.batch_size]
     dense = jax.jit(model.init)(jax.random.key(run.seed), example)
 
-    small, tx = None, optimizer(preset, steps)
+    small, tx = None, optimizer(preset, first_steps)
     forward, params = model.apply, dense
     if run.method == FROM_SCRATCH:
         small = smaller(forward, dense, example, run.sparsity, run.seed)
         forward, params = small.fn, small.params
     elif is_pruned:
-        first, last = (
-            preset.prune_every * round(fraction * steps / preset.prune_every)
-            for fraction in (preset.prune_start, preset.prune_end)
-        )
-        tx = jaxpruner.sparsify(
-            tx,
-            algorithm=run.method,
-            sparsity=run.sparsity,
-            sparsity_type=jaxpruner.find_groups(forward, dense, example),
-            update_start_step=first,
-            update_end_step=last,
-            update_freq=preset.prune_every,
-        )
+        groups = jaxpruner.find_groups(forward, dense, example)
+        pruning = {"algorithm": run.method, "sparsity": run.sparsity, "sparsity_type": groups}
+        if not distils:
+            first, last = (
+                preset.prune_every * round(fraction * steps / preset.prune_every)
+                for fraction in (preset.prune_start, preset.prune_end)
+            )
+            tx = jaxpruner.sparsify(
+                tx, **pruning, update_start_step=first, update_end_step=last, update_freq=preset.prune_every
+            )
+    compacts_at = preset.epochs if distils else round(preset.compact_at * epochs)
     state = _copied((params, jax.jit(tx.init)(params)))
     epoch_of = make_epoch(forward, tx)
-    for epoch in range(preset.epochs):
-        if is_pruned and epoch == round(preset.compact_at * preset.epochs):
-            params, sparse_state = state
-            small = jaxpruner.compact(forward, params, example)
-            # From here on nothing is masked: the bare optimizer goes on with the moments of what is left.
-            state = _copied((small.params, small.cut(sparse_state).inner_state))
+    for epoch in range(epochs):
+        if is_pruned and epoch == compacts_at:
+            params, opt_state = state
+            if distils:
+                pruned, _ = jaxpruner.create_updater_from_config(pruning).instant_sparsify(params)
+                small = jaxpruner.compact(forward, pruned, example)
+                tx, loss_of = optimizer(preset, steps - first_steps), on_outputs_of(forward, params)
+                state = _copied((small.params, tx.init(small.params)))
+            else:
+                small = jaxpruner.compact(forward, params, example)
+                # From here on nothing is masked: the bare optimizer goes on with the moments of what is left.
+                tx, loss_of = optimizer(preset, steps), on_labels
+                state = _copied((small.params, small.cut(opt_state).inner_state))
             forward = small.fn
-            epoch_of = make_epoch(forward, optimizer(preset, steps))
+            epoch_of = make_epoch(forward, tx, loss_of)
         # From seed and epoch alone, so that all methods see the same batches.
         order = np.random.default_rng([run.seed, epoch]).permutation(len(dataset.train))
         batches = dataset.train.take(

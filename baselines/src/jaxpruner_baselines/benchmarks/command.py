@@ -16,6 +16,7 @@ from rich.table import Table
 from jaxpruner_baselines import provenance
 from jaxpruner_baselines.benchmarks import (
     accelerators,
+    agents,
     calibration,
     compaction,
     masks,
@@ -47,6 +48,7 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
     "eager_steps": (overheads.eager_steps, overheads.Sizes(), overheads.QUICK),
     "compact_speed": (compaction.compact_speed, compaction.Sizes(), compaction.QUICK),
     "sparse_kernels": (compaction.sparse_kernels, compaction.Kernels(), compaction.QUICK_KERNELS),
+    "agent_steps": (agents.agent_steps, agents.Sizes(), agents.QUICK),
     "oneshot_layers": (calibration.oneshot_layers, calibration.Sizes(), calibration.QUICK),
     "accelerator_masks": (accelerators.mask_updates, accelerators.Sizes(), accelerators.QUICK),
     "accelerator_steps": (steps.training_steps, steps.VIT_B, steps.VIT_B_QUICK),
@@ -54,8 +56,8 @@ GROUPS: dict[str, tuple[Callable, Any, Any]] = {
 _NETWORKS = ("vit_steps", "resnet_steps", "transformer_steps")
 # Too large for a CPU: left out there, unless they are asked for by name or with --quick.
 ACCELERATOR_GROUPS = ("accelerator_masks", "accelerator_steps")
-# Steps of a network in several ways, and layers of large models: left out unless asked for by name.
-LONG_GROUPS = (*_NETWORKS, "oneshot_layers")
+# Steps of a network in several ways, agents at play, and layers of large models: left out unless asked for by name.
+LONG_GROUPS = (*_NETWORKS, "agent_steps", "oneshot_layers")
 
 HEADER = ("row", "ours", "peer", "ratio", "reach", "met")
 
