@@ -174,7 +174,7 @@ _FAR = 0.1
 
 def _tell_of_large_units(updater: BaseUpdater, params: Any, targets: Any) -> None:
     """A leaf of a few units cannot have any sparsity: one unit is always kept."""
-    if updater.custom_topk:
+    if updater.custom_topk or isinstance(updater.sparsity_type, coupled_structures.Coupled):
         return
     pruned = dict(trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)))
     for path, target in trees.named_leaves(targets):
