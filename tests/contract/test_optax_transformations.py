@@ -16,6 +16,9 @@ from optax import contrib
 
 import jaxpruner
 
+if not hasattr(optax, "monitor"):
+    pytest.skip("its rows are of a newer optax", allow_module_level=True)
+
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32), "b": jnp.ones(8)}
 TARGET = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(4, 8)), jnp.float32), "b": jnp.zeros(8)}
 KEPT = 8

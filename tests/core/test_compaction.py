@@ -7,6 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 
 import jaxpruner
 from jaxpruner import mask_storage
@@ -422,13 +423,14 @@ def test_units_are_kept_by_choice_and_a_saved_choice_gives_the_same_function():
 
 def test_what_cannot_be_shortened_says_why():
     constant = normal(16)
+    halves = lambda y, first: jax.lax.slice(y, (0, first), y.shape, (1, 2))  # noqa: E731
     cases = {
         "reduced by reduce_sum": lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"],
         "counted by iota": lambda p, x: ((x @ p["a"]) * jnp.arange(16)) @ p["b"],
         "constant of the function": lambda p, x: ((x @ p["a"]) * constant) @ p["b"],
         "which there is no rule for": lambda p, x: jnp.fft.fft(x @ p["a"]).real @ p["b"],
         "is sorted": lambda p, x: jnp.sort(x @ p["a"]) @ p["b"],
-        "is taken in strides": lambda p, x: jnp.concatenate([x @ p["a"][:, ::2], x @ p["a"][:, 1::2]], -1) @ p["b"],
+        "is taken in strides": lambda p, x: jnp.concatenate([halves(x @ p["a"], i) for i in range(2)], -1) @ p["b"],
         "is an axis of what the function returns": lambda p, x: (x @ p["a"], x @ p["a"] @ p["b"]),
     }
     params, x = {"a": normal(5, 16), "b": normal(16, 3)}, normal(2, 5)
@@ -570,10 +572,10 @@ def test_transformations_of_the_small_function():
     expected = small.fn(small.params, x)
     close(expected, jax.jit(small.fn)(small.params, x))
     close(expected, jax.vmap(small.fn, (None, 0))(small.params, x))
-    exported = jax.export.export(jax.jit(small.fn))(
-        small.params, jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 5"), jnp.float32)
+    exported = export.export(jax.jit(small.fn))(
+        small.params, jax.ShapeDtypeStruct(export.symbolic_shape("batch, 5"), jnp.float32)
     )
-    close(expected, jax.export.deserialize(exported.serialize()).call(small.params, x))
+    close(expected, exported.call(small.params, x))
 
 
 def test_the_state_of_groups_is_placed_on_a_mesh():
