@@ -1,6 +1,6 @@
 # Two commands do all on a fresh machine: `make baselines` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup baselines test test-all test-lanes benchmarks lint format constraints clean
+.PHONY: help setup baselines test test-all test-lanes benchmarks lint format build constraints clean
 
 RUN := .venv/bin
 SEEDS ?= 1
@@ -34,6 +34,10 @@ lint format: setup  ## format and lint the code
 	@$(RUN)/ruff format .
 	@$(RUN)/ruff check --fix .
 
+build: setup  ## wheels and source distributions of all members, into dist/
+	@rm -rf dist
+	@sh tools/build.sh $(RUN) dist
+
 constraints: setup  ## resolve constraints.txt anew
 	@printf '%s\n' '-e core' '-e baselines[pretrained]' '-e integrations/fedjax' '-e integrations/dopamine' \
 		'-e integrations/scenic' '-e integrations/t5x' '-e integrations/keras' '-r tests/requirements.txt' | \
@@ -42,4 +46,4 @@ constraints: setup  ## resolve constraints.txt anew
 		grep '==' > constraints.new && mv constraints.new constraints.txt
 
 clean:  ## remove what the commands made, except results
-	rm -rf .venv .lanes .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .lanes dist .pytest_cache .ruff_cache .hypothesis
