@@ -27,6 +27,10 @@ PAGES = [
     ROOT / "baselines" / "README.md",
     *sorted((ROOT / "baselines" / "docs").glob("*.md")),
 ]
+PAGES_WITHOUT_CODE = [
+    *[ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "WORKSPACE.md")],
+    *sorted((ROOT / ".github").rglob("*.md")),
+]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -121,11 +125,7 @@ def test_code_of_a_page(page, tmp_path, monkeypatch):
             del jaxpruner.ALGORITHM_REGISTRY[name]
 
 
-@pytest.mark.parametrize(
-    "page",
-    [p for p in PAGES if p.parts[-2] in ("docs", "core", "baselines") or "integrations" in p.parts],
-    ids=page_name,
-)
+@pytest.mark.parametrize("page", [*PAGES, *PAGES_WITHOUT_CODE], ids=page_name)
 def test_links_of_a_page_lead_somewhere(page):
     targets = [target.partition("#")[0] for target in LINK.findall(page.read_text()) if "://" not in target]
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
