@@ -394,12 +394,12 @@ _SEVERAL_OUTPUTS = frozenset(["query", "key", "value", "q", "k", "v", "q_proj", 
 def contracted_axes(path: trees.KeyPath, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes that a layer contracts with its input, by the conventions of JAX's libraries.
 
-    ============================================  =================================
-    `kernel`, `w` and others, (..., in, out)      all but the last (Flax, Haiku; convolutions: height, width, in)
-    three axes in `query`, `key`, `value`         the first (Flax's attention: in, heads, head_dim)
-    `weight`, (out, in, ...)                      all but the first (Equinox)
-    `embedding`                                   the last (tied to the output)
-    ============================================  =================================
+    | leaf | axes |
+    |---|---|
+    | `kernel`, `w` and others, (..., in, out) | all but the last (Flax, Haiku; convolutions: height, width, in) |
+    | three axes in `query`, `key`, `value` | the first (Flax's attention: in, heads, head_dim) |
+    | `weight`, (out, in, ...) | all but the first (Equinox) |
+    | `embedding` | the last (tied to the output) |
 
     Raises:
       ValueError: for a leaf of one axis.

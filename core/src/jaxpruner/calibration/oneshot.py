@@ -53,14 +53,12 @@ def prune_oneshot(
     written in; layers that are run through by `scan` are pruned one by one. With X the inputs of a layer, one token a
     column, and W its weights:
 
-    =============  ==========================================================  ======================================
-    `algorithm`    what goes                                                   what becomes of the others
-    =============  ==========================================================  ======================================
-    `magnitude`    lowest :math:`|w|`                                          stay
-    `wanda`        lowest :math:`|w_{ij}| \, \|x_i\|_2`, for each output alike  stay (Sun et al., 2024)
-    `sparsegpt`    lowest :math:`w_{ij}^2 / [(XX^T)^{-1}]_{ii}`                 least squares (Frantar & Alistarh, 2023)
-    `flap`         units of lowest :math:`\mathrm{var}(x_i) \|w_i\|^2`          biases take up means (An et al., 2024)
-    =============  ==========================================================  ======================================
+    | `algorithm` | what goes | what becomes of the others |
+    |---|---|---|
+    | `magnitude` | lowest :math:`|w|` | stay |
+    | `wanda` | lowest :math:`|w_{ij}| \, \|x_i\|_2`, for each output alike | stay (Sun et al., 2024) |
+    | `sparsegpt` | lowest :math:`w_{ij}^2 / [(XX^T)^{-1}]_{ii}` | least squares (Frantar & Alistarh, 2023) |
+    | `flap` | units of lowest :math:`\mathrm{var}(x_i) \|w_i\|^2` | biases take up means (An et al., 2024) |
 
     Afterwards `sparsify(tx, algorithm="preserve")` trains on with these zeros, and :func:`compact` removes units.
 
