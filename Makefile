@@ -1,6 +1,6 @@
 # Two commands do all on a fresh machine: `make baselines` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup baselines test test-all test-lanes benchmarks lint format build constraints clean
+.PHONY: help setup baselines test test-all test-lanes benchmarks docs lint format build constraints clean
 
 RUN := .venv/bin
 SEEDS ?= 1
@@ -30,6 +30,11 @@ test-lanes: setup  ## the core's quick tests on the oldest and the newest JAX, f
 benchmarks: setup  ## speed and memory of the core against sorts and a bare optimizer
 	@$(RUN)/jaxpruner-baselines bench
 
+docs:  ## the documentation, from Markdown and docstrings, into site/
+	@.venv-docs/bin/python -m pip --version >/dev/null 2>&1 || $(or $(PYTHON),python3) -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff -r docs/requirements.txt
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict  # no news of its makers
+
 lint format: setup  ## format and lint the code
 	@$(RUN)/ruff format .
 	@$(RUN)/ruff check --fix .
@@ -40,10 +45,11 @@ build: setup  ## wheels and source distributions of all members, into dist/
 
 constraints: setup  ## resolve constraints.txt anew
 	@printf '%s\n' '-e core' '-e baselines[pretrained]' '-e integrations/fedjax' '-e integrations/dopamine' \
-		'-e integrations/scenic' '-e integrations/t5x' '-e integrations/keras' '-r tests/requirements.txt' | \
+		'-e integrations/scenic' '-e integrations/t5x' '-e integrations/keras' '-r tests/requirements.txt' \
+		'-r docs/requirements.txt' | \
 		$(RUN)/uv pip compile --quiet --upgrade --no-annotate --no-header --python-version 3.11 \
 		--prerelease if-necessary-or-explicit --override tools/overrides.txt - | \
 		grep '==' > constraints.new && mv constraints.new constraints.txt
 
 clean:  ## remove what the commands made, except results
-	rm -rf .venv .lanes dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs site .lanes dist .pytest_cache .ruff_cache .hypothesis

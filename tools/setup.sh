@@ -20,7 +20,11 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv .venv || fail "'$python -m venv' failed. On Debian and Ubuntu: apt install python3-venv"
 fi
 
-inputs=$(cat constraints.txt core/pyproject.toml baselines/pyproject.toml integrations/*/pyproject.toml tests/requirements.txt | cksum)
+pins=$(mktemp) # without what the documentation alone needs: `make docs` has a place of its own
+trap 'rm -f "$pins"' EXIT
+sed -n 's/^[a-z].*/^&==/p' docs/requirements.txt | grep -v -f - constraints.txt >"$pins"
+
+inputs=$(cat "$pins" core/pyproject.toml baselines/pyproject.toml integrations/*/pyproject.toml tests/requirements.txt | cksum)
 [ "$(cat "$stamp" 2>/dev/null || true)" = "$inputs" ] && exit 0
 
 echo "setup: installing into .venv (once, some minutes and 4 GB)"
@@ -34,6 +38,6 @@ for member in integrations/*/pyproject.toml; do
 done
 # Without dependencies: the pins are all that is needed, and some hosts ask for what they must not get
 # (tools/overrides.txt).
-pip --no-deps -r constraints.txt
+pip --no-deps -r "$pins"
 pip --no-deps "$@"
 echo "$inputs" >"$stamp"
