@@ -91,7 +91,7 @@ class Docstrings(Extension):
 
 class _Roles(Preprocessor):
     DISPLAY = re.compile(r"^([ ]*)\.\. math::[ ]*(.*(?:\n\1[ ]+\S.*)*)", re.MULTILINE)
-    INLINE = re.compile(r":math:`([^`]+)`")
+    INLINE = re.compile(r":math:`([^`]+)`([.,:;)]*)")
     NAME = re.compile(r":(?:func|class|meth):`(?:jaxpruner\.)?([^`]+)`")
 
     def __init__(self, md, public):
@@ -99,12 +99,13 @@ class _Roles(Preprocessor):
         self.public = frozenset(public)
 
     def run(self, lines):
-        text = self.DISPLAY.sub(lambda match: match[1] + self._formula(match[2], "block"), "\n".join(lines))
-        text = self.INLINE.sub(lambda match: self._formula(match[1], "inline"), text)
+        text = self.DISPLAY.sub(lambda match: match[1] + self._formula("div", match[2], "block"), "\n".join(lines))
+        text = self.INLINE.sub(lambda match: self._formula("span", match[1], "inline", match[2]), text)
         return self.NAME.sub(self._reference, text).split("\n")
 
-    def _formula(self, latex, display):
-        return self.md.htmlStash.store(convert(" ".join(latex.split()), display=display))
+    def _formula(self, tag, latex, display, punctuation=""):
+        formula = convert(" ".join(latex.split()), display=display)
+        return self.md.htmlStash.store(f'<{tag} class="formula">{formula}{punctuation}</{tag}>')
 
     def _reference(self, match):
         name = match[1]
