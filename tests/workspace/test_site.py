@@ -31,7 +31,10 @@ def nav() -> list[str]:
 
 def test_every_page_is_in_the_navigation():
     pages = [
-        *(ROOT / name for name in ("README.md", "WORKSPACE.md", "CHANGELOG.md", "baselines/README.md")),
+        *(
+            ROOT / name
+            for name in ("README.md", "WORKSPACE.md", "CHANGELOG.md", "CONTRIBUTING.md", "baselines/README.md")
+        ),
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("docs/api/*.md"),
         *ROOT.glob("integrations/*/README.md"),
