@@ -90,6 +90,34 @@ class Curve:
     unit: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program of a training step, traced with shapes in place of arrays: `jax.stages.Lowered`.
+
+    `times` is how often a step runs it.
+    """
+
+    lowered: Any
+    times: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A step of a run as its host makes it, for `--dry-run`: nothing is computed, no data are read.
+
+    `params` and `opt_state` are shapes, with their shardings where a device has not all of them. `updater` is the
+    algorithm, None if dense; `steps` those of the whole run, and `unit` what one is.
+    """
+
+    programs: Sequence[Program]
+    params: Any
+    opt_state: Any
+    updater: Any
+    steps: int
+    devices: int
+    unit: str = "steps"
+
+
 class NotReady(Exception):  # noqa: N818  (no error of the program: something has to be done first)
     """What a baseline needs is not there; the message says what to do."""
 
@@ -110,6 +138,8 @@ class Baseline:
     """Carries out one run: yields `Progress` now and then, and one `Outcome` at the end."""
     prepare: Callable[[Any], None] = nothing
     """Called with the preset before the first run; raises `NotReady` where something is missing."""
+    abstract: Callable[[Run], TrainStep] | None = None
+    """Makes a step of a run for the devices at hand without computing anything, where its host lets one."""
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
     only: tuple[str, ...] = ()

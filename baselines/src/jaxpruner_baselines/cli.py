@@ -58,15 +58,32 @@ def list_() -> None:
 def run(
     name: Name,
     preset: Preset = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated; default: all of `list`.")] = "all",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated; default: all of `list`, with --dry-run two.", show_default=False),
+    ] = None,
     sparsities: Annotated[
         str | None, typer.Option(help="Comma-separated, each between 0 and 1; default: the baseline's own.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,).")] = "3",
     results: Folder = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only compile a training step, for virtual devices, and tell its costs.")
+    ] = False,
+    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: how many.")] = 8,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="With --dry-run: the share of an accelerator's peak in its hours.")
+    ] = 0.4,
+    markdown: Annotated[
+        Path | None, typer.Option(help="With --dry-run: write it into this file too, between its markers.")
+    ] = None,
 ) -> None:
     """Train, and append a row per run to the results. Run it again to continue where it stopped."""
     baseline, preset = _baseline(name, preset)
+    if dry_run:
+        _dry_run(baseline, preset, methods, sparsities, devices, utilisation, markdown)
+        return
+    methods = methods or "all"
     plan = baseline.plan(preset, _methods(baseline, methods), _sparsities(baseline, sparsities), _seeds(seeds))
     try:
         done, failed = runner.carry_out(baseline, plan, results, console)
@@ -82,6 +99,45 @@ def run(
         plot(name, preset, results)
     if failed:
         _fail(f"{failed} runs failed, see above; the same command tries them again.", exit_code=1)
+
+
+def _dry_run(
+    baseline: Baseline,
+    preset: str,
+    methods: str | None,
+    sparsities: str | None,
+    devices: int,
+    utilisation: float,
+    markdown: Path | None,
+) -> None:
+    from jaxpruner_baselines import dry_run
+
+    if baseline.abstract is None:
+        able = [name for name in registry.MODULES if getattr(_found(name), "abstract", None)]
+        _fail(f"--dry-run: {baseline.name} does not take it. Those that do: {', '.join(able)}.")
+    names = _methods(baseline, methods or ",".join(dry_run.DEFAULT_METHODS))
+    chosen = _sparsities(baseline, sparsities) if sparsities else [suites.sparsity_of(baseline, preset)]
+    plan = baseline.plan(preset, names, chosen, [0])
+    runs, found, failures = [], [], []
+    with console.status("") as status:
+        events = dry_run.compile_all(plan, devices)
+        for run in plan:
+            status.update(f"{run.title}: builds and compiles its step")
+            told = next(events, "not compiled")
+            if isinstance(told, str):
+                failures.append(f"{run.title}: {told}")
+            else:
+                runs.append(run)
+                found.append(told)
+    if found:
+        header, rows = dry_run.table_of(runs, found, utilisation)
+        console.print(dry_run.terminal(f"{baseline.name}, preset {preset}: one {found[0].unit[:-1]}", header, rows))
+        console.print(dry_run.note(utilisation))
+        if markdown is not None:
+            text = f"{report.markdown_table(header, rows)}\n\n{dry_run.note(utilisation)}"
+            _write(markdown, f"dry-run:{baseline.name}-{preset}", text)
+    if failures:
+        _fail("\n".join(failures), exit_code=1)
 
 
 @app.command()
@@ -167,11 +223,15 @@ def table(
         marker = f"results:{name}-{preset}"
         if not (markdown.exists() and f"<!-- {marker} -->" in markdown.read_text()):
             marker = f"results:{name}"
-        try:
-            report.update_markdown(markdown, marker, text)
-        except ValueError as error:
-            _fail(str(error))
-        console.print(f"written to {markdown}", soft_wrap=True)
+        _write(markdown, marker, text)
+
+
+def _write(markdown: Path, marker: str, text: str) -> None:
+    try:
+        report.update_markdown(markdown, marker, text)
+    except ValueError as error:
+        _fail(str(error))
+    console.print(f"written to {markdown}", soft_wrap=True)
 
 
 @app.command()
@@ -238,6 +298,14 @@ def _baseline(name: str, preset: str | None) -> tuple[Baseline, str]:
     except ImportError as error:
         _fail(f"{name} needs a package that is not installed ({error}); baselines/docs says which.")
     return baseline, _check(f"preset of {name}", preset or baseline.default_preset, baseline.presets)
+
+
+def _found(name: str) -> Baseline | None:
+    """A baseline, None where what it needs is not installed."""
+    try:
+        return registry.get(name)
+    except ImportError:
+        return None
 
 
 def _methods(baseline: Baseline, text: str) -> list[str]:

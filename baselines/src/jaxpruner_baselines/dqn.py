@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from jaxpruner_baselines.baseline import Baseline, Curve, Outcome, Progress, Run
+import jax
+import jax.numpy as jnp
+
+from jaxpruner_baselines.baseline import Baseline, Curve, Outcome, Program, Progress, Run, TrainStep
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import DEAD, SHARES, costs, dead_units
 from jaxpruner_baselines.hush import hushed
@@ -144,17 +148,52 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     )
 
 
+def abstract(run: Run) -> TrainStep:
+    """Dopamine's jitted `train`, on one device. Its agent and its game are made, which takes megabytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        runner = start(run, folder)
+        agent, batch = runner.agent, _batch_size()
+        from dopamine.jax.agents.dqn import dqn_agent
+
+        def sampled(dtype: Any, shape: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch, *shape), jax.dtypes.canonicalize_dtype(dtype))
+
+        states = sampled(agent.observation_dtype, agent.state.shape)
+        lowered = dqn_agent.train.lower(
+            agent.network_def,
+            agent.online_params,
+            agent.target_network_params,
+            agent.optimizer,
+            agent.optimizer_state,
+            states,
+            sampled(jnp.int32),
+            states,
+            sampled(jnp.float32),
+            sampled(jnp.bool_),
+            agent.cumulative_gamma,
+            agent._loss_type,
+        )
+        runner.close()
+    steps = _gradient_steps(agent, runner.agent_steps)
+    return TrainStep([Program(lowered)], agent.online_params, agent.optimizer_state, agent.updater, steps, devices=1)
+
+
 def _costs(agent: Any) -> dict[str, Any]:
     """Those of acting, and of the gradient steps, without those of target networks; and the units that are dead."""
-    import gin
-
     network = agent.network_def.apply, agent.online_params, agent.preprocess_fn(agent.state)
     return costs(
-        *network,
-        updater=agent.updater,
-        steps=(agent.training_steps - agent.min_replay_history) // agent.update_period,
-        batch=gin.query_parameter("ReplayBuffer.batch_size"),
+        *network, updater=agent.updater, steps=_gradient_steps(agent, agent.training_steps), batch=_batch_size()
     ) | dead_units(*network)
+
+
+def _gradient_steps(agent: Any, agent_steps: int) -> int:
+    return (agent_steps - agent.min_replay_history) // agent.update_period
+
+
+def _batch_size() -> int:
+    import gin
+
+    return gin.query_parameter("ReplayBuffer.batch_size")
 
 
 BASELINE = Baseline(
@@ -164,6 +203,7 @@ BASELINE = Baseline(
     also=(*SHARES, DEAD),
     presets=PRESETS,
     train=train,
+    abstract=abstract,
     sparsities=(0.9, 0.98),
     curve=Curve("returns", "agent steps"),
 )

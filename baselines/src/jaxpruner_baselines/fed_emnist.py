@@ -11,7 +11,8 @@ FedJAX's own `fed_avg` with a sparse server optimizer; JaxPruner is the one line
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fedjax
@@ -23,14 +24,16 @@ import optax
 import jaxpruner
 import jaxpruner_fedjax
 from jaxpruner_baselines import federated_data
-from jaxpruner_baselines.baseline import Baseline, Cost, NotReady, Outcome, Progress, Run
+from jaxpruner_baselines.baseline import Baseline, Cost, NotReady, Outcome, Program, Progress, Run, TrainStep
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import SHARES, costs
 from jaxpruner_baselines.methods import sparsify_config
+from jaxpruner_fedjax.clients import round_input
 from jaxpruner_fedjax.sampling import PARAMS, branch_key
 from jaxpruner_fedjax.tasks import require_emnist
 
 MEGABYTE = 1e6
+EMNIST_EXAMPLES = 671_585 / 3_400  # of a client of the training data, on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +182,41 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     )
 
 
+class _Functions(fedjax.ForEachClientBackend):
+    """A backend of FedJAX that compiles nothing, and shows what it would have compiled for clients."""
+
+    def __call__(self, *functions: Callable[..., Any]) -> None:
+        self.init, self.step, self.final = functions
+
+
+def abstract(run: Run) -> TrainStep:
+    """A round on one device, where FedJAX's default backend trains clients one after the other, and the server."""
+    preset = run.preset
+    model = MODELS[preset.model](only_digits=False)
+    clients = _Functions()
+    with fedjax.for_each_client_backend(clients):
+        algorithm, server, updates = build(run, model)
+    state = jax.eval_shape(lambda: algorithm.init(model.init(branch_key(run.seed, PARAMS))))
+    shared = state.params
+    if updates != jaxpruner_fedjax.ClientUpdates():
+        shared = jax.eval_shape(lambda state: round_input(server, state, updates), state)
+    key = jax.random.PRNGKey(0)
+    client = jax.eval_shape(clients.init, shared, key)
+    batch = {
+        "x": jax.ShapeDtypeStruct((preset.batch_size, 28, 28, 1), jnp.float32),
+        "y": jax.ShapeDtypeStruct((preset.batch_size,), jnp.int32),
+    }
+    examples = EMNIST_EXAMPLES if preset.dataset == "emnist" else mean_examples(load(preset).train)
+    batches = math.ceil(preset.client_epochs * examples / preset.batch_size)
+    programs = [
+        Program(jax.jit(clients.init).lower(shared, key), preset.clients),
+        Program(jax.jit(clients.step, donate_argnums=0).lower(client, batch), preset.clients * batches),
+        Program(jax.jit(clients.final, donate_argnums=1).lower(shared, client), preset.clients),
+        Program(jax.jit(server.apply).lower(state.params, state.opt_state, state.params)),
+    ]
+    return TrainStep(programs, state.params, state.opt_state, server.updater, preset.rounds, devices=1, unit="rounds")
+
+
 BASELINE = Baseline(
     name="fed_emnist",
     summary="federated averaging of a convolutional network on handwritten characters (FedJAX)",
@@ -186,6 +224,7 @@ BASELINE = Baseline(
     presets=PRESETS,
     train=train,
     prepare=prepare,
+    abstract=abstract,
     variants=("dense+top_k", "magnitude+masked", "magnitude+masked+top_k", "static_sparse+masked"),
     sparsities=(0.8,),  # the paper's
     also=SHARES,

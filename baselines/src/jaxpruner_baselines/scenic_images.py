@@ -12,6 +12,7 @@ the algorithm and the sparsity as the part of `--config` after the colon does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import warnings
@@ -26,7 +27,7 @@ from absl import logging
 
 import jaxpruner_scenic
 from jaxpruner_baselines.background import Report, follow
-from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run
+from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Program, Progress, Run, TrainStep
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import DEAD, SHARES, costs, dead_units
 from jaxpruner_baselines.hush import hushed
@@ -180,6 +181,86 @@ def _costs(config: ml_collections.ConfigDict, state: Any) -> dict[str, Any]:
     )
 
 
+def abstract(run: Run) -> TrainStep:
+    """The step that Scenic's trainer makes before its loop: its own `train_step`, under `pmap`."""
+    config = scenic_config(run)
+    with hushed():
+        import flax
+        from scenic.train_lib import lr_schedules, optimizers, train_utils
+
+        from jaxpruner_scenic import main, sparse
+
+        trainer = main.get_trainer(config.trainer_name)  # imports TensorFlow
+    logging.set_verbosity(logging.ERROR)
+    devices = jax.device_count()
+    if config.batch_size % devices:
+        raise ValueError(f"--devices: the batch, {config.batch_size} images, cannot be dealt to {devices} devices.")
+    data = _meta_data(config)
+    model = main.get_model(config.model_name)(config, data)
+    image = jax.ShapeDtypeStruct((1, *data["input_shape"][1:]), data["input_dtype"])
+    shapes = jax.eval_shape(
+        lambda image: model.flax_model.init(jax.random.PRNGKey(0), image, train=False, debug=False), image
+    )
+    model_state, params = flax.core.pop(flax.core.freeze(shapes), "params")
+
+    def on_each(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((devices, *shape), dtype)
+
+    batch = (config.batch_size // devices,)
+    with jaxpruner_scenic.sparse_training(config, trainer):
+        lr_fn = lr_schedules.get_learning_rate_fn(config)
+        tx = optimizers.get_optimizer(optimizers.get_optax_optimizer_config(config), lr_fn, params=params)
+        state = train_utils.TrainState(
+            global_step=0,
+            opt_state=jax.eval_shape(tx.init, params),
+            tx=tx,
+            params=params,
+            model_state=model_state,
+            rng=jax.random.PRNGKey(0),
+            metadata={},
+        )
+        step = functools.partial(
+            trainer.train_step,
+            flax_model=model.flax_model,
+            loss_fn=model.loss_function,
+            lr_fn=lr_fn,
+            metrics_fn=model.get_metrics_fn("train"),
+            config=config,
+            debug=config.debug_train,
+        )
+        lowered = jax.pmap(step, axis_name="batch", donate_argnums=(0, 1)).lower(
+            jax.tree.map(lambda leaf: on_each(jnp.shape(leaf), jnp.result_type(leaf)), state),
+            {
+                "inputs": on_each(batch + image.shape[1:], image.dtype),
+                "label": on_each((*batch, data["num_classes"]), jnp.float32)
+                if data["target_is_onehot"]
+                else on_each(batch, jnp.int32),
+                "batch_mask": on_each(batch, jnp.float32),
+            },
+        )
+        steps, _ = train_utils.get_num_training_steps(config, data)
+    chosen = config.sparsity_config
+    updater = None if chosen is None else sparse.create_updater(chosen)
+    return TrainStep([Program(lowered)], params, state.opt_state, updater, steps, devices)
+
+
+def _meta_data(config: ml_collections.ConfigDict) -> Mapping[str, Any]:
+    """What a data set of Scenic tells of itself; ImageNet's without its data."""
+    from scenic.dataset_lib import imagenet_dataset as imagenet
+    from scenic.train_lib import train_utils
+
+    if config.dataset_name != "imagenet":
+        return train_utils.get_dataset(config, jax.random.PRNGKey(0)).meta_data
+    return {
+        "num_classes": imagenet.NUM_CLASSES,
+        "input_shape": (-1, imagenet.IMAGE_SIZE, imagenet.IMAGE_SIZE, 3),
+        "num_train_examples": imagenet.TRAIN_IMAGES,
+        "num_eval_examples": imagenet.EVAL_IMAGES,
+        "input_dtype": getattr(jnp, config.data_dtype_str),
+        "target_is_onehot": config.dataset_configs.get("onehot_labels", False),
+    }
+
+
 def _accuracy(summary: Mapping[str, Any]) -> float:
     return next(float(summary[key]) for key in ACCURACY if key in summary)
 
@@ -204,6 +285,7 @@ VIT = Baseline(
     presets=VIT_PRESETS,
     train=train,
     prepare=prepare,
+    abstract=abstract,
     compiles_anew=True,
 )
 RESNET = Baseline(
@@ -214,6 +296,7 @@ RESNET = Baseline(
     presets=RESNET_PRESETS,
     train=train,
     prepare=prepare,
+    abstract=abstract,
     compiles_anew=True,
     sparsities=(0.8, 0.9),  # at 95 % of every layer the small one learns nothing
 )

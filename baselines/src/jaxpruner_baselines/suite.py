@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.progress import Progress as Bars
 
 from jaxpruner_baselines import registry, runner
-from jaxpruner_baselines.baseline import NotReady, Progress, Run
+from jaxpruner_baselines.baseline import Baseline, NotReady, Progress, Run
 from jaxpruner_baselines.hush import hushed
 from jaxpruner_baselines.methods import LATER
 from jaxpruner_baselines.results import Row
@@ -121,6 +121,14 @@ TASKS = {
     ),
 }
 SCALES = ("embedded", "paper", "smoke")
+
+
+def sparsity_of(baseline: Baseline, preset: str) -> float:
+    """The sparsity of a baseline's preset in the table; of one that is not in it, the baseline's first."""
+    settings = (
+        setting for task in TASKS.values() if task.baseline == baseline.name for setting in task.scales.values()
+    )
+    return next((setting.sparsity for setting in settings if setting.preset == preset), baseline.sparsities[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpruner_baselines.background import Report, follow
-from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Progress, Run, hash_of
+from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Program, Progress, Run, TrainStep, hash_of
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import SHARES, costs
 from jaxpruner_baselines.hush import hushed
@@ -264,6 +266,56 @@ def _costs(run: Run, files: list[str], bindings: list[str], params: Any) -> dict
     return costs(forward, params, inputs, targets, updater=updater, steps=run.preset.training.steps, batch=batch)
 
 
+def abstract(run: Run) -> TrainStep:
+    """The step that T5X's trainer makes, with the shapes of its own `TrainStateInitializer`; of the last stage."""
+    with hushed():
+        import gin
+        from t5x import partitioning, utils
+        from t5x import train as script
+
+        from jaxpruner_t5x import launch
+    logging.set_verbosity(logging.ERROR)
+    nowhere = Path("nowhere")  # checkpoints are named, and neither read nor written
+    files, bindings = gin_config(run, nowhere, nowhere if run.preset.pretraining else None)
+    with launch.parsed(files, bindings):
+        bound = gin.get_bindings(script.train)
+        model, partitioner, data = (bound[name] for name in ("model", "partitioner", "train_dataset_cfg"))
+        # On CPUs T5X would deal the model to all devices; on accelerators it deals the batch.
+        partitions = gin.get_bindings(partitioning.PjitPartitioner)["num_partitions"]
+        mesh = partitioner.mesh = Mesh(np.reshape(jax.devices(), (-1, partitions)), ("data", "model"))
+        batch_size = partitioner.get_data_layout(data.batch_size).batch_size
+        lengths = model.FEATURE_CONVERTER_CLS(pack=data.pack).get_model_feature_lengths(data.task_feature_lengths)
+        batch = {name: jax.ShapeDtypeStruct((batch_size, length), jnp.int32) for name, length in lengths.items()}
+        initializer = utils.TrainStateInitializer(
+            optimizer_def=model.optimizer_def,
+            init_fn=model.get_initial_variables,
+            input_shapes={name: feature.shape for name, feature in batch.items()},
+            input_types={name: feature.dtype for name, feature in batch.items()},
+            partitioner=partitioner,
+        )
+        state, axes = initializer.global_train_state_shape, initializer.train_state_axes
+        trainer = bound["trainer_cls"](
+            model=model,
+            train_state=state,
+            partitioner=partitioner,
+            train_state_axes=axes,
+            eval_names=(),
+            summary_dir=None,
+            rng=jax.random.PRNGKey(run.seed),
+        )
+        lowered = trainer._partitioned_train_step.lower(state, batch)
+
+    def placed(leaf: Any, spec: PartitionSpec | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec or PartitionSpec()))
+
+    params, opt_state = (
+        jax.tree.map(placed, shapes, specs)
+        for shapes, specs in ((state.params, axes.params), (state._optimizer.state, axes._optimizer.state))
+    )
+    updater = None if is_dense(run.method) else model.optimizer_def.updater
+    return TrainStep([Program(lowered)], params, opt_state, updater, run.preset.training.steps, mesh.size)
+
+
 class _Action:
     """What T5X runs after it trained or evaluated."""
 
@@ -289,6 +341,7 @@ BASELINE = Baseline(
     presets=PRESETS,
     train=train,
     prepare=prepare,
+    abstract=abstract,
     compiles_anew=True,
     sparsities=(0.8,),  # the paper's
 )
