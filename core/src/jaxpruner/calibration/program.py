@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpruner.compaction.reading import bind
+from jaxpruner.inspection import jaxprs
 
 # What only moves entries. `name` and the like do nothing to them.
 MOVES = {
@@ -181,7 +182,8 @@ class _Writer:
 
     def _unrolled(self, equation: Any, operands: list[Any]) -> list[Any]:
         params = equation.params
-        constants, carried, length = params["num_consts"], params["num_carry"], params["length"]
+        constants, carried = jaxprs.scan_sizes(params)
+        length = params["length"]
         body = params["jaxpr"]
         carry, stacks = operands[constants : constants + carried], operands[constants + carried :]
         avals = [variable.aval for variable in body.jaxpr.invars[constants + carried :]]

@@ -135,8 +135,9 @@ def _block(weights, factor, start, keep, *, structure, size):
     diagonal = jnp.diagonal(within)[:, None]
     is_nm = isinstance(structure, sparsity_types.NByM)
     group = structure.m if is_nm else 1
+    nothing = rows - rows  # zeros that lie where the rows do: data may be on a mesh with explicit axes
     if is_nm:
-        mask = jnp.zeros(rows.shape, bool)
+        mask = nothing != 0
     elif isinstance(structure, sparsity_types.PerOutput):
         mask = highest_of_each(jnp.square(rows / diagonal), keep)
     else:
@@ -162,8 +163,7 @@ def _block(weights, factor, start, keep, *, structure, size):
             wrong.append(jnp.where(stay[i], 0.0, value) / own[i, i])
         return kept, mask, jax.lax.dynamic_update_slice_in_dim(errors, jnp.stack(wrong), at, 0)
 
-    start_values = jnp.zeros_like(rows), mask, jnp.zeros_like(rows)
-    kept, mask, errors = jax.lax.fori_loop(0, size // group, step, start_values)
+    kept, mask, errors = jax.lax.fori_loop(0, size // group, step, (nothing, mask, nothing))
     below = jnp.arange(len(weights))[:, None] >= start + size
     across = jax.lax.dynamic_slice_in_dim(factor, start, size)
     weights = weights - jnp.where(below, across.T @ errors, 0.0)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxpruner.compaction import axes, reading, rules, sparse_kernels
 from jaxpruner.compaction.axes import Dim
 from jaxpruner.compaction.finding import Found
+from jaxpruner.inspection import jaxprs
 
 
 class Evaluation:
@@ -148,7 +149,7 @@ class Evaluation:
 
     def _scan(self, step: rules.Step, operands: list[Any]) -> list[Any]:
         params = step.equation.params
-        constants, carried = params["num_consts"], params["num_carry"]
+        constants, carried = jaxprs.scan_sizes(params)
 
         def body(carry, stacked):
             outputs = self._run(step.inner[0], [*operands[:constants], *carry, *stacked])

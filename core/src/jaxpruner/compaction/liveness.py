@@ -17,6 +17,7 @@ import numpy as np
 from jaxpruner import trees
 from jaxpruner.compaction import axes, reading, rules
 from jaxpruner.compaction.finding import Found
+from jaxpruner.inspection import jaxprs
 
 Alive = Mapping[str, np.ndarray]
 
@@ -209,7 +210,7 @@ class _Walk:
         return Live((*batch, *rest, *(alive for j, alive in enumerate(right.axes) if j not in gone_right)), is_zero)
 
     def _scan(self, step: rules.Step, given: Sequence[Live]) -> list[Live]:
-        constants, carried = step.equation.params["num_consts"], step.equation.params["num_carry"]
+        constants, carried = jaxprs.scan_sizes(step.equation.params)
         stacked = [live._replace(axes=live.axes[1:]) for live in given[constants + carried :]]
         carry = list(given[constants : constants + carried])
         outputs = self._until_stable(

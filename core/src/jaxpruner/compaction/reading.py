@@ -19,6 +19,7 @@ import numpy as np
 import jaxpruner.compaction.moves  # noqa: F401, whose rules are registered
 from jaxpruner.compaction.axes import Dim
 from jaxpruner.compaction.rules import RULES, Dims, Step, freeze, fresh, rule, unify, unknown
+from jaxpruner.inspection import jaxprs
 
 OUTPUT = "is an axis of what the function returns"
 ARGUMENT = "is an axis of an argument"
@@ -213,7 +214,7 @@ def _while(step: Step) -> list[Dims]:
 @rule("scan")
 def _scan(step: Step) -> list[Dims]:
     params = step.equation.params
-    constants, carried = params["num_consts"], params["num_carry"]
+    constants, carried = jaxprs.scan_sizes(params)
     carry = step.inputs[constants : constants + carried]
     stacked = step.inputs[constants + carried :]
     reason = "is run through by scan"

@@ -6,7 +6,7 @@ casts, reshapes, masks and scalings, into loops, branches and calls, and tells e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # What only moves entries, or casts them.
@@ -116,6 +116,14 @@ def walk(
             outputs = [largest(weights)._replace(is_shifted=True)]
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many of the operands of a `scan` are constants of its body, and how many it carries."""
+    if "ft_in" in params:  # since JAX 0.12
+        constants, carried, _ = params["ft_in"].unpack()
+        return len(constants), len(carried)
+    return params["num_consts"], params["num_carry"]
 
 
 def _branch(inside: Callable[..., list[Value]], body: Any, given: Sequence[Value], times: float) -> Branch:
