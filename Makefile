@@ -21,7 +21,7 @@ test: setup  ## the tests but for the slow ones
 	@$(RUN)/ruff check .
 	@$(RUN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: test  ## all tests: those, and then the slow ones
+test-all: lint test  ## all tests: lint, those, and then the slow ones
 	@$(RUN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-lanes: setup  ## the core's quick tests on the oldest and the newest JAX, for each interpreter at hand
@@ -35,7 +35,12 @@ docs:  ## the documentation, from Markdown and docstrings, into site/
 	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff -r docs/requirements.txt
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict  # no news of its makers
 
-lint format: setup  ## format and lint the code
+lint: setup  ## check the code: ruff, and its types by mypy
+	@$(RUN)/ruff check .
+	@$(RUN)/ruff format --quiet --check .
+	@$(RUN)/mypy
+
+format: setup  ## format the code, and mend what ruff can
 	@$(RUN)/ruff format .
 	@$(RUN)/ruff check --fix .
 
@@ -52,4 +57,4 @@ constraints: setup  ## resolve constraints.txt anew
 		grep '==' > constraints.new && mv constraints.new constraints.txt
 
 clean:  ## remove what the commands made, except results
-	rm -rf .venv .venv-docs site .lanes dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs site .lanes dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

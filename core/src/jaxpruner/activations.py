@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -61,5 +61,5 @@ def _through(x: Float[Array, "*s"], mask: Bool[Array, "*s"]) -> Float[Array, "*s
 
 
 @_through.defjvp
-def _through_jvp(primals, tangents):
+def _through_jvp(primals: Any, tangents: Any) -> Any:
     return _through(*primals), tangents[0]

@@ -111,9 +111,9 @@ def sparsify(
             "sparsify(tx, algorithm=..., sparsity=...)."
         )
     if not isinstance(updater, BaseUpdater):
-        config = config if updater is None else updater
-        updater = create_updater_from_config(config)
-        _check_start(updater, config)
+        given: Mapping[str, Any] = config if updater is None else updater
+        updater = create_updater_from_config(given)
+        _check_start(updater, given)
     checks.check_schedule(updater)
     tx = updater.sparsify_optax(inner)
     return tx._replace(init=_CheckedInit(tx.init, updater))
@@ -277,7 +277,7 @@ def _parse_schedule(
 
 def _parse_drop_fraction(config: Mapping[str, Any]) -> Callable[[Any], Any]:
     fraction, end = config.get("drop_fraction", 0.1), config.get("update_end_step", 0)
-    if not isinstance(fraction, numbers.Real) or not 0 <= fraction <= 1:
+    if not isinstance(fraction, numbers.Real) or not 0 <= float(fraction) <= 1:
         raise ValueError(f"drop_fraction: {fraction!r} is outside [0, 1]; it is a share of the active weights.")
     if not isinstance(end, numbers.Integral) or end < 0:
         raise ValueError(f"update_end_step: {end!r} is not a step; give an integer of 0 or more.")

@@ -89,7 +89,7 @@ class BaseUpdater:
     sparsity_distribution_fn: Callable[[Any], Any] = functools.partial(sparsity_distributions.uniform, sparsity=0.0)
     rng_seed: Any = 8
     use_packed_masks: bool = False
-    topk_fn: Callable[..., Any] | None = _TopK()
+    topk_fn: Any = _TopK()
     stack_axes: Any = None
     masks: Any = None
 
@@ -124,7 +124,7 @@ class BaseUpdater:
         return self.wrap_optax(inner)
 
     def calculate_scores(
-        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs
+        self, params: Any, sparse_state: SparseState | None = None, grads: Any = None, **kwargs: Any
     ) -> Any:
         """A tree of scores shaped like `params`; the highest are kept.
 
@@ -219,7 +219,7 @@ class BaseUpdater:
         """The masks at count 0: all ones, None where a leaf is not pruned."""
         return trees.map_pruned(lambda p, _: jnp.ones_like(p, dtype=bool), params, target_sparsities)
 
-    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs) -> SparseState:
+    def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any) -> SparseState:
         """The state with masks made anew, as of `sparse_state.count`.
 
         Towards the sparsities of this configuration, whatever the state was made with.
@@ -284,13 +284,13 @@ class BaseUpdater:
 
         return map_choosing(create, scores, sparsities)
 
-    create_masks.reads_unevaluated = True
+    create_masks.reads_unevaluated = True  # type: ignore[attr-defined]
 
     def apply_masks(self, params: Any, masks: Any, is_packed: bool = False) -> Any:
         """`params` with zeros where `masks` prunes."""
         return apply_mask(params, masks, is_packed)
 
-    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs) -> tuple[Any, Any]:
+    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         """Prunes at once to the final sparsity.
 
         Returns:
@@ -376,7 +376,7 @@ class BaseUpdater:
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten(list(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(leaves)))))
 
-    def _scores(self, params: Any, sparse_state: SparseState | None, grads: Any, **kwargs) -> Any:
+    def _scores(self, params: Any, sparse_state: SparseState | None, grads: Any, **kwargs: Any) -> Any:
         """What `calculate_scores` gives, unevaluated unless someone overrode it or what reads it."""
         unevaluated = own_mark(self.calculate_scores, "unevaluated")
         if unevaluated and own_mark(self.create_masks, "reads_unevaluated"):
@@ -482,17 +482,17 @@ class NoPruning(BaseUpdater):
 
     follows_schedule = False
 
-    def get_target_sparsities(self, params):
+    def get_target_sparsities(self, params: Any) -> Any:
         return jax.tree.map(lambda _: None, params)
 
-    def create_masks(self, scores, sparsities):
+    def create_masks(self, scores: Any, sparsities: Any) -> Any:
         del sparsities
         return jax.tree.map(lambda _: None, scores)
 
-    def update_state(self, sparse_state, params, grads, **kwargs):
+    def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs: Any) -> Any:
         del params, grads, kwargs
         return sparse_state
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+    def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         del sparse_state, grads, kwargs
         return params

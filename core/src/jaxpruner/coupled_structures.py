@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxpruner import trees
 from jaxpruner.sparsity_types import SparsityType
+
+if TYPE_CHECKING:
+    from jaxpruner.compaction.groups import Groups
 
 
 class Coupled(SparsityType):
     """A structure over many leaves: units that are in several parameters are kept or pruned in all of them together."""
 
-    def mask(self, scores, sparsity):
+    budget: str
+
+    def mask(self, scores: Any, sparsity: Any) -> Any:
         raise ValueError(_OF_A_TREE)
 
-    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+    def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Any) -> Any:
         raise ValueError(_OF_A_TREE)
 
-    def for_leaf(self, path, shape):
+    def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
         return _Part(self, path)
 
     @abc.abstractmethod
@@ -60,17 +65,17 @@ class _Part(Coupled):
     whole: Coupled
     path: trees.KeyPath
 
-    def num_units(self, shape):
+    def num_units(self, shape: tuple[int, ...]) -> int:
         del shape
         return self.whole.units_of(self.path)
 
-    def for_leaf(self, path, shape):
+    def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
         return self
 
-    def _of_a_tree(self, *args):
+    def _of_a_tree(self, *args: Any) -> Any:
         raise ValueError(_OF_A_TREE)
 
-    reach = masks = units_of = share_pruned = _of_a_tree
+    reach = masks = units_of = share_pruned = _of_a_tree  # type: ignore[assignment]  # whatever is asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ class AllGroups(Coupled):
     multiple_of: int = 1
     budget: Literal["units", "flops"] = "units"
 
-    def of(self, groups: Any) -> Coupled:
+    def of(self, groups: Groups) -> Groups:
         """These of the groups of a model.
 
         Raises:
@@ -97,10 +102,10 @@ class AllGroups(Coupled):
         """
         return groups.choose(*self.patterns, multiple_of=self.multiple_of, budget=self.budget)
 
-    def _of_a_model(self, *args):
+    def _of_a_model(self, *args: Any) -> Any:
         raise ValueError(
             "sparsity_type: 'groups' are those of a model, which nobody has put in here. Find them, and give what is "
             "found: groups = jaxpruner.find_groups(forward, params, x); sparsity_type=groups."
         )
 
-    reach = masks = units_of = share_pruned = _of_a_model
+    reach = masks = units_of = share_pruned = _of_a_model  # type: ignore[assignment]  # whatever is asked

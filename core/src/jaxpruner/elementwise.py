@@ -34,7 +34,7 @@ def elementwise_scores(score: Callable[..., Any], needs_grads: bool = False) -> 
         del sparse_state, kwargs
         return jax.tree.map(Scores.evaluate, unevaluated(self, params, grads))
 
-    calculate_scores.unevaluated = unevaluated
+    calculate_scores.unevaluated = unevaluated  # type: ignore[attr-defined]
     calculate_scores.__doc__ = score.__doc__
     return calculate_scores
 

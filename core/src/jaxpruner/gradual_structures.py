@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -19,13 +20,13 @@ class GradualNByM(NByM):
     schedules that rise; what is sparse from the start regrows within plain n:m.
     """
 
-    def mask(self, scores, sparsity):
+    def mask(self, scores: Any, sparsity: Any) -> Any:
         scores = as_array(scores)
         survivors = super().mask(scores, 0.5)
         ranked = jnp.where(survivors, jnp.inf, scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
         return survivors | Unstructured().mask(ranked, sparsity)
 
-    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+    def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Any) -> Any:
         raise ValueError(
             f"gradual n:m cannot be regrown. This is because only its final sparsity is {self.n}:{self.m}; use "
             f"nm_{self.n},{self.m}."

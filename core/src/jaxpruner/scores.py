@@ -27,7 +27,7 @@ def saliency(w: Float[Array, "*s"], g: Float[Array, "*s"]) -> Float[Array, "*s"]
 
 
 # For selection, see `score_reading.is_magnitude`.
-magnitude.is_magnitude = saliency.is_magnitude = True
+magnitude.is_magnitude = saliency.is_magnitude = True  # type: ignore[attr-defined]
 
 
 def cost(w: Float[Array, "*s"], curvature: Float[Array, "*s"]) -> Float[Array, "*s"]:

@@ -185,7 +185,7 @@ def check_sparsity(what: str, sparsity: float) -> None:
         )
 
 
-def _custom_sparsities(custom_sparsity_map, paths) -> dict[trees.KeyPath, float]:
+def _custom_sparsities(custom_sparsity_map: Any, paths: Any) -> dict[trees.KeyPath, float]:
     custom = trees.resolve(custom_sparsity_map, paths, "custom_sparsity_map")
     for path, sparsity in custom.items():
         check_sparsity(f"custom_sparsity_map: {trees.leaf_name(path)}: sparsity", sparsity)

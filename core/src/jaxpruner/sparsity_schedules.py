@@ -86,7 +86,7 @@ class OneShotSchedule(Schedule):
 
     target_step: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_step("target_step", self.target_step)
 
     def should_update_mask(self, step: Step) -> Decision:
@@ -120,7 +120,7 @@ class PeriodicSchedule(Schedule):
     update_start_step: int | None = None
     update_end_step: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.update_freq, numbers.Integral) or self.update_freq < 1:
             raise ValueError(f"update_freq: {self.update_freq!r} is not a number of steps; give 1 or more.")
         for name in ("update_start_step", "update_end_step"):
@@ -148,7 +148,7 @@ class PeriodicSchedule(Schedule):
         return max(0, self.update_end_step // self.update_freq - self._first // self.update_freq + 1)
 
     @property
-    def start_step(self) -> int | None:
+    def start_step(self) -> int:
         return self.update_start_step or 0
 
     @property
@@ -157,7 +157,9 @@ class PeriodicSchedule(Schedule):
 
     @property
     def last_update_step(self) -> int | None:
-        return self.update_end_step // self.update_freq * self.update_freq if self.num_updates else None
+        if self.update_end_step is None or not self.num_updates:
+            return None
+        return self.update_end_step // self.update_freq * self.update_freq
 
     @property
     def _first(self) -> int:
@@ -177,11 +179,11 @@ class PolynomialSchedule(PeriodicSchedule):
     """
 
     update_start_step: int = 0
-    update_end_step: int | None = None
+    update_end_step: int = None  # type: ignore[assignment]  # has to be given, see below
     power: float = 3
     initial_sparsity: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.update_end_step is None:
             raise ValueError("update_end_step: missing; give the step at which the final sparsity is reached.")
         if not isinstance(self.initial_sparsity, numbers.Real) or not 0 <= self.initial_sparsity < 1:
@@ -212,9 +214,9 @@ class AlternatingSchedule(PeriodicSchedule):
     """
 
     update_start_step: int = 0
-    update_end_step: int | None = None
+    update_end_step: int = None  # type: ignore[assignment]  # has to be given, see below
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.update_end_step is None:
             raise ValueError("update_end_step: missing; give the step at which the last phase, a sparse one, begins.")
         super().__post_init__()

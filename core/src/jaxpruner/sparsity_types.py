@@ -92,29 +92,29 @@ class _Units(SparsityType):
         """The mask of the units from the mask of the leaf."""
         return self.pool(mask) > 0
 
-    def num_units(self, shape):
+    def num_units(self, shape: tuple[int, ...]) -> int:
         return jax.eval_shape(self.pool, jax.ShapeDtypeStruct(shape, jnp.float32)).size
 
-    def mask(self, scores, sparsity):
+    def mask(self, scores: Any, sparsity: Sparsity) -> Any:
         return selection.together([self._masking(scores, sparsity)])[0]
 
-    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+    def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity) -> Any:
         return selection.together([self._regrowing(mask, drop_scores, grow_scores, drop_fraction)])[0]
 
     # The two above, as they ask for their selections.
 
-    def _masking(self, scores, sparsity) -> selection.Choosing:
+    def _masking(self, scores: Any, sparsity: Sparsity) -> selection.Choosing:
         self.check_shape(scores.shape)
         units = self._unit_scores(scores)
         (kept,) = yield Competition([units], counts.Share(units.size, sparsity))
         return self.expand(kept, scores.shape)
 
-    def _regrowing(self, mask, drop_scores, grow_scores, drop_fraction) -> selection.Choosing:
+    def _regrowing(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity) -> selection.Choosing:
         drop, grow = Scores.of(self._unit_scores(drop_scores)), Scores.of(self._unit_scores(grow_scores))
         (grown,) = yield selection.Regrowth(self.active_units(mask), drop, grow, drop_fraction)
         return self.expand(grown, mask.shape)
 
-    def _unit_scores(self, scores):
+    def _unit_scores(self, scores: Any) -> Any:
         # Where a unit is a weight, scores need not be evaluated.
         return scores if type(self).pool is Unstructured.pool else self.pool(as_array(scores))
 
@@ -126,16 +126,16 @@ class Unstructured(_Units):
     Ties keep the lower flat (C-order) index.
     """
 
-    def pool(self, scores):
+    def pool(self, scores: Any) -> Any:
         return scores
 
-    def active_units(self, mask):
+    def active_units(self, mask: Any) -> Any:
         return mask
 
-    def num_units(self, shape):
+    def num_units(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape)
 
-    def expand(self, units, shape):
+    def expand(self, units: Any, shape: tuple[int, ...]) -> Any:
         del shape
         return units
 
@@ -153,7 +153,7 @@ class Block(_Units):
     use_avg_pooling: bool = True
     axes: tuple[int, int] = (0, 1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "block_shape", tuple(self.block_shape))
         object.__setattr__(self, "axes", tuple(self.axes))
         if len(self.axes) != 2:
@@ -161,23 +161,23 @@ class Block(_Units):
         if len(self.block_shape) != 2 or min(self.block_shape) < 1:
             raise ValueError(f"block_shape: {self.block_shape} is not two positive sizes; give (h, w), such as (4, 4).")
 
-    def check_shape(self, shape):
+    def check_shape(self, shape: tuple[int, ...]) -> None:
         if len(shape) > 1:
             for axis in self.axes:
                 check_axis(axis, shape)
             if self.axes[0] % len(shape) == self.axes[1] % len(shape):
                 raise ValueError(f"axes {self.axes} of {shape} are one axis; choose two.")
 
-    def num_units(self, shape):
+    def num_units(self, shape: tuple[int, ...]) -> int:
         rows, columns = self._plane(self._tiled_first(shape))
         return -(-rows // self.block_shape[0]) * -(-columns // self.block_shape[1])
 
-    def unit_size(self, shape):
+    def unit_size(self, shape: tuple[int, ...]) -> int:
         first = self._tiled_first(shape)
         rows, columns = self._plane(first)
         return min(rows, self.block_shape[0]) * min(columns, self.block_shape[1]) * math.prod(first[2:])
 
-    def pool(self, scores):
+    def pool(self, scores: Any) -> Any:
         wide = _at_least_float32(scores)
         if wide.ndim > 1:
             wide = jnp.moveaxis(wide, self.axes, (0, 1))
@@ -188,7 +188,7 @@ class Block(_Units):
         entries = self._tiles(jnp.ones(planes.shape[:2]), 0).sum((1, 3)) * planes.shape[2]
         return self._tiles(planes.sum(-1), 0).sum((1, 3)) / entries
 
-    def expand(self, units, shape):
+    def expand(self, units: Any, shape: tuple[int, ...]) -> Any:
         h, w = self.block_shape
         first = self._tiled_first(shape)
         rows, columns = self._plane(first)
@@ -204,9 +204,9 @@ class Block(_Units):
         return tuple(shape[axis] for axis in tiled + [a for a in range(len(shape)) if a not in tiled])
 
     def _plane(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        return shape[:2] if len(shape) > 1 else (1, math.prod(shape))
+        return (shape[0], shape[1]) if len(shape) > 1 else (1, math.prod(shape))
 
-    def _tiles(self, plane, fill):
+    def _tiles(self, plane: Any, fill: Any) -> Any:
         h, w = self.block_shape
         rows, columns = plane.shape
         padded = jnp.pad(plane, [(0, -rows % h), (0, -columns % w)], constant_values=fill)
@@ -223,28 +223,28 @@ class Channel(_Units):
 
     axis: int | str = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.axis, str) and self.axis not in ("input", "output"):
             raise ValueError(f"axis: {self.axis!r} is not known; give a number, 'input' or 'output'.")
 
-    def for_leaf(self, path, shape):
+    def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
         if not isinstance(self.axis, str):
             return self
         contracted = contracted_axes(path, shape)
         others = [axis for axis in range(len(shape)) if axis not in contracted]
         return Channel(contracted[0 if path[-1:] == ("weight",) else -1] if self.axis == "input" else others[-1])
 
-    def check_shape(self, shape):
+    def check_shape(self, shape: tuple[int, ...]) -> None:
         check_axis(self.axis, shape)
 
-    def num_units(self, shape):
-        return shape[self.axis]
+    def num_units(self, shape: tuple[int, ...]) -> int:
+        return shape[int(self.axis)]
 
-    def pool(self, scores):
-        return _at_least_float32(scores).sum([a for a in range(scores.ndim) if a != self.axis % scores.ndim])
+    def pool(self, scores: Any) -> Any:
+        return _at_least_float32(scores).sum([a for a in range(scores.ndim) if a != int(self.axis) % scores.ndim])
 
-    def expand(self, units, shape):
-        others = [a for a in range(len(shape)) if a != self.axis % len(shape)]
+    def expand(self, units: Any, shape: tuple[int, ...]) -> Any:
+        others = [a for a in range(len(shape)) if a != int(self.axis) % len(shape)]
         return jnp.broadcast_to(jnp.expand_dims(units, others), shape)
 
 
@@ -261,19 +261,19 @@ class NByM(SparsityType):
     m: int
     axis: int | tuple[int, ...] | str = -1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.axis, list):
             object.__setattr__(self, "axis", tuple(self.axis))
         if isinstance(self.axis, str) and self.axis != "input":
             raise ValueError(f"axis: {self.axis!r} is not known; give a number, several, or 'input'.")
 
-    def for_leaf(self, path, shape):
+    def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
         return dataclasses.replace(self, axis=contracted_axes(path, shape)) if self.axis == "input" else self
 
-    def check_shape(self, shape):
+    def check_shape(self, shape: tuple[int, ...]) -> None:
         if not 0 < self.n <= self.m:
             raise ValueError(f"n={self.n} of every m={self.m} weights cannot be kept; choose 1 <= n <= m.")
-        axes = _axes(self.axis, shape)
+        axes = as_axes(self.axis, shape)
         for axis in axes:
             check_axis(axis, shape)
         if math.prod(shape[axis] for axis in axes) % self.m:
@@ -282,12 +282,12 @@ class NByM(SparsityType):
                 f"{what} of {shape} is not a multiple of m={self.m}; exclude it with filter_fn or choose another axis."
             )
 
-    def mask(self, scores, sparsity):
+    def mask(self, scores: Any, sparsity: Sparsity) -> Any:
         self.check_shape(scores.shape)
-        axes = tuple(axis % scores.ndim for axis in _axes(self.axis, scores.shape))
+        axes = tuple(axis % scores.ndim for axis in as_axes(self.axis, scores.shape))
         return selection.n_of_m(scores, self.n, self.m, axes) | (jnp.asarray(sparsity) == 0)
 
-    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+    def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity) -> Any:
         drop = Scores.of(drop_scores).filled(~mask, jnp.nan)
         survivors = mask & selection.top_k_mask(drop, counts.Share(selection.count_true(mask), drop_fraction))
         # Each group refills the places it lost. A leaf that is dense stays dense.
@@ -306,46 +306,47 @@ class PerOutput(SparsityType):
 
     axis: int | tuple[int, ...] | str = "input"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.axis, list):
             object.__setattr__(self, "axis", tuple(self.axis))
         if isinstance(self.axis, str) and self.axis != "input":
             raise ValueError(f"axis: {self.axis!r} is not known; give a number, several, or 'input'.")
 
-    def for_leaf(self, path, shape):
+    def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
         return dataclasses.replace(self, axis=contracted_axes(path, shape)) if self.axis == "input" else self
 
-    def check_shape(self, shape):
-        for axis in _axes(self.axis, shape):
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        for axis in as_axes(self.axis, shape):
             check_axis(axis, shape)
 
-    def mask(self, scores, sparsity):
-        inputs = math.prod(scores.shape[axis] for axis in _axes(self.axis, scores.shape))
+    def mask(self, scores: Any, sparsity: Sparsity) -> Any:
+        inputs = math.prod(scores.shape[axis] for axis in as_axes(self.axis, scores.shape))
         return self._highest(scores, counts.keep_count(inputs, sparsity).lo)
 
-    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+    def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity) -> Any:
         # Each output drops as many as the others, and grows as many again.
         number = self._inputs_first(mask).sum(0, dtype=jnp.int32).max(initial=0)
         stay = counts.keep_count(counts.Count(None, number.astype(jnp.uint32)), drop_fraction).lo
         survivors = self._highest(Scores.of(drop_scores).filled(~mask, jnp.nan), stay)
         return self._highest(jnp.where(survivors, jnp.inf, as_array(grow_scores)), number)
 
-    def _highest(self, scores, keep) -> Bool[Array, "*s"]:
+    def _highest(self, scores: Any, keep: Any) -> Bool[Array, "*s"]:
         self.check_shape(scores.shape)
         first = self._inputs_first(as_array(scores))
         kept = selection.highest_of_each(first.reshape(math.prod(first.shape[: self._number(scores)]), -1), keep)
-        return jnp.moveaxis(kept.reshape(first.shape), range(self._number(scores)), _axes(self.axis, scores.shape))
+        return jnp.moveaxis(kept.reshape(first.shape), range(self._number(scores)), as_axes(self.axis, scores.shape))
 
-    def _inputs_first(self, scores):
-        return jnp.moveaxis(scores, _axes(self.axis, scores.shape), range(self._number(scores)))
+    def _inputs_first(self, scores: Any) -> Any:
+        return jnp.moveaxis(scores, as_axes(self.axis, scores.shape), range(self._number(scores)))
 
-    def _number(self, scores) -> int:
-        return len(_axes(self.axis, scores.shape))
+    def _number(self, scores: Any) -> int:
+        return len(as_axes(self.axis, scores.shape))
 
 
-def _axes(axis: int | tuple[int, ...] | str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def as_axes(axis: int | tuple[int, ...] | str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """One or several axes as several."""
-    axis = contracted_axes((), shape) if axis == "input" else axis
+    if isinstance(axis, str):
+        return contracted_axes((), shape)
     return axis if isinstance(axis, tuple) else (axis,)
 
 
@@ -357,26 +358,26 @@ class Stacked(SparsityType):
     axis: int
 
     @property
-    def of_layer(self):
+    def of_layer(self) -> SparsityType:
         return self.structure
 
-    def check_shape(self, shape):
+    def check_shape(self, shape: tuple[int, ...]) -> None:
         check_axis(self.axis, shape)
         self.structure.check_shape(without_axis(shape, self.axis))
 
-    def num_units(self, shape):
+    def num_units(self, shape: tuple[int, ...]) -> int:
         """Those of one layer."""
         return self.structure.num_units(without_axis(shape, self.axis))
 
-    def unit_size(self, shape):
+    def unit_size(self, shape: tuple[int, ...]) -> int:
         """Those of one layer."""
         return self.structure.unit_size(without_axis(shape, self.axis))
 
-    def mask(self, scores, sparsity):
+    def mask(self, scores: Any, sparsity: Sparsity) -> Any:
         each = jax.vmap(self.structure.mask, in_axes=(self.axis, None), out_axes=self.axis)
         return each(scores, sparsity)
 
-    def regrow(self, mask, drop_scores, grow_scores, drop_fraction):
+    def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity) -> Any:
         along = self.axis
         each = jax.vmap(self.structure.regrow, in_axes=(along, along, along, None), out_axes=along)
         return each(mask, drop_scores, grow_scores, drop_fraction)
@@ -421,7 +422,7 @@ def masking(structure: SparsityType, scores: Any, sparsity: Sparsity) -> selecti
 
     A structure whose `mask` someone overrode is called as it is, with an array.
     """
-    if type(structure).mask is not _Units.mask:
+    if not isinstance(structure, _Units) or type(structure).mask is not _Units.mask:
         return structure.mask(as_array(scores), sparsity)
     return (yield from structure._masking(scores, sparsity))
 
@@ -434,7 +435,7 @@ def regrowing(
     A structure whose `regrow` someone overrode is called as it is, with arrays. Scores that are not finite, as of
     gradients that overflowed, say nothing of where to grow: the mask stays.
     """
-    if type(structure).regrow is not _Units.regrow:
+    if not isinstance(structure, _Units) or type(structure).regrow is not _Units.regrow:
         grow = as_array(grow_scores)
         return where_finite(grow, structure.regrow(mask, as_array(drop_scores), grow, drop_fraction), mask)
     return (yield from structure._regrowing(mask, drop_scores, grow_scores, drop_fraction))
@@ -502,7 +503,7 @@ def _is_patterns(sparsity_type: Any) -> bool:
     return hasattr(sparsity_type, "items") or isinstance(sparsity_type, list | tuple)
 
 
-def check_axis(axis: int, shape: tuple[int, ...]) -> None:
+def check_axis(axis: int | str, shape: tuple[int, ...]) -> None:
     """Raises a ValueError if a shape has no such axis."""
-    if not -len(shape) <= axis < len(shape):
+    if isinstance(axis, str) or not -len(shape) <= axis < len(shape):
         raise ValueError(f"axis {axis} does not exist in {shape}; exclude it with filter_fn or choose another axis.")

@@ -47,7 +47,7 @@ def _parse(text: str) -> sparsity_types.SparsityType:
             return kind(int(n), int(m), axes[0] if len(axes) == 1 else axes)
         if found := _BLOCK.fullmatch(text):
             h, w, *axes = found.groups()
-            tiled = {} if axes[0] is None else {"axes": tuple(map(int, axes))}
+            tiled: dict[str, Any] = {} if axes[0] is None else {"axes": tuple(map(int, axes))}
             return sparsity_types.Block((int(h), int(w)), **tiled)
         if found := _CHANNEL.fullmatch(text):
             axis = found[1]
@@ -55,7 +55,9 @@ def _parse(text: str) -> sparsity_types.SparsityType:
         if found := _GROUPS.fullmatch(text):
             patterns, multiple_of, budget = found.groups()
             chosen = () if patterns is None else tuple(patterns.split(":"))
-            return coupled_structures.AllGroups(chosen, int(multiple_of or 1), budget or "units")
+            return coupled_structures.AllGroups(
+                chosen, int(multiple_of or 1), "flops" if budget == "flops" else "units"
+            )
     except ValueError as error:
         raise ValueError(f"Sparsity type {text!r}: {error}") from error
     raise ValueError(_unknown(text))

@@ -41,17 +41,17 @@ class _AtInitialisation(GlobalPruning):
     follows_schedule = False
     reaches_sparsity = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.scheduler = OneShotSchedule(0)
 
-    def create_masks(self, scores, target_sparsity):
+    def create_masks(self, scores: Any, target_sparsity: Any) -> Any:
         masks = super().create_masks(scores, target_sparsity)
         each = trees.map_pruned(lambda score, _: jnp.any(as_array(score) != 0), scores, masks)
         # By the rule for ties zeros would keep the first layers and cut off the last.
         is_silent = ~jnp.any(jnp.stack(jax.tree.leaves(each)))
         return trees.map_pruned(lambda mask, _: mask | is_silent, masks, masks)
 
-    create_masks.reads_unevaluated = True
+    create_masks.reads_unevaluated = True  # type: ignore[attr-defined]
 
     def _objective(self, loss_fn: Loss | None, batches: Iterable[Any] | None) -> Loss:
         """The mean of a loss over batches, a function of the parameters."""
@@ -77,7 +77,15 @@ class SNIP(_AtInitialisation):
     The gradients are those of the first step, or of `loss_fn` over `batches`.
     """
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, loss_fn=None, batches=None, **kwargs):
+    def calculate_scores(
+        self,
+        params: Any,
+        sparse_state: Any = None,
+        grads: Any = None,
+        loss_fn: Loss | None = None,
+        batches: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`|w * g|`.
 
         Args:
@@ -106,7 +114,15 @@ class GraSP(_AtInitialisation):
     Its temperature, 200, is the loss's: divide logits by it.
     """
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, loss_fn=None, batches=None, **kwargs):
+    def calculate_scores(
+        self,
+        params: Any,
+        sparse_state: Any = None,
+        grads: Any = None,
+        loss_fn: Loss | None = None,
+        batches: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`w * (H g)`.
 
         Args:
@@ -144,12 +160,20 @@ class SynFlow(_AtInitialisation):
 
     rounds: int = 100
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds: {self.rounds} prunes nothing; give 1 or more (the paper's are 100).")
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, loss_fn=None, batches=None, **kwargs):
+    def calculate_scores(
+        self,
+        params: Any,
+        sparse_state: Any = None,
+        grads: Any = None,
+        loss_fn: Loss | None = None,
+        batches: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The scores of the last round, below all where an earlier round pruned.
 
         Args:

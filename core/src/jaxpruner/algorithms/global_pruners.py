@@ -41,12 +41,12 @@ class GlobalPruning(BaseUpdater):
 
     is_global = True
 
-    def chosen_sparsities(self, params):
+    def chosen_sparsities(self, params: Any) -> Any:
         return sparsity_distributions.uniform(
             self.layers(params), self.sparsity, self.filter_fn, self.custom_sparsity_map
         )
 
-    def get_target_sparsities(self, params):
+    def get_target_sparsities(self, params: Any) -> Any:
         targets = self.chosen_sparsities(params)
         if self._is_coupled:
             targets = fit.reached(self, targets, params)
@@ -90,7 +90,7 @@ class GlobalPruning(BaseUpdater):
             is_leaf=trees.is_unpruned,
         )
 
-    create_masks.reads_unevaluated = True
+    create_masks.reads_unevaluated = True  # type: ignore[attr-defined]
 
     def _spread(self, scores: Any, sparsity: Any) -> Any:
         """The sparsity of each selected leaf: its own, or the common one (which may be traced)."""
@@ -114,7 +114,7 @@ class GlobalPruning(BaseUpdater):
         # One NaN or infinity must not take its whole leaf along: such a leaf competes with its raw scores.
         return jnp.where(jnp.isfinite(norm), norm, 1)
 
-    def _as_float32(self, params, targets):
+    def _as_float32(self, params: Any, targets: Any) -> Any:
         if self._is_coupled:
             return super()._as_float32(params, targets)
         shared = trees.map_named(
@@ -159,11 +159,11 @@ class LampPruning(GlobalPruning):
 
     use_normalization: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.use_normalization:
             raise ValueError("use_normalization: lamp's scores are normalised by what they are; leave it out.")
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+    def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         """The share of each weight among those of its layer that are not smaller."""
         del sparse_state, grads, kwargs
 

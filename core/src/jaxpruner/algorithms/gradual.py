@@ -48,7 +48,7 @@ class GraNet(RigL):
         """All ones, None where a leaf is not pruned."""
         return BaseUpdater.get_initial_masks(self, params, target_sparsities)
 
-    def masks_to_regrow(self, sparse_state, params, targets, drop_scores):
+    def masks_to_regrow(self, sparse_state: Any, params: Any, targets: Any, drop_scores: Any) -> Any:
         """Those of the weights that the sparsity of this update leaves."""
         before = self.current_masks(sparse_state, params)
         among = trees.map_named(self._pruned_last, drop_scores, before)

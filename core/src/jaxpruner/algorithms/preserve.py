@@ -32,20 +32,20 @@ class PreserveSparsity(BaseUpdater):
 
     follows_schedule = False
 
-    def get_target_sparsities(self, params):
+    def get_target_sparsities(self, params: Any) -> Any:
         # The sparsity is that of the masks, known at count 0 only.
         targets = sparsity_distributions.uniform(self.layers(params), 0.0, self.filter_fn)
         self._check_targets(params, targets)
         return targets
 
-    def update_state(self, sparse_state, params, grads, **kwargs):
+    def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs: Any) -> Any:
         del params, grads, kwargs
         return sparse_state
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+    def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         """1 where a weight is not zero, else 0."""
         del sparse_state, grads, kwargs
         return jax.tree.map(lambda p: (p != 0).astype(jnp.float32), params)
 
-    def create_masks(self, scores, sparsities):
+    def create_masks(self, scores: Any, sparsities: Any) -> Any:
         return trees.map_pruned(lambda s, _: (s > 0) | ~jnp.any(s > 0), scores, sparsities)

@@ -31,7 +31,7 @@ class SaliencyPruning(BaseUpdater):
 class RandomPruning(BaseUpdater):
     """Keeps random weights of each leaf; what was pruned stays pruned."""
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+    def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         del grads, kwargs
         if sparse_state is None:
             return random_scores(self, params)

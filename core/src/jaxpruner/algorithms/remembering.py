@@ -34,13 +34,13 @@ class MovementPruning(StraightThrough):
 
     is_sparse_gradients: bool = True
 
-    def init_statistics(self, params):
+    def init_statistics(self, params: Any) -> Any:
         return zeros_like(params)
 
-    def update_statistics(self, params, grads, statistics):
+    def update_statistics(self, params: Any, grads: Any, statistics: Any) -> Any:
         return jax.tree.map(lambda s, w, g: s - w.astype(s.dtype) * g.astype(s.dtype), statistics, params, grads)
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+    def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         """The sum of `-w * g` over all steps; without a state, of these gradients."""
         del kwargs
         return trees.from_state(self.known_statistics(params, sparse_state, grads))
@@ -61,7 +61,7 @@ class SoftMovementPruning(GlobalPruning, MovementPruning):
     is_sparse_gradients: bool = True
     use_normalization: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.use_normalization:
             raise ValueError(
                 "use_normalization: soft_movement has one threshold for the scores as they are; leave it out."
@@ -86,20 +86,20 @@ class FisherPruning(BaseUpdater):
 
     decay: float = 0.9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: {self.decay!r} is outside [0, 1); it is what stays of the average in each step.")
 
-    def init_statistics(self, params):
+    def init_statistics(self, params: Any) -> Any:
         return zeros_like(params)
 
-    def update_statistics(self, params, grads, statistics):
+    def update_statistics(self, params: Any, grads: Any, statistics: Any) -> Any:
         del params
         return jax.tree.map(
             lambda f, g: self.decay * f + (1 - self.decay) * jnp.square(g.astype(f.dtype)), statistics, grads
         )
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+    def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         """`w ** 2 * F`; without a state, of these gradients."""
         del kwargs
         return trees.map_pruned(scores.cost, params, self.known_statistics(params, sparse_state, grads))
@@ -119,7 +119,7 @@ class AdamFisherPruning(BaseUpdater):
 
     reads_optimizer = True
 
-    def init_state(self, params):
+    def init_state(self, params: Any) -> Any:
         if self.scheduler.first_update_step == 0:
             raise ValueError(
                 "update_start_step: 0, when the second moments that adam_fisher reads are all 0; let the first masks "
@@ -127,11 +127,13 @@ class AdamFisherPruning(BaseUpdater):
             )
         return super().init_state(params)
 
-    def check_inner_state(self, inner_state, params):
+    def check_inner_state(self, inner_state: Any, params: Any) -> None:
         targets = self.get_target_sparsities(params)
         self._second_moments(inner_state, trees.map_pruned(lambda p, _: p, params, targets))
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, opt_state=None, **kwargs):
+    def calculate_scores(
+        self, params: Any, sparse_state: Any = None, grads: Any = None, opt_state: Any = None, **kwargs: Any
+    ) -> Any:
         """`w ** 2 * nu` of the leaves that are pruned; without a state, nu is read from `opt_state`."""
         del grads, kwargs
         if sparse_state is None:

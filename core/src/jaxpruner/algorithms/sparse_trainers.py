@@ -28,14 +28,14 @@ class StaticRandomSparse(BaseUpdater):
     follows_schedule = False
     starts_dense = False
 
-    def get_initial_masks(self, params, target_sparsities):
+    def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
         return self.create_masks(random_scores(self, params), target_sparsities)
 
-    def update_state(self, sparse_state, params, grads, **kwargs):
+    def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs: Any) -> Any:
         del params, grads, kwargs
         return sparse_state
 
-    def instant_sparsify(self, params, grads=None, **kwargs):
+    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs: Any) -> Any:
         raise RuntimeError(
             f"instant_sparsify: {type(self).__name__} trains with a sparse mask from the start and "
             "has no scores to prune trained parameters with; use MagnitudePruning for that."
@@ -62,7 +62,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     regrows = True
     follows_schedule = True
 
-    def get_target_sparsities(self, params):
+    def get_target_sparsities(self, params: Any) -> Any:
         if self.custom_topk:
             raise ValueError(
                 f"topk_fn: cannot be used with {type(self).__name__}. This is because masks regrow within a "
@@ -77,7 +77,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     # By |w| active weights are dropped.
     calculate_scores = elementwise_scores(scores.magnitude)
 
-    def drop_scores(self, params: Any, grads: Any, sparse_state: Any, **kwargs) -> Any:
+    def drop_scores(self, params: Any, grads: Any, sparse_state: Any, **kwargs: Any) -> Any:
         """A tree of scores; the lowest of the active weights are dropped. Those of `calculate_scores`, here `|w|`."""
         return self._scores(params, sparse_state, grads, **kwargs)
 
@@ -93,7 +93,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
         del target
         return (yield from sparsity_types.regrowing(structure, mask, drop, grow, fraction))
 
-    def update_state(self, sparse_state, params, grads, **kwargs):
+    def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs: Any) -> Any:
         targets = self._targets_at_hand(params, sparse_state)
         fraction = self.drop_fraction_fn(sparse_state.count)
         drop_scores = self.drop_scores(params, grads, sparse_state, **kwargs)
@@ -117,7 +117,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
 class SET(_DropAndGrow):
     """Sparse evolutionary training: grows at random (Mocanu et al., 2018)."""
 
-    def grow_scores(self, params, grads, step):
+    def grow_scores(self, params: Any, grads: Any, step: Any) -> Any:
         del grads
         return random_scores(self, params, step)
 
@@ -135,11 +135,11 @@ class MEST(SET):
 
     gradient_weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.gradient_weight >= 0:
             raise ValueError(f"gradient_weight: {self.gradient_weight!r} is negative; give 0 (which is set) or more.")
 
-    def drop_scores(self, params, grads, sparse_state, **kwargs):
+    def drop_scores(self, params: Any, grads: Any, sparse_state: Any, **kwargs: Any) -> Any:
         """`|w| + gradient_weight * |g|`."""
         del sparse_state, kwargs
         require_grads(self, grads)
@@ -156,7 +156,7 @@ class RigL(_DropAndGrow):
 
     is_debug: bool = False
 
-    def grow_scores(self, params, grads, step):
+    def grow_scores(self, params: Any, grads: Any, step: Any) -> Any:
         del params, step
         require_grads(self, grads)
         return jax.tree.map(lambda g: Scores(scores.magnitude, (g,)), grads)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 
 from jaxpruner import scores, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
@@ -28,15 +29,15 @@ class StraightThrough(BaseUpdater):
 
     straight_through = True
 
-    def sparsity_at(self, target, count):
+    def sparsity_at(self, target: Any, count: Any) -> Any:
         first = self.scheduler.start_step
         sparsity = super().sparsity_at(target, count)
         return jnp.where(count >= first, sparsity, 0.0) if first else sparsity
 
-    def wrap_optax(self, inner):
+    def wrap_optax(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         return transformation.track_masks(inner, self)
 
-    def sparsify_optax(self, inner):
+    def sparsify_optax(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         return transformation.straight_through(inner, self)
 
     def pre_forward_update(self, params: Any, opt_state: Any) -> Any:
@@ -61,7 +62,7 @@ class SteMagnitudePruning(StraightThrough):
 class SteRandomPruning(StraightThrough):
     """Masks random weights, drawn anew in each step."""
 
-    def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+    def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         del grads, kwargs
         return random_scores(self, params, -1 if sparse_state is None else sparse_state.count)
 
@@ -83,10 +84,10 @@ class SrSte(SteMagnitudePruning):
 
     decay: float = 2e-4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_decay(self.decay)
 
-    def step_gradients(self, params, grads, masks, sparse_state):
+    def step_gradients(self, params: Any, grads: Any, masks: Any, sparse_state: Any) -> Any:
         grads = super().step_gradients(params, grads, masks, sparse_state)
 
         def decayed(g, mask, w):
@@ -119,7 +120,7 @@ class TopKast(SteMagnitudePruning):
     extra_density: float = 0.1
     decay: float = 1e-4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_decay(self.decay)
         if not 0 < self.extra_density <= 1:
             raise ValueError(
@@ -127,7 +128,7 @@ class TopKast(SteMagnitudePruning):
                 "beside those in use (without any, weights never come back)."
             )
 
-    def get_target_sparsities(self, params):
+    def get_target_sparsities(self, params: Any) -> Any:
         targets = super().get_target_sparsities(params)
         pruned = trees.map_pruned(lambda p, _: p, params, targets)
         for path, param in trees.named_leaves(pruned):
@@ -138,7 +139,7 @@ class TopKast(SteMagnitudePruning):
                 )
         return targets
 
-    def step_gradients(self, params, grads, masks, sparse_state):
+    def step_gradients(self, params: Any, grads: Any, masks: Any, sparse_state: Any) -> Any:
         targets = self._targets_at_hand(params, sparse_state)
         sparsities = self._sparsities_at(targets, sparse_state.count)
         wider = trees.map_pruned(lambda s, _: jnp.maximum(s - self.extra_density, 0.0), sparsities, sparsities)

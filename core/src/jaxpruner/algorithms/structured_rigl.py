@@ -40,11 +40,11 @@ class SRigL(RigL):
     sparsity_type: Any = sparsity_types.PerOutput()
     min_share: float = 0.3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.min_share <= 1:
             raise ValueError(f"min_share: {self.min_share!r} is outside [0, 1]; it is a share of a neuron's inputs.")
 
-    def get_target_sparsities(self, params):
+    def get_target_sparsities(self, params: Any) -> Any:
         targets = super().get_target_sparsities(params)
         for path, param in trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)):
             structure = self.structure(path, param).of_layer
@@ -55,10 +55,12 @@ class SRigL(RigL):
                 )
         return targets
 
-    def regrown(self, structure, mask, drop, grow, fraction, target):
+    def regrown(
+        self, structure: Any, mask: Any, drop: Any, grow: Any, fraction: Any, target: Any
+    ) -> selection.Choosing:
         """The new mask of a leaf: RigL's, then evened out over the neurons that are not idle."""
         is_stack = isinstance(structure, sparsity_types.Stacked)
-        free = sparsity_types.Unstructured()
+        free: Any = sparsity_types.Unstructured()
         free = sparsity_types.Stacked(free, structure.axis) if is_stack else free
         chosen = yield from sparsity_types.regrowing(free, mask, drop, grow, fraction)
         even = functools.partial(_evened, structure.of_layer, target=target, min_share=self.min_share)
@@ -67,8 +69,10 @@ class SRigL(RigL):
         return sparsity_types.where_finite(as_array(grow), even(mask, chosen, as_array(grow)), mask)
 
 
-def _evened(structure: sparsity_types.PerOutput, mask: Any, chosen: Any, grow: Any, *, target: Any, min_share: float):
-    axes = structure.axis if isinstance(structure.axis, tuple) else (structure.axis,)
+def _evened(
+    structure: sparsity_types.PerOutput, mask: Any, chosen: Any, grow: Any, *, target: Any, min_share: float
+) -> Any:
+    axes = sparsity_types.as_axes(structure.axis, mask.shape)
     front = tuple(range(len(axes)))
     first = jnp.moveaxis(mask, axes, front).shape
     inputs = math.prod(first[: len(axes)])

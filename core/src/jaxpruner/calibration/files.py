@@ -62,11 +62,12 @@ class Finished:
         file = self._file(number)
         partial = file.with_suffix(".partial")
         with open(partial, "wb") as opened:
-            changed = {} if weights is None else {"weights": np.asarray(weights)}
+            changed: dict[str, Any] = {} if weights is None else {"weights": np.asarray(weights)}
             np.savez(opened, kept=np.packbits(np.asarray(kept)), shape=kept.shape, **changed)
         os.replace(partial, file)
 
     def _file(self, number: int) -> Path:
+        assert self._folder is not None  # nothing is kept, or in it, without one
         return self._folder / f"layer_{number:05d}.npz"
 
 
@@ -80,5 +81,5 @@ def checksum(tree: Any) -> int:
     """Of all entries of the arrays of a tree."""
     total = 0
     for leaf in jax.tree.leaves(trees.numbers_only(tree)):
-        total = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8), total)
+        total = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data, total)
     return total

@@ -119,7 +119,7 @@ def prune_oneshot(
         _check_owl({leaf: structure for leaf, structure in structures.items() if leaf.number not in own}, task)
         dense = (layer for layer in _bar(calibration.run(task.name, False), weights, task, progress, "outliers"))
         outlying = (layer for layer in dense if layer.use.leaf.number not in own)
-        sparsities |= outliers.sparsities(outlying, outliers.blocks(task.paths, weights.turns), sparsity)
+        sparsities |= outliers.sparsities(outlying, outliers.blocks(task.paths, weights.turns), sparsity or 0.0)
         weights, calibration = task.calibration(set(targets))
 
     def describe() -> dict[str, Any]:
@@ -305,7 +305,8 @@ class _Solve:
             solvers.sparsegpt(w, gram, structure, own, name, self.damping, self.block_size)
             for w, gram, own in zip(matrices, layer.statistics.gram, each, strict=True)
         ]
-        return tuple(map(jnp.stack, zip(*solved, strict=True)))
+        changed, kept = zip(*solved, strict=True)
+        return jnp.stack(changed), jnp.stack(kept)
 
     def _mask(self, scores: Any, structure: Any, sparsity: float, use: Use, weights: Weights) -> Any:
         """Of a structure that is of the parameter, in its own layout."""

@@ -38,7 +38,7 @@ class Leaf(NamedTuple):
     """A parameter, or a layer of one that is a stack of them: its number, and where in the stack."""
 
     number: int
-    index: tuple[int, ...] = ()
+    index: tuple[int, ...] = ()  # type: ignore[assignment]  # in place of the method of tuples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +55,10 @@ class Constant:
 
     value: Any
     is_literal: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

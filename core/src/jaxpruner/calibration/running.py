@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
@@ -21,12 +21,12 @@ class Layer(NamedTuple):
     Attributes:
       use: the product.
       weights: its matrices, as they are.
-      statistics: of their inputs, over all uses; None if it was asked to do without.
+      statistics: `Statistics` of their inputs, over all uses; None if it was asked to do without.
     """
 
     use: Use
     weights: Any
-    statistics: Statistics | None
+    statistics: Any
 
 
 class Calibration:
@@ -161,7 +161,9 @@ class Calibration:
             return self._weights.value(value, self.leaves)
         return self._known(value)
 
-    def _segment(self, operations: Sequence[Operation], fixed, given, kept) -> Callable[..., list[Any]]:
+    def _segment(
+        self, operations: Sequence[Operation], fixed: list[Any], given: list[Any], kept: list[Any]
+    ) -> Callable[..., list[Any]]:
         """One compiled function for operations; layers that are alike share it."""
         numbers = {value: i for i, value in enumerate([*fixed, *given])}
         key: list[Any] = [tuple(map(_kind, [*fixed, *given])), len(fixed)]
@@ -187,7 +189,7 @@ class Calibration:
     def _matrices(self, use: Use) -> Any:
         return use.of_leaf(self._weights.value(use.weight, self.leaves))
 
-    def _statistics(self, use, values, with_gram: bool, seen: dict[Any, Statistics], name: str) -> Statistics:
+    def _statistics(self, use: Use, values: Any, with_gram: bool, seen: dict[Any, Statistics], name: str) -> Statistics:
         key = use.activation, use.features
         if key not in seen:
             key_of_program = "statistics", use.features, with_gram
@@ -198,7 +200,7 @@ class Calibration:
             sums = self._compiled.setdefault(key_of_program, jax.jit(of_batch))
             is_data = use.activation in self._weights.data
             inputs = values[use.activation] if is_data else [self._known(use.activation)]
-            total = functools.reduce(statistics.added, map(sums, inputs), None)
+            total: Any = functools.reduce(statistics.added, map(sums, inputs), None)
             if not _is_finite(total):  # asked once, so that batches need not wait for one another
                 batch = next((i for i, x in enumerate(inputs) if not _is_finite(sums(x))), 0)
                 raise ValueError(
@@ -213,7 +215,7 @@ def _is_finite(found: Statistics) -> bool:
     return bool(np.isfinite(np.asarray(found.squares)).all())
 
 
-def _is_literal(operand: Any) -> bool:
+def _is_literal(operand: Any) -> TypeGuard[Constant]:
     return isinstance(operand, Constant) and operand.is_literal
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -128,15 +128,17 @@ def sparsegpt(
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "size"), donate_argnums=0)
-def _block(weights, factor, start, keep, *, structure, size):
+def _block(
+    weights: Any, factor: Any, start: Any, keep: Any, *, structure: sparsity_types.SparsityType, size: int
+) -> tuple[Any, Any]:
     """The weights after `size` inputs from `start`, and the mask of these."""
     rows = jax.lax.dynamic_slice_in_dim(weights, start, size)
     within = jax.lax.dynamic_slice(factor, (start, start), (size, size))
     diagonal = jnp.diagonal(within)[:, None]
-    is_nm = isinstance(structure, sparsity_types.NByM)
-    group = structure.m if is_nm else 1
     nothing = rows - rows  # zeros that lie where the rows do: data may be on a mesh with explicit axes
-    if is_nm:
+    group = 1
+    if isinstance(structure, sparsity_types.NByM):
+        group = structure.m
         mask = nothing != 0
     elif isinstance(structure, sparsity_types.PerOutput):
         mask = highest_of_each(jnp.square(rows / diagonal), keep)
@@ -150,13 +152,13 @@ def _block(weights, factor, start, keep, *, structure, size):
         left = jax.lax.dynamic_slice_in_dim(within, at, group, axis=1)
         current = jax.lax.dynamic_slice_in_dim(rows, at, group) - left.T @ errors
         pivots = jax.lax.dynamic_slice_in_dim(diagonal, at, group)
-        if is_nm:
+        if isinstance(structure, sparsity_types.NByM):
             stay = sparsity_types.NByM(structure.n, structure.m, 0).mask(jnp.square(current / pivots), 0.5)
             mask = jax.lax.dynamic_update_slice_in_dim(mask, stay, at, 0)
         else:
             stay = jax.lax.dynamic_slice_in_dim(mask, at, group)
         own = jax.lax.dynamic_slice(within, (at, at), (group, group))
-        wrong = []
+        wrong: list[Array] = []
         for i in range(group):
             value = current[i] - sum(own[k, i] * wrong[k] for k in range(i))
             kept = jax.lax.dynamic_update_index_in_dim(kept, jnp.where(stay[i], value, 0.0), at + i, 0)

@@ -50,7 +50,7 @@ class Statistics(NamedTuple):
 
 def wide_dtype() -> Any:
     """What sums and solvers are in: float64 where it is enabled, or float32."""
-    return jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    return jnp.result_type(float)
 
 
 def features(operation: Operation, side: int, x: Any) -> Float[Array, "batch tokens inputs"]:
@@ -97,7 +97,7 @@ def of_batch(x: Float[Array, "batch tokens inputs"], with_gram: bool) -> Statist
     if with_gram:
         layout = trees.explicit_layout(x)
         # On a mesh of explicit axes someone has to say that all devices get the sum over tokens.
-        where = {} if layout is None else {"out_sharding": NamedSharding(layout.mesh, PartitionSpec())}
+        where: Any = {} if layout is None else {"out_sharding": NamedSharding(layout.mesh, PartitionSpec())}
         gram = jnp.einsum("bti,btj->bij", x, x, precision=jax.lax.Precision.HIGHEST, **where)
     return Statistics(jnp.asarray(x.shape[1], x.dtype), x.sum(1), jnp.square(x).sum(1), gram)
 

@@ -87,7 +87,7 @@ class _Shift(NamedTuple):
 def _compensate(
     pruned: list[Any],
     shifts: Sequence[_Shift],
-    masks: Sequence[Any | None],
+    masks: Sequence[Any],
     paths: Sequence[trees.KeyPath],
     weights: Weights,
     values: Leaves,
@@ -133,7 +133,7 @@ def _placed(weights: Weights, use: Use, matrices: Any) -> tuple[np.ndarray, np.n
 
 def _input_axes(weights: Weights, layer: Layer) -> tuple[int, ...]:
     """The axes of a leaf along which the inputs of its layer are counted."""
-    numbers = jnp.arange(1.0, layer.weights.shape[1] + 1)[None, :, None]
-    numbers, where = _placed(weights, layer.use, jnp.broadcast_to(numbers, layer.weights.shape))
+    counted = jnp.arange(1.0, layer.weights.shape[1] + 1)[None, :, None]
+    numbers, where = _placed(weights, layer.use, jnp.broadcast_to(counted, layer.weights.shape))
     numbers = np.where(where, numbers, np.nan)
     return tuple(axis for axis in range(numbers.ndim) if np.nanmax(np.abs(np.diff(numbers, axis=axis)), initial=0) > 0)

@@ -54,7 +54,7 @@ class Use:
     part: int
 
     @property
-    def weight(self) -> Value:
+    def weight(self) -> Value | Constant:
         return self.operation.inputs[self.side]
 
     @property
@@ -113,7 +113,7 @@ class Layout:
         """The inverse of `matrices`."""
         if self.groups > 1:
             matrices = matrices.transpose(1, 0, 2)
-        return jnp.transpose(matrices.reshape(self.sizes), np.argsort(self.order))
+        return jnp.transpose(matrices.reshape(self.sizes), tuple(np.argsort(self.order)))
 
 
 def layout(operation: Operation, side: int) -> Layout:
@@ -130,8 +130,8 @@ def layout(operation: Operation, side: int) -> Layout:
     free = [axis for axis in range(len(shape)) if axis not in (*contracted, *batch)]
     order = (*batch, *contracted, *free)
     sizes = tuple(shape[axis] for axis in order)
-    count = [int(np.prod([shape[axis] for axis in axes], dtype=np.int64)) for axes in (batch, contracted, free)]
-    matrices = (groups, count[1], count[2] // groups) if groups > 1 else tuple(count)
+    count, inputs, outputs = (math.prod(shape[axis] for axis in axes) for axes in (batch, contracted, free))
+    matrices = (groups, inputs, outputs // groups) if groups > 1 else (count, inputs, outputs)
     return Layout(order, matrices, sizes, groups)
 
 
@@ -175,7 +175,7 @@ class Weights:
         """The leaves whose entries a value has, if it has no others."""
         return self._carried.get(value, ())
 
-    def value(self, weight: Value, leaves: Mapping[Leaf, Any]) -> Any:
+    def value(self, weight: Value | Constant, leaves: Mapping[Leaf, Any]) -> Any:
         """The operand of a product for these values of the leaves."""
         return self._evaluate(weight, leaves, moves_only=False)
 
@@ -183,7 +183,7 @@ class Weights:
         """The shape of a leaf."""
         return self._shapes[leaf].shape
 
-    def is_scaled(self, weight: Value) -> bool:
+    def is_scaled(self, weight: Value | Constant) -> bool:
         """Whether entries are scaled or masked on the way."""
         return any(operation.name in SCALES for operation in self._chain(weight))
 
@@ -284,7 +284,7 @@ class Weights:
     def _changed(self, program: Program) -> bool:
         """Finds the uses of what is not dense; whether some leaf has to stay dense for one of them."""
         before = len(self.dense)
-        self._carried = {value: (leaf,) for value, leaf in self._leaf_values.items() if leaf not in self.dense}
+        self._carried: dict[Any, Any] = {v: (leaf,) for v, leaf in self._leaf_values.items() if leaf not in self.dense}
         products: list[tuple[Operation, int]] = []
         used: set[Leaf] = set()
         for operation in program.operations:

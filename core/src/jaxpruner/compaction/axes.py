@@ -175,8 +175,8 @@ def cut(dim: Dim, position: int, where: str) -> tuple[Dim, Dim]:
             reason = f"cannot be told apart in {where}"
             root.freeze(reason)
             return Dim(position, reason), Dim(root.size - position, reason)
-        before, after = cut(major, position // inner, where)
-        return product([before, *rest]), product([after, *rest])
+        left, right = cut(major, position // inner, where)
+        return product([left, *rest]), product([right, *rest])
     if root._kind is None:
         parts = Dim(position), Dim(root.size - position)
         root._become("sum", parts)

@@ -139,7 +139,7 @@ class Compact:
     def report(self) -> Report:
         """What was removed, before and after; `print(small.report())` shows it."""
         # As it was read, without equations that nothing needs, which the small function lacks too.
-        nothing_cut = {path: (None,) * len(masks) for path, masks in self._masks.items()}
+        nothing_cut: Any = {path: (None,) * len(masks) for path, masks in self._masks.items()}
         all_units = dataclasses.replace(self, _masks=nothing_cut)
         whole = flops.summarize_flops(all_units._of_dense, self._dense, *self._example)
         dense = jax.tree.map(

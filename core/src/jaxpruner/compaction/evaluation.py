@@ -103,7 +103,8 @@ class Evaluation:
         return run(*operands)
 
     def _custom_derivative(self, step: rules.Step, operands: list[Any]) -> list[Any]:
-        if step.derivative is None:
+        derivative = step.derivative
+        if derivative is None:
             return self._call(step, operands)
         differentiable = [i for i, atom in enumerate(step.equation.invars) if reading.is_differentiable(atom)]
         results = [i for i, atom in enumerate(step.equation.outvars) if reading.is_differentiable(atom)]
@@ -116,15 +117,16 @@ class Evaluation:
 
         def forward(values, tangents):
             outputs = primal(*values)
-            changes = self._run(step.derivative, [*values, *(tangents[i] for i in differentiable)])
+            changes = self._run(derivative, [*values, *(tangents[i] for i in differentiable)])
             given = dict(zip(results, changes, strict=True))
             return outputs, [given.get(i, no_tangent(output)) for i, output in enumerate(outputs)]
 
         def backward(values, cotangents):
-            changes = self._run(step.derivative, [*values, *(cotangents[i] for i in results)])
+            changes = self._run(derivative, [*values, *(cotangents[i] for i in results)])
             given = dict(zip(differentiable, changes, strict=True))
             return tuple(given.get(i, no_tangent(value)) for i, value in enumerate(values))
 
+        function: Any
         if step.name == "custom_jvp_call":
             function = jax.custom_jvp(primal)
             function.defjvp(forward)

@@ -27,10 +27,11 @@ def save_compact(path: str | os.PathLike[str], small: Compact, params: Any = Non
       params: what was trained from `small.params`; by default these.
     """
     params = small.params if params is None else params
-    arrays = {f"{_PARAMS}{_name(path)}": np.asarray(leaf) for path, leaf in _arrays(params)}
+    arrays: dict[str, Any] = {f"{_PARAMS}{_name(path)}": np.asarray(leaf) for path, leaf in _arrays(params)}
+    arrays |= {f"{_KEPT}{name}": units for name, units in small.kept.items()}
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "wb") as file:
-        np.savez(file, **arrays, **{f"{_KEPT}{name}": units for name, units in small.kept.items()})
+        np.savez(file, **arrays)
     os.replace(partial, path)
 
 

@@ -64,7 +64,8 @@ def group(read: reading.Reading, paths: Sequence[trees.KeyPath]) -> Found:
         if atom not in contracted and not atom.reasons:
             atom.freeze("is in no product that could do without it")
     names = _name(places, dict(parameters))
-    found = Found(read, parameters, None, {atom: name for atom, name in names.items() if not atom.reasons})
+    removable = {atom: name for atom, name in names.items() if not atom.reasons}
+    found = Found(read, parameters, None, removable)  # type: ignore[arg-type]  # its groups are made of it, below
     shapes = {path: found.axes_of(dims) for path, dims in parameters}
     products = tuple(_products(read, found))
 

@@ -139,7 +139,7 @@ class Groups(coupled_structures.Coupled):
 
     # The structure of masks.
 
-    def reach(self, targets, params):
+    def reach(self, targets: Any, params: Any) -> Any:
         axes_of = self._axes_in(params)
         asked = dict(trees.named_leaves(targets))
         pruned = {group.name: asked[group.owner] for group in self._pruned_in(axes_of) if group.owner in asked}
@@ -164,11 +164,17 @@ class Groups(coupled_structures.Coupled):
             self._check_budget(max(float(share) for share in pruned.values()))
         return reached
 
-    def units_of(self, path):
+    def units_of(self, path: trees.KeyPath) -> int:
         owned = [group.size for group in self.removable if _ends(group.owner, path)]
         return owned[0] if owned else 1
 
-    def masks(self, scores, sparsities, updater, is_scored: Callable[[trees.KeyPath, int], bool] = lambda *_: True):
+    def masks(
+        self,
+        scores: Any,
+        sparsities: Any,
+        updater: Any,
+        is_scored: Callable[[trees.KeyPath, int], bool] = lambda *_: True,
+    ) -> Any:
         """See the base class; `is_scored` says along which axes of a leaf scores are those of units."""
         axes_of = self._axes_in(scores)
         asked = dict(trees.named_leaves(sparsities))
@@ -195,7 +201,7 @@ class Groups(coupled_structures.Coupled):
 
         return trees.map_named(lambda path, score: None if trees.is_unpruned(score) else expand(path, score), scores)
 
-    def share_pruned(self, masks, targets):
+    def share_pruned(self, masks: Any, targets: Any) -> Any:
         axes_of = self._axes_in(masks)
         pruned = {group.name: group for group in self._pruned_in(axes_of) if group.owner in targets}
         kept = {name: np.ones(group.size, bool) for name, group in pruned.items()}

@@ -79,7 +79,7 @@ def _of_parameter(nonzero: np.ndarray, along: Sequence[axes.Axis]) -> Live:
     return Live(tuple(alive(axis, made) for axis, made in enumerate(along)), not nonzero.any())
 
 
-def _collected(made: axes.Axis, vector: np.ndarray) -> dict[str, np.ndarray]:
+def _collected(made: axes.Axis, vector: Any) -> dict[str, np.ndarray]:
     alive: dict[str, np.ndarray] = {}
     for name, part in axes.collect(made, vector, np.any):
         alive[name] = alive[name] | part if name in alive else part
@@ -182,7 +182,7 @@ class _Walk:
                 for i, dims in enumerate(step.outputs)
             ]
         if name in _JOINS or name.startswith("scatter"):
-            which = _JOINS.get(name, [0, 2])
+            which: Any = _JOINS.get(name, [0, 2])
             which = range(len(given)) if which is None else range(1, len(given)) if name == "select_n" else which
             return [self._moved([given[i] for i in which], [step.inputs[i] for i in which], step.outputs[0])]
         if name in rules.ELEMENTWISE and _keeps_zero(step.equation):

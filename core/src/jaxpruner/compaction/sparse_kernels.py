@@ -85,11 +85,11 @@ def multiplied(read: Reading, inputs: Sequence[Any]) -> dict[int, tuple[int, ...
         if step.name == "dot_general" and operands.count(None) == 1:
             side = 0 if operands[1] is None else 1
             contract, batch = step.equation.params["dimension_numbers"]
-            if not batch[0]:
-                found.setdefault(operands[side], tuple(contract[side]))
+            if not batch[0] and (number := operands[side]) is not None:
+                found.setdefault(number, tuple(contract[side]))
         elif step.name in _CALLS and set(operands) != {None}:
             inner = multiplied(step.inner[0], step.inner[0].jaxpr.invars)
-            found |= {operands[i]: axes for i, axes in inner.items() if operands[i] is not None}
+            found |= {number: axes for i, axes in inner.items() if (number := operands[i]) is not None}
     return found
 
 

@@ -66,9 +66,11 @@ def _check_pruning(schedule: sparsity_schedules.Schedule, name: str) -> None:
             f"update_start_step: missing. {name} would never make masks and the training would stay dense; give "
             "update_start_step and update_end_step (the same step prunes at once)."
         )
+    if not isinstance(schedule, sparsity_schedules.PeriodicSchedule):
+        return
+    start, end, freq = schedule.update_start_step or 0, schedule.update_end_step or 0, schedule.update_freq
     gradual = isinstance(schedule, sparsity_schedules.PolynomialSchedule)
-    if schedule.num_updates == 0 or (gradual and schedule.num_updates == 1 and not _is_one_step(schedule)):
-        start, end, freq = schedule.update_start_step or 0, schedule.update_end_step, schedule.update_freq
+    if schedule.num_updates == 0 or (gradual and schedule.num_updates == 1 and start != end):
         number = "no multiple" if schedule.num_updates == 0 else "one multiple only"
         raise ValueError(
             f"update_freq: {number} of {freq} lies between update_start_step={start} and update_end_step={end}, so "
@@ -81,7 +83,8 @@ def _check_phases(updater: BaseUpdater, schedule: sparsity_schedules.Schedule, n
     if not issubclass(updater.gradual_schedule, sparsity_schedules.AlternatingSchedule):
         return
     number = schedule.num_updates
-    if isinstance(schedule, sparsity_schedules.OneShotSchedule | sparsity_schedules.AlternatingSchedule) and number < 3:
+    is_ours = isinstance(schedule, sparsity_schedules.OneShotSchedule | sparsity_schedules.AlternatingSchedule)
+    if is_ours and number is not None and number < 3:
         raise ValueError(
             f"update_freq: {name} is sparse and dense in turn, and this schedule has {number} mask updates, of which "
             "it would make one sparse phase; give a start, an end and a period with three updates at least, or use "
@@ -89,11 +92,7 @@ def _check_phases(updater: BaseUpdater, schedule: sparsity_schedules.Schedule, n
         )
 
 
-def _is_one_step(schedule: sparsity_schedules.PolynomialSchedule) -> bool:
-    return schedule.update_start_step == schedule.update_end_step
-
-
-def _check_regrowth(updater: BaseUpdater, schedule: sparsity_schedules.Schedule, name: str) -> None:
+def _check_regrowth(updater: Any, schedule: sparsity_schedules.Schedule, name: str) -> None:
     if schedule.num_updates == 0:
         raise ValueError(
             f"update_start_step: {name} would never change its mask; give update_start_step, update_end_step and an "

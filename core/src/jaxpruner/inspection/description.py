@@ -85,7 +85,7 @@ def _distribution(value: Any) -> dict[str, Any]:
 
 
 def _schedule(schedule: Any) -> dict[str, Any]:
-    fields = dataclasses.asdict(schedule) if dataclasses.is_dataclass(schedule) else {}
+    fields = dataclasses.asdict(schedule) if hasattr(schedule, "__dataclass_fields__") else {}
     return {"schedule": type(schedule).__name__} | {key: _text(value) for key, value in fields.items()}
 
 

@@ -62,7 +62,7 @@ def summarize_flops(
     shifted: set[int] = set()
 
     def tell(product: jaxprs.Product) -> None:
-        flops = _dot_flops if product.equation.primitive.name == "dot_general" else _convolution_flops
+        flops: Any = _dot_flops if product.equation.primitive.name == "dot_general" else _convolution_flops
         is_saved = not product.weight.is_shifted
         counts[product.weight.parameters if is_saved else ()] += product.times * flops(product.equation)
         shifted.update(() if is_saved else product.weight.parameters)
@@ -76,7 +76,7 @@ def summarize_flops(
         )
 
     density = {key: sum(nonzero[i] for i in key) / sum(sizes[i] for i in key) for key in counts}
-    summary = {
+    summary: dict[str, Any] = {
         "_nparams": sum(sizes),
         "_nparams_nnz": sum(nonzero),
         "_inference_flops": other + sum(counts.values()),
@@ -91,7 +91,7 @@ def summarize_flops(
         summary["_training_flops_nnz"] = steps * (3 * other + cost)
     if lost := [trees.leaf_name(named[i][0]) for i in sorted(shifted) if nonzero[i] < sizes[i]]:
         summary["_shifted_parameters"] = lost
-    each: collections.Counter[str] = collections.Counter()
+    each: dict[str, float] = collections.defaultdict(float)
     for key, flops in counts.items():
         for i in key:
             each[trees.leaf_name(named[i][0])] += flops * sizes[i] / sum(sizes[j] for j in key)

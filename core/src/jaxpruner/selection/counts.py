@@ -31,7 +31,7 @@ class Count(NamedTuple):
     ``hi`` is None where no number can reach ``2**32``: half the arithmetic. The two of an operation are of one kind.
     """
 
-    hi: UInt32[Array, "*shape"] | None
+    hi: Any  # UInt32[Array, "*shape"] or None
     lo: UInt32[Array, "*shape"]
 
 
@@ -106,17 +106,17 @@ def take(count: Count, index: Any) -> Count:
     return jax.tree.map(lambda words: words[index], count)
 
 
-def chosen(values: Any, index: Sequence[int]) -> Any:
+def chosen(values: Any, index: Sequence[int] | np.ndarray) -> Any:
     """``values[index]`` of an array or a count, for a static index.
 
     It is a gather, which XLA takes many rounds to simplify, only where it has to be one.
     """
-    index = np.asarray(index)
+    places = np.asarray(index)
 
     def choose(words):
-        if len(words) == len(index) and (index == np.arange(len(index))).all():
+        if len(words) == len(places) and (places == np.arange(len(places))).all():
             return words
-        return jnp.broadcast_to(words, (len(index), *words.shape[1:])) if len(words) == 1 else words[index]
+        return jnp.broadcast_to(words, (len(places), *words.shape[1:])) if len(words) == 1 else words[places]
 
     return jax.tree.map(choose, values)
 
@@ -156,7 +156,7 @@ def keep_count(size: int | Count, sparsity: float | Float[Array, ""]) -> Count:
     Returns:
       ``k`` as a :class:`Count`.
     """
-    if _is_on_host(size, sparsity):
+    if not isinstance(size, Count) and _is_on_host(size, sparsity):
         return from_int(_host_keep_count(size, float(sparsity)))
     return _traced_keep_count(size if isinstance(size, Count) else from_int(size), jnp.asarray(sparsity))
 
@@ -188,7 +188,7 @@ def _stack(members: Sequence[Count]) -> Count:
     return Count(*(jnp.stack(words) for words in zip(*map(wide, members), strict=True)))
 
 
-def _identity(member: Count | Share) -> Any:
+def _identity(member: tuple[Any, ...]) -> Any:
     return tuple(
         part if isinstance(part, (int, float)) else _identity(part) if isinstance(part, tuple) else id(part)
         for part in member
@@ -288,7 +288,7 @@ def _fixed_point_product(size: Count, sparsity: Float[Array, ""]) -> Count:
 def _density_limbs(sparsity: Float[Array, ""]) -> list[UInt32[Array, ""]]:
     """``(1 - sparsity) * 2**48`` as limbs, the lowest first; the highest is ``2**16`` for a sparsity of 0."""
     rest = jnp.where(sparsity > 0, jnp.minimum(sparsity, 1), 0)
-    limbs = []
+    limbs: list[Array] = []
     for _ in range(_FRACTION_LIMBS):  # every step is exact: a power of two, then the integer part removed
         rest = rest * (1 << _LIMB_BITS)
         limb = jnp.floor(rest)

@@ -164,9 +164,10 @@ def varying_axes(x: Any) -> Any:
 def varying_zero(leaves: Sequence[Leaf | Scores]) -> Int[Array, ""]:
     """A zero that varies over the mesh axes any of the leaves does, as the state of a loop in shard_map must."""
     operands = [x for leaf in leaves for x in leaf.operands]
-    operands = {id(x) if varying_axes(x) is None else varying_axes(x): x for x in operands}  # one of each kind
-    empty = [lax.slice_in_dim(x.reshape(x.shape or 1), 0, 0) for x in operands.values()]
-    return sum(jnp.sum(x).astype(jnp.int32) for x in empty)
+    kinds = {id(x) if varying_axes(x) is None else varying_axes(x): x for x in operands}  # one of each
+    empty = [lax.slice_in_dim(x.reshape(x.shape or 1), 0, 0) for x in kinds.values()]
+    total: Any = sum(jnp.sum(x).astype(jnp.int32) for x in empty)
+    return total
 
 
 @custom_vmap  # optimization_barrier itself has no batching rule in the oldest supported jax
@@ -215,8 +216,8 @@ def count_leaf(
         return found, pinned if skips else row[Column.NUMBER].astype(jnp.int32)
 
     # Any numbers, that are at hand.
-    anything = rows[0, len(Column) :].astype(jnp.uint32)
-    anything = tuple(_split(anything, _parts(leaf.size, anything.size, leaf.method)))
+    words = rows[0, len(Column) :].astype(jnp.uint32)
+    anything = tuple(_split(words, _parts(leaf.size, words.size, leaf.method)))
     if not skips:
         return read(leaf, rows, number, anything)
     is_read = _row(rows, number)[Column.IS_READ] != 0
@@ -240,7 +241,8 @@ def census(
 ) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     """The number of True entries of a mask, and of scores that are not finite, in one read that stores nothing."""
     strange = ~jnp.isfinite(Scores(fn, operands).evaluate())
-    return tuple(totals((mask, jnp.broadcast_to(strange, mask.shape)), method))
+    number, of_strange = totals((mask, jnp.broadcast_to(strange, mask.shape)), method)
+    return number, of_strange
 
 
 def totals(chosen: Sequence[Bool[Array, "*shape"]], method: Method) -> Sequence[UInt32[Array, ""]]:

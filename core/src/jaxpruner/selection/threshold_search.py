@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,19 +68,19 @@ class Field(NamedTuple):
 
     def total(self, number: UInt32[Array, "leaves ..."]) -> Count:
         """The sum over the leaves of each search."""
-        return counts.sum_where(self.membership, self.count(number))
+        return counts.sum_where(self.membership, self.as_count(number))
 
     def before(self, number: UInt32[Array, " leaves"]) -> Count:
         """The sum of those before each leaf in its search."""
         search = np.asarray(self.search)
-        return counts.sum_where(np.tril(search[:, None] == search, -1), self.count(number))
+        return counts.sum_where(np.tril(search[:, None] == search, -1), self.as_count(number))
 
     @property
     def is_narrow(self) -> bool:
         """Whether no search has ``2**32`` entries."""
         return max(self.membership @ np.asarray(self.sizes, np.uint64)) < 2**32
 
-    def count(self, number: UInt32[Array, "*s"]) -> Count:
+    def as_count(self, number: UInt32[Array, "*s"]) -> Count:
         """Numbers of entries as counts."""
         return Count(None if self.is_narrow else jnp.zeros_like(number), number)
 
@@ -328,7 +328,7 @@ def _reopen(field: Field, searches: Searches) -> Searches:
     ties = searches.at_least - searches.above
     wanted = counts.subtract(searches.wanted, field.total(searches.above))
     before = field.before(ties)
-    is_cut = counts.less(field.per_leaf(wanted), counts.add(before, field.count(ties)))
+    is_cut = counts.less(field.per_leaf(wanted), counts.add(before, field.as_count(ties)))
     partial = jnp.argmax(field.membership & is_cut, axis=1)
     is_partial = jnp.arange(len(field.sizes)) == field.per_leaf(partial)
 
@@ -336,7 +336,7 @@ def _reopen(field: Field, searches: Searches) -> Searches:
         return counts.sum_where(field.membership, counts.where(is_partial, count, counts.subtract(count, count)))
 
     floor = index_floor(searches.lo.dtype)
-    sizes = of_partial(field.count(jnp.asarray(field.sizes, jnp.uint32))).lo
+    sizes = of_partial(field.as_count(jnp.asarray(field.sizes, jnp.uint32))).lo
     return Searches(
         lo=jnp.full_like(searches.lo, floor + 1),
         last=floor + sizes.astype(searches.lo.dtype),

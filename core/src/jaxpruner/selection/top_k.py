@@ -77,7 +77,7 @@ class Competition:
     keep: Count | Share
     scales: Sequence[Float[Array, ""] | None] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for i, leaf in enumerate(self.leaves):
             if leaf.size >= 2**32:
                 raise ValueError(
@@ -109,7 +109,7 @@ Choosing = Generator["Competition | Regrowth", "list[Bool[Array, '...']]", T]
 
 
 def top_k_mask(
-    scores: Num[Array, "*shape"] | Scores, keep: Count, *, method: Method | None = None
+    scores: Num[Array, "*shape"] | Scores, keep: Count | Share, *, method: Method | None = None
 ) -> Bool[Array, "*shape"]:
     """The mask of the ``keep`` highest scores of one leaf; see :func:`top_k_masks`."""
     return top_k_masks([scores], keep, method=method)[0]
@@ -170,7 +170,8 @@ def select(contests: Sequence[Competition | Regrowth], *, method: Method | None 
       For each contest, one mask per leaf, of its shape.
     """
     masks: dict[int, list[Any]] = {}
-    for kind, choose in ((Competition, _compete), (Regrowth, _regrow)):
+    kinds: Any = ((Competition, _compete), (Regrowth, _regrow))
+    for kind, choose in kinds:
         members = [i for i, contest in enumerate(contests) if isinstance(contest, kind)]
         masks.update(zip(members, choose([contests[i] for i in members], method or _default_method()), strict=True))
     return [masks[i] for i in range(len(contests))]
@@ -213,8 +214,8 @@ def _regrow(regrowths: Sequence[Regrowth], method: Method) -> list[list[Bool[Arr
             alike.setdefault((rank_dtype, _place([turns])), []).append((i, turns))
     for (rank_dtype, _), members in alike.items():
         chosen = [regrowths[i] for i, _ in members]
-        fractions = {id(regrowth.fraction): regrowth.fraction for regrowth in chosen}
-        fractions = fractions.values() if len(fractions) == 1 else [regrowth.fraction for regrowth in chosen]
+        fractions = [regrowth.fraction for regrowth in chosen]
+        fractions = fractions[:1] if len(set(map(id, fractions))) == 1 else fractions
         found = _select_in_turns(
             tuple(turns.fn for _, turns in members),
             [turns.operands for _, turns in members],

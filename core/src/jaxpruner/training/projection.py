@@ -49,7 +49,7 @@ class _FiveFields(NamedTuple):
     statistics: Any = None
 
 
-class RememberingState(_FiveFields, SparseState):
+class RememberingState(_FiveFields, SparseState):  # type: ignore[misc]  # tuples of different lengths, on purpose
     """A `SparseState` of an algorithm that remembers, with a fifth field.
 
     A class of its own, since checkpoints (flax, orbax) name the fields of a state and restore into the same names only:
@@ -103,7 +103,7 @@ def init_state(updater: Algorithm, params: Any) -> SparseState:
     return with_weights(state, params) if updater.straight_through else state
 
 
-def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, **extra_args) -> Step:
+def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, **extra_args: Any) -> Step:
     """Makes masks if the schedule asks for them, and masks the gradients if the updater does.
 
     Straight-through methods make theirs from the weights after the step, when it ends.
@@ -117,7 +117,7 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
         params = dense_weights(params, state, mask_storage.decode_tree(updater.storage, before, params))
     state = remembered(updater, params, grads, state._replace(masks=before))
     remask = None
-    due = False
+    due: Any = False
     count = state.count if isinstance(state.count, jax.core.Tracer) else int(state.count)
     if updater.straight_through:
         remask = functools.partial(remasked, updater, grads, extra_args)
@@ -156,7 +156,7 @@ def end_step(step: Step, proposed: Any) -> tuple[Any, SparseState]:
 
 
 def project(
-    updater: Algorithm, params: Any, proposed: Any, grads: Any, state: SparseState, **extra_args
+    updater: Algorithm, params: Any, proposed: Any, grads: Any, state: SparseState, **extra_args: Any
 ) -> tuple[Any, SparseState]:
     """One sparse step for optimizers that are not optax transformations.
 
@@ -238,7 +238,8 @@ def remembered(updater: Algorithm, params: Any, grads: Any, state: SparseState) 
             f"{jax.tree.structure(old)}; give a tree of what init_statistics gave, with the same leaves."
         )
     # In the same dtype, whatever that of the gradients is: a state is the carry of a loop.
-    return state._replace(statistics=jax.tree.map(lambda o, n: trees.laid_out_like(o, n.astype(o.dtype)), old, new))
+    kept = jax.tree.map(lambda o, n: trees.laid_out_like(o, n.astype(o.dtype)), old, new)
+    return with_statistics(state, kept)
 
 
 def _check_gradients(grads: Any, params: Any, masks: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from jaxpruner import mask_storage, sparsity_schedules
 
@@ -13,10 +13,10 @@ class Algorithm(Protocol):
     scheduler: sparsity_schedules.Schedule
     skip_gradients: bool
     is_sparse_gradients: bool
-    regrows: bool
-    straight_through: bool
-    renews_all: bool
-    reads_optimizer: bool
+    regrows: ClassVar[bool]
+    straight_through: ClassVar[bool]
+    renews_all: ClassVar[bool]
+    reads_optimizer: ClassVar[bool]
 
     @property
     def is_stock(self) -> bool: ...
@@ -29,7 +29,7 @@ class Algorithm(Protocol):
 
     def init_state(self, params: Any) -> Any: ...
 
-    def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs) -> Any: ...
+    def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs: Any) -> Any: ...
 
     def starting_masks(self, params: Any, masks: Any) -> Any: ...
 

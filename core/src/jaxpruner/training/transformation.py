@@ -53,7 +53,7 @@ class _Parts:
     inner: optax.GradientTransformation
     updater: Algorithm
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (hasattr(self.inner, "init") and hasattr(self.inner, "update")):
             raise ValueError(
                 f"inner: {self.inner!r} is no optax optimizer (it has no `init` and `update`); call it, such as "
