@@ -141,6 +141,51 @@ def test_modules_of_the_core_are_short(path):
     assert len(code) <= MAX_LINES
 
 
+def outer_functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions and methods, but for those in functions."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        else:
+            yield from outer_functions(getattr(node, "body", []) + getattr(node, "orelse", []))
+
+
+def lacks_annotations(function: ast.FunctionDef) -> bool:
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    bare = [arg.arg for arg in named if arg is not None and arg.annotation is None]
+    # What an __init__ returns is known.
+    return bool(set(bare[:1]) - {"self", "cls"} or bare[1:]) or (
+        function.returns is None and function.name != "__init__"
+    )
+
+
+def test_what_lacks_annotations():
+    source = """
+class A:
+    def __init__(self, x: int): ...
+    def f(self, *args): ...
+    def g(self, *, x: int = 0) -> int:
+        def inner(y): ...
+if True:
+    def h(x: int): ...
+def i(x: int, **kwargs: int) -> int: ...
+"""
+    assert [f.name for f in outer_functions(ast.parse(source).body) if lacks_annotations(f)] == ["f", "h"]
+
+
+@pytest.mark.parametrize("member", [CORE.parents[1], *INTEGRATIONS], ids=lambda member: member.name)
+def test_annotations_are_whole(member):
+    """But for closures, which are checked by what they are made of."""
+    lacking = [
+        f"{relative(path)}:{function.lineno}: {function.name}"
+        for path in sorted((member / "src").rglob("*.py"))
+        for function in outer_functions(ast.parse(path.read_text()).body)
+        if lacks_annotations(function)
+    ]
+    assert lacking == []
+
+
 def test_importing_the_core_starts_no_device_and_imports_no_framework():
     program = """
 import sys

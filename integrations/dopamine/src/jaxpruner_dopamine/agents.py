@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from dopamine.jax.agents.dqn import dqn_agent
@@ -25,7 +26,7 @@ class SparseJaxDQNAgent(SparseAgent, dqn_agent.JaxDQNAgent):
 class SparseJaxRainbowAgent(SparseAgent, rainbow_agent.JaxRainbowAgent):
     """Sparse Rainbow without dueling networks and noise, or C51 (Hessel et al., 2018)."""
 
-    def _arguments(self):
+    def _arguments(self) -> dict[str, Any]:
         return {"support": self._support}
 
 
@@ -35,10 +36,10 @@ class SparseJaxFullRainbowAgent(SparseAgent, full_rainbow_agent.JaxFullRainbowAg
     def _clock(self, first: int | None = None) -> Clock:
         return dataclasses.replace(super()._clock(first), per_update=self._num_updates_per_train_step)
 
-    def _arguments(self):
+    def _arguments(self) -> dict[str, Any]:
         return {"support": self._support, "key": self._rng}
 
-    def _acting(self):
+    def _acting(self) -> dict[str, Any]:
         # Without noise, as where it is evaluated.
         return self._arguments() | {"eval_mode": True}
 
@@ -50,7 +51,7 @@ class SparseJaxQuantileAgent(SparseAgent, quantile_agent.JaxQuantileAgent):
 class SparseJaxImplicitQuantileAgent(SparseAgent, implicit_quantile_agent.JaxImplicitQuantileAgent):
     """Sparse IQN (Dabney et al., 2018)."""
 
-    def _arguments(self):
+    def _arguments(self) -> dict[str, Any]:
         return {"num_quantiles": self.num_tau_samples, "rng": self._rng}
 
 
@@ -60,13 +61,13 @@ class _SparseActorCritic(SparseAgent):
     _params_attribute = "network_params"
     _optimizer_attribute = "network_optimizer"
 
-    def _arguments(self):
+    def _arguments(self) -> dict[str, Any]:
         return {"key": self._rng}
 
-    def _seen(self, state):
+    def _seen(self, state: Any) -> Any:
         return jnp.asarray(state)
 
-    def _acting(self):
+    def _acting(self) -> dict[str, Any]:
         return self._arguments() | {"method": self.network_def.actor}
 
 
@@ -120,4 +121,5 @@ def sparse_agent(agent: type) -> type[SparseAgent]:
     ours = _SPARSE[base]
     if agent is base:
         return ours
-    return type(agent)(f"Sparse{agent.__name__}", (ours, agent), {"__module__": agent.__module__})
+    kind: Any = type(agent)
+    return kind(f"Sparse{agent.__name__}", (ours, agent), {"__module__": agent.__module__})

@@ -59,7 +59,7 @@ def acting_function(agent: SparseAgent) -> tuple[Any, tuple[Any, Any]]:
     arrays, settings = _parted(agent._acting())
     rng = np.random.default_rng(0)
     is_picture = np.issubdtype(np.dtype(getattr(agent, "observation_dtype", float)), np.integer)
-    state = rng.integers(0, 256, agent.state.shape) if is_picture else rng.normal(size=agent.state.shape)
+    state: Any = rng.integers(0, 256, agent.state.shape) if is_picture else rng.normal(size=agent.state.shape)
     state = agent._seen(state.astype(agent.state.dtype))
     return functools.partial(_call, agent.network_def, settings), ((state,), arrays)
 

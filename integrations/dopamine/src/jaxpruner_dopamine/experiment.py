@@ -123,7 +123,11 @@ class ScalarWriter:
             tf.summary.scalar(name, value, step=step)
 
 
-class Reproducible:
+# What it is mixed into has the rest, for the type checker, too.
+_Runner: Any = object
+
+
+class Reproducible(_Runner):
     """Mixin for Dopamine's runners: what an environment draws in an iteration depends on seed and iteration alone.
 
     Dopamine's checkpoints do not hold the state of the environment's generator. Each iteration begins with a new

@@ -30,7 +30,11 @@ _REFUSED = {
 }
 
 
-class SparseAgent:
+# What it is mixed into has the rest, for the type checker, too.
+_Agent: Any = object
+
+
+class SparseAgent(_Agent):
     """Mixin that makes a Dopamine agent sparse as `sparsify` says in gin. It comes first among the bases.
 
     After every train step the parameters lie on their masks exactly, so acting, target networks and checkpoints need
@@ -48,6 +52,8 @@ class SparseAgent:
 
     updater: jaxpruner.BaseUpdater | None
     """The algorithm; None if the agent is dense."""
+
+    _seed: int
 
     def __init__(self, *args: Any, **kwargs: Any):
         for base in type(self).__mro__:
@@ -162,7 +168,8 @@ class SparseAgent:
         # When the stock agents write their losses.
         if self.optimizer_state is state or step == 0 or step % self.summary_writing_frequency:
             return
-        if not self._is_checked and int(self.optimizer_state.count) > (self.updater.scheduler.first_update_step or 0):
+        first = self.updater and self.updater.scheduler.first_update_step
+        if not self._is_checked and int(self.optimizer_state.count) > (first or 0):
             self._is_checked = True
             self.check_sparse()
         if self.summary_writer is not None:
@@ -213,7 +220,7 @@ class SparseAgent:
         """
         optimizer, fresh_state = getattr(self, self._optimizer_attribute), self.optimizer_state
         bundle = bundle_dictionary or {}
-        saved = bundle.get("optimizer_state")
+        saved: Any = bundle.get("optimizer_state")
         is_sparse = isinstance(saved, jaxpruner.SparseState)
         first = bundle.get("sparse_from") if is_sparse else bundle.get("training_steps")
         updater = self._asked(self._clock(first), bundle.get("seed", self._seed), self.groups)

@@ -65,13 +65,14 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"--output: {path} is neither a .gif nor a .png.")
     logging.set_verbosity(logging.ERROR)
     runner = compact.restored(argv)
-    player, told = contextlib.nullcontext(), f"sparsity {runner.agent.sparsity().get('total', 0.0):.4f}"
+    player: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    told = f"sparsity {runner.agent.sparsity().get('total', 0.0):.4f}"
     if FLAGS.compact:
         network = _compact_network(runner.agent)
         player, told = compaction.acting_with(runner.agent, network), f"compact, {network.small.sizes}"
     frames: list[Image.Image] = []
 
-    def keep(picture) -> None:
+    def keep(picture: Any) -> None:
         image = Image.fromarray(picture)
         frames.append(image.resize((round(image.width * FLAGS.height / image.height), FLAGS.height)))
 

@@ -206,8 +206,8 @@ def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: in
       ValueError: for a schedule that lacks a start or an end, ends before it starts, is over before the first gradient
         step, or is gradual and has room for less than two masks.
     """
-    given = {"update_start_agent_step": start, "update_end_agent_step": end, "update_freq_agent_steps": freq}
-    given = {name: value for name, value in given.items() if value is not None}
+    named = {"update_start_agent_step": start, "update_end_agent_step": end, "update_freq_agent_steps": freq}
+    given = {name: value for name, value in named.items() if value is not None}
     for name, value in given.items():
         least = 1 if name == "update_freq_agent_steps" else 0
         if not isinstance(value, numbers.Integral) or value < least:
@@ -220,6 +220,7 @@ def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: in
                 f"sparsify.{name}: missing, while {', '.join(given)} is given; bind it to the agent step of the {what} "
                 "masks (start and end at the same step prune at once)."
             )
+    start, end = given["update_start_agent_step"], given["update_end_agent_step"]
     if end < start:
         raise ValueError(
             f"sparsify.update_end_agent_step: {end} comes before update_start_agent_step={start}; let the end be at "

@@ -46,7 +46,7 @@ class ClientUpdates:
     masked: bool = False
     top_k: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.top_k is not None and not 0 < self.top_k <= 1:
             raise ValueError(f"top_k: {self.top_k!r} is outside (0, 1]; it is the share of the changes that is sent.")
 

@@ -44,7 +44,7 @@ def mend() -> tuple[str, ...]:
         if not (is_mended or _works(seen, name)):
             setattr(module, library, _Extended(seen, {name: replacement}))
             mended.append(f"{module_name}: {library}.{name}")
-    clients = sys.modules["fedjax.core.for_each_client"]
+    clients: Any = sys.modules["fedjax.core.for_each_client"]
     if _uses_removed_placement(clients.ForEachClientPmapBackend):
         clients.ForEachClientPmapBackend = PmapBackend
         mended.append("fedjax.core.for_each_client: ForEachClientPmapBackend")

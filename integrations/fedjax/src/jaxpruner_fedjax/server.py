@@ -70,16 +70,17 @@ def server_optimizer(
     Raises:
       ValueError: if the configuration is not valid.
     """
+    algorithm: Any = updater
     if updater is None:
-        updater, config = jaxpruner.create_updater_from_config(config), {}
+        algorithm, config = jaxpruner.create_updater_from_config(config), {}
     elif hasattr(updater, "items") and not config:
-        updater = jaxpruner.create_updater_from_config(updater)
-    stock = fedjax.optimizers.create_optimizer_from_optax(jaxpruner.sparsify(inner, updater, **config))
-    if (period := _dropping_period(updater)) is not None:
+        algorithm = jaxpruner.create_updater_from_config(algorithm)
+    stock = fedjax.optimizers.create_optimizer_from_optax(jaxpruner.sparsify(inner, algorithm, **config))
+    if (period := _dropping_period(algorithm)) is not None:
         logging.warning(
             "server_optimizer: one of %d rounds between the first and the last mask update is lost. %s",
             period,
-            why_rounds_are_lost(updater),
+            why_rounds_are_lost(algorithm),
         )
 
     def apply(grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
@@ -90,7 +91,7 @@ def server_optimizer(
             )
         return stock.apply(grads, opt_state, params)
 
-    return SparseOptimizer(stock.init, apply, updater=updater)
+    return SparseOptimizer(stock.init, apply, updater=algorithm)
 
 
 # The period of mask updates in the paper's federated experiment; rounds lost less often need no warning.
@@ -193,5 +194,5 @@ def _refusing(build: Callable, argument: str, where: str, reason: str) -> Callab
         given.arguments[argument] = dense_only(given.arguments[argument], where, reason)
         return build(*given.args, **given.kwargs)
 
-    checked._refuses_sparse = True
+    checked._refuses_sparse = True  # type: ignore[attr-defined]
     return checked

@@ -29,12 +29,12 @@ class Rule(NamedTuple):
 
 
 def _whole(least: int, below: float = math.inf) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, numbers.Integral) and least <= value < below
+    return lambda value: isinstance(value, numbers.Integral) and least <= int(value) < below
 
 
 def _number(inside: Callable[[float], bool]) -> Callable[[Any], bool]:
     # NaN is inside of nothing.
-    return lambda value: isinstance(value, numbers.Real) and inside(value)
+    return lambda value: isinstance(value, numbers.Real) and inside(float(value))
 
 
 def _one_of(*choices: str) -> Rule:
@@ -61,9 +61,9 @@ def option(default: Any, rule: Rule, text: str) -> Any:
 class Config:
     """The settings of a training; defaults are those of the paper's experiment."""
 
-    task: str | None = option(None, GIVEN, "A task of FedJAX such as EMNIST_CONV, or module:function")
+    task: str = option(None, GIVEN, "A task of FedJAX such as EMNIST_CONV, or module:function")
     cache_dir: str | None = option(None, ANY, "Where FedJAX keeps data (default ~/.cache/fedjax)")
-    root_dir: str | None = option(None, GIVEN, "Root directory of experiment outputs")
+    root_dir: str = option(None, GIVEN, "Root directory of experiment outputs")
     num_rounds: int = option(1000, COUNT, "Number of federated training rounds")
     num_clients_per_round: int = option(50, COUNT, "Clients that take part in a round")
     checkpoint_frequency: int = option(50, FREQUENCY, "Checkpoint frequency in rounds; 0: after the last only")

@@ -11,6 +11,7 @@ checkpoint, bit for bit, however it was stopped.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
@@ -40,7 +41,7 @@ def _define_sparsities(name: str, default: Any, text: str) -> None:
     flags.DEFINE(SparsitiesParser(), name, default, text)
 
 
-_DEFINE = {
+_DEFINE: dict[str, Callable[..., Any]] = {
     "int": flags.DEFINE_integer,
     "float": flags.DEFINE_float,
     "str": flags.DEFINE_string,
@@ -59,7 +60,8 @@ def define_flags() -> None:
 
 def config_of_flags() -> Config:
     """What the flags say."""
-    return Config(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)})
+    values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)}
+    return Config(**values)
 
 
 def main(argv: list[str]) -> None:

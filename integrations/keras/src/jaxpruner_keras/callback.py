@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -26,16 +28,16 @@ class SparsityLogger(keras.callbacks.Callback):
         self._is_checked = False
         self._line = ""
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         self._is_checked = False
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._print()
         if not self._is_checked:
             self._is_checked = True
             self._check_schedule(epoch)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.model.jax_state_sync()  # else the variables are still those of before the epoch
         masks = self._optimizer().masks()
         size = sum(mask.size for mask in masks.values())
@@ -46,7 +48,7 @@ class SparsityLogger(keras.callbacks.Callback):
         # Printed later: Keras's own progress bar has not ended its line yet.
         self._line = f"{'█' * done}{'░' * (_WIDTH - done)} {sparsity:.2%} of {size:,} weights pruned"
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Any = None) -> None:
         self._print()
 
     def _print(self) -> None:

@@ -14,7 +14,7 @@ import optax
 import jaxpruner
 from jaxpruner import trees
 from jaxpruner.training.optimizer_state import owner_of
-from jaxpruner.training.projection import when
+from jaxpruner.training.projection import Step, when
 from jaxpruner.training.transformation import renewed
 from jaxpruner_keras.parameters import as_list, as_tree, paths_of
 
@@ -81,8 +81,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         # Refuses what would not be sparse, as it does for optax.
         jaxpruner.sparsify(optax.identity(), updater, **config)
         self._config = config if updater is None else updater
-        is_made = isinstance(updater, jaxpruner.BaseUpdater)
-        self.updater = updater if is_made else jaxpruner.create_updater_from_config(self._config)
+        if isinstance(updater, jaxpruner.BaseUpdater):
+            self.updater = updater
+        else:
+            self.updater = jaxpruner.create_updater_from_config(config if updater is None else updater)
 
     # The variables: those of Keras's base class (with averages of weights), the leaves of the sparse state, sums of
     # dense gradients, and then those of the inner optimizer, as `LossScaleOptimizer` has it.
@@ -338,7 +340,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             for variable, value in zip(self.inner.variables, inner, strict=True)
         ]
 
-    def _renewed(self, step: jaxpruner.Step, inner: Sequence[Any]) -> list[Any]:
+    def _renewed(self, step: Step, inner: Sequence[Any]) -> list[Any]:
         """The variables of the inner optimizer with those of a new weight where weights regrow."""
         regrown, params = self._list(renewed(self.updater, step)), self._list(step.params)
         masks = self._list(step.masks)
@@ -468,7 +470,7 @@ def _slots_of(inner: keras.optimizers.Optimizer, variables: Sequence[keras.Varia
 
 def _layout(path: tuple[str, ...], leaf: Any, owners: Mapping[tuple[str, ...], keras.Variable]) -> Any:
     """Where a leaf of the state lies: as its parameter, if it has its shape; else everywhere."""
-    owner = owners.get(owner_of(path, owners))
+    owner = owners.get(owner_of(path, owners) or ())
     if owner is not None and tuple(owner.shape) == leaf.shape:
         return getattr(owner, "_layout", None)
     # Keras would look for it in its layouts by name, which is that of the parameter in part.

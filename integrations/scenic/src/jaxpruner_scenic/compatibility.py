@@ -56,7 +56,7 @@ def stand_in(name: str, what: str) -> bool:
     if package in sys.modules or importlib.util.find_spec(package) is not None:
         return False
     sys.modules[package] = types.ModuleType(package)
-    sys.modules[package].__path__ = []  # type: ignore[attr-defined]
+    sys.modules[package].__path__ = []
     sys.modules[name] = _Missing(name, what)
     for module in (package, name):
         sys.modules[module].__spec__ = importlib.machinery.ModuleSpec(module, None)

@@ -83,9 +83,9 @@ def natural_crops(validation: bool) -> Images:
                     crops.append(picture[top : top + _CROP, left : left + _CROP])
                     labels.append(label)
                     bands.append(band % 4)
-    band = np.array(bands)
-    is_test = band == (1 if validation else 2)
-    return Images.split(np.stack(crops) / np.float32(255), np.array(labels), ~is_test & (band != 2), is_test)
+    of_band = np.array(bands)
+    is_test = of_band == (1 if validation else 2)
+    return Images.split(np.stack(crops) / np.float32(255), np.array(labels), ~is_test & (of_band != 2), is_test)
 
 
 SOURCES: dict[str, Callable[[bool], Images]] = {"digits": digits, "mnist_5k": mnist_5k, "natural_crops": natural_crops}

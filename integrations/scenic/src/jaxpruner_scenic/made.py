@@ -184,7 +184,7 @@ def of_group(updater: jaxpruner.BaseUpdater, targets: Mapping[Any, float], group
         changes["stack_axes"] = updater.stack_axis
     if isinstance(updater.rng_seed, int | np.integer):
         # Random masks are drawn by a leaf's number: those of equal layers in two groups would be the same.
-        changes["rng_seed"] = int(np.random.SeedSequence([updater.rng_seed, group]).generate_state(1)[0] >> 1)
+        changes["rng_seed"] = int(np.random.SeedSequence([int(updater.rng_seed), group]).generate_state(1)[0] >> 1)
     part = copy.copy(updater)
     for name, value in changes.items():
         setattr(part, name, value)

@@ -71,7 +71,7 @@ def sparse_training(config: Mapping[str, Any], trainer: types.ModuleType | None 
     with contextlib.ExitStack() as stack:
 
         def replace(module: types.ModuleType | None, name: str, wrap: Callable[[Any], Any]) -> None:
-            if hasattr(module, name):
+            if module is not None and hasattr(module, name):
                 stack.enter_context(_replaced(module, name, wrap(getattr(module, name))))
 
         for name in ("train", "train_and_evaluate"):
@@ -117,7 +117,8 @@ class _Watch:
     """Wrappers of Scenic's functions in one training; each method takes the stock function."""
 
     def __init__(self, config: Mapping[str, Any], made: Made | None):
-        self.config, self.made = config, made
+        self.config = config
+        self.made: Any = made  # None where no wrapper but `train` is in use
         self.in_step = self.steps_checked = self.masks_checked = False
         self.model: Forward | None = None
         self.shifted_told = False

