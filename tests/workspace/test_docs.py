@@ -20,6 +20,12 @@ from jaxpruner_baselines import cli, registry, suite
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["jaxpruner", *(found.name for found in pkgutil.walk_packages(jaxpruner.__path__, "jaxpruner."))]
+# Those of integrations that have examples, and their hosts.
+HOSTED = [
+    (path.relative_to(ROOT).parts[1], ".".join(path.relative_to(ROOT).with_suffix("").parts[3:]))
+    for path in sorted((ROOT / "integrations").glob("*/src/**/*.py"))
+    if ">>> " in path.read_text()
+]
 PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
@@ -92,6 +98,16 @@ def test_all_names_exist_and_are_listed_once():
 def test_doctests(module_name):
     failed, _ = doctest.testmod(importlib.import_module(module_name))
     assert failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "module_name"), HOSTED)
+def test_doctests_of_integrations(host, module_name):
+    pytest.importorskip(host)
+    warnings.simplefilter("ignore")  # hosts warn of one another's old ways; pytest puts its filters back
+    failed, attempted = doctest.testmod(importlib.import_module(module_name))
+    assert failed == 0
+    assert attempted > 0
 
 
 def test_blocks_to_run():

@@ -176,6 +176,13 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
 
     Raises:
       ValueError: for unknown keys and values, with the list of valid ones.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> updater = jaxpruner.create_updater_from_config({"algorithm": "magnitude", "sparsity": 0.5})
+      >>> pruned, masks = updater.instant_sparsify({"w": jnp.asarray([[1.0, -3.0], [2.0, 0.5]])})
+      >>> pruned["w"].tolist()
+      [[0.0, -3.0], [2.0, 0.0]]
     """
     # None says "not given", as in templates.
     config = {key: value for key, value in config.items() if value is not None}
@@ -221,7 +228,13 @@ def register_algorithm(name: str, algorithm: Callable[..., BaseUpdater]) -> None
 
 
 def all_algorithm_names() -> tuple[str, ...]:
-    """The names that configurations may use."""
+    """The names that configurations may use.
+
+    Examples:
+      >>> import jaxpruner
+      >>> [name for name in jaxpruner.all_algorithm_names() if name.startswith("global")]
+      ['global_magnitude', 'global_saliency']
+    """
     return tuple(ALGORITHM_REGISTRY)
 
 

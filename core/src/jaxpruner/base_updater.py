@@ -80,6 +80,15 @@ class BaseUpdater:
         and distributions see one layer's shape.
       masks: what training starts from: a tree of boolean masks, None where a leaf starts dense; or `"from_params"`,
         which keeps what is zero in the parameters at count 0. What they prune stays pruned.
+
+    Examples:
+      >>> class SmallestFirst(BaseUpdater):
+      ...     def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+      ...         return jax.tree.map(lambda w: -jnp.abs(w), params)
+      >>> half = functools.partial(sparsity_distributions.uniform, sparsity=0.5)
+      >>> pruned, _ = SmallestFirst(sparsity_distribution_fn=half).instant_sparsify({"w": jnp.asarray([[1.0, -3.0], [2.0, 0.5]])})
+      >>> pruned["w"].tolist()
+      [[1.0, 0.0], [0.0, 0.5]]
     """
 
     scheduler: Schedule = NoUpdateSchedule()

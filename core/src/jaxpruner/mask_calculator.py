@@ -27,6 +27,12 @@ def get_topk_fn(sparsity_type: sparsity_types.SparsityType | type[sparsity_types
 
     Raises:
       ValueError: if it is no structure.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> topk_fn = get_topk_fn(sparsity_types.NByM(1, 2))
+      >>> topk_fn(jnp.asarray([1.0, 4.0, 3.0, 2.0]), 0.5).tolist()
+      [False, True, True, False]
     """
     structure = sparsity_types.for_leaf(sparsity_type, (), None)
 

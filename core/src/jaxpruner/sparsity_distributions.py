@@ -64,6 +64,12 @@ def uniform(
 
     Raises:
       ValueError: if a sparsity is outside [0, 1), or a key of the map names no selected parameter.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"up": jnp.ones((8, 4)), "down": jnp.ones((4, 2)), "bias": jnp.ones(2)}
+      >>> uniform(params, 0.8, custom_sparsity_map={"down": 0.5})
+      {'bias': None, 'down': 0.5, 'up': 0.8}
     """
     check_sparsity("Default sparsity", sparsity)
     selected = dict(_selected_leaves(params, filter_fn))
@@ -80,6 +86,12 @@ def erk(
     """Erdős-Rényi-kernel sparsities (Mocanu et al., 2018; Evci et al., 2020).
 
     As `uniform`, with the budget spread by `get_sparsities_erdos_renyi`: small layers stay denser.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"large": jnp.ones((64, 64)), "small": jnp.ones((16, 16))}
+      >>> {name: round(sparsity, 3) for name, sparsity in erk(params, 0.8).items()}
+      {'large': 0.83, 'small': 0.319}
     """
     check_sparsity("Default sparsity", sparsity)
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(param_tree)):
@@ -125,6 +137,11 @@ def get_sparsities_erdos_renyi(
 
     Raises:
       ValueError: if there are no shapes, or a sparsity is outside [0, 1).
+
+    Examples:
+      >>> sparsities = get_sparsities_erdos_renyi({("large",): (64, 64), ("small",): (16, 16)}, 0.8)
+      >>> {path: round(sparsity, 3) for path, sparsity in sparsities.items()}
+      {('large',): 0.83, ('small',): 0.319}
     """
     check_sparsity("Default sparsity", default_sparsity)
     if not var_shape_dict:

@@ -176,6 +176,11 @@ class PolynomialSchedule(PeriodicSchedule):
     with the initial sparsity :math:`s_i`, at most :math:`s_f`. The last update, at the largest multiple of
     `update_freq` that is not after the end, has the final sparsity exactly. Start and end may be the same step, which
     makes it one shot.
+
+    Examples:
+      >>> schedule = PolynomialSchedule(update_freq=10, update_start_step=0, update_end_step=30)
+      >>> [round(float(schedule.get_sparsity_at_step(0.8, step)), 3) for step in (0, 10, 20, 30)]
+      [0.077, 0.597, 0.778, 0.8]
     """
 
     update_start_step: int = 0

@@ -124,6 +124,10 @@ class Unstructured(_Units):
     """Any set of weights. A leaf of n keeps `max(1, round_half_even(n * (1 - sparsity)))`.
 
     Ties keep the lower flat (C-order) index.
+
+    Examples:
+      >>> Unstructured().mask(jnp.asarray([4.0, 1.0, 3.0, 2.0]), 0.5).tolist()
+      [True, False, True, False]
     """
 
     def pool(self, scores: Any) -> Any:
@@ -147,6 +151,11 @@ class Block(_Units):
     Two axes, by default the first, are tiled by `block_shape = (h, w)` and all other axes belong whole to
     each block; a leaf of one axis is tiled by w. Blocks at ragged edges are smaller. The score of a
     block is the average over its weights, or their maximum with `use_avg_pooling=False`.
+
+    Examples:
+      >>> scores = jnp.asarray([[1.0, 1.0, 5.0, 0.0], [1.0, 1.0, 5.0, 0.0]])
+      >>> Block((2, 2)).mask(scores, 0.5).tolist()
+      [[False, False, True, True], [False, False, True, True]]
     """
 
     block_shape: tuple[int, int] = (1, 1)
@@ -219,6 +228,10 @@ class Channel(_Units):
 
     The axis may be `"output"` or `"input"`: the last axis that a layer does not contract, or the last that it does
     (:func:`contracted_axes`).
+
+    Examples:
+      >>> Channel(-1).mask(jnp.asarray([[1.0, 3.0], [1.0, 0.5]]), 0.5).tolist()
+      [[False, True], [False, True]]
     """
 
     axis: int | str = -1
@@ -255,6 +268,10 @@ class NByM(SparsityType):
     Several axes are folded into one, in C order. `"input"` stands for the axes that a layer contracts
     (:func:`contracted_axes`), along which hardware wants the groups. Sparsity 0 leaves the leaf dense, any other value
     applies n:m. Ties keep the later position.
+
+    Examples:
+      >>> NByM(2, 4).mask(jnp.asarray([4.0, 1.0, 3.0, 2.0]), 0.5).tolist()
+      [True, False, True, False]
     """
 
     n: int
@@ -302,6 +319,10 @@ class PerOutput(SparsityType):
     Of the k inputs of each output `max(1, round_half_even(k * (1 - sparsity)))` are kept. `axis` has the inputs;
     several axes are folded into one, in C order, and `"input"` stands for those that a layer contracts
     (:func:`contracted_axes`). Ties keep the lower index.
+
+    Examples:
+      >>> PerOutput().mask(jnp.asarray([[1.0, 3.0], [2.0, 0.5]]), 0.5).tolist()
+      [[False, True], [True, False]]
     """
 
     axis: int | tuple[int, ...] | str = "input"
@@ -404,6 +425,12 @@ def contracted_axes(path: trees.KeyPath, shape: tuple[int, ...]) -> tuple[int, .
 
     Raises:
       ValueError: for a leaf of one axis.
+
+    Examples:
+      >>> contracted_axes(("mlp", "kernel"), (16, 64))
+      (0,)
+      >>> contracted_axes(("mlp", "weight"), (64, 16))
+      (1,)
     """
     if len(shape) < 2:
         raise ValueError(f"axis 'input': a leaf of shape {shape} contracts nothing; exclude it with filter_fn.")

@@ -23,6 +23,11 @@ def summarize_sparsity(param_tree: Any, only_total_sparsity: bool = False) -> di
       `_total_sparsity` in [0, 1], `_nparams` and `_nparams_nnz` (entries, and those that are not
       zero), and the sparsity of each leaf under its slash path. Floats and exact integers, or
       float32 arrays under `jit`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> jaxpruner.summarize_sparsity({"up": jnp.asarray([0.0, 1.0]), "down": jnp.asarray([0.0, 0.0, 0.0, 2.0])})
+      {'_total_sparsity': 0.6666666666666666, '_nparams': 6, '_nparams_nnz': 2, 'down': 0.75, 'up': 0.5}
     """
     leaves = [(path, leaf) for path, leaf in trees.named_leaves(param_tree) if trees.is_number(leaf)]
     if any(trees.is_floating(leaf) for _, leaf in leaves):
@@ -50,6 +55,12 @@ def summarize_intersection(mask_tree: Any, mask_tree2: Any, only_total_intersect
 
     Returns:
       `_total_intersection` and one entry for each leaf under its slash path, in [0, 1].
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> before, now = ({"w": jnp.asarray(mask)} for mask in ([1, 1, 0, 0], [1, 0, 1, 0]))
+      >>> jaxpruner.summarize_intersection(before, now)
+      {'_total_intersection': 0.5, 'w': 0.5}
     """
     mask_tree = trees.map_pruned(lambda m, _: None if trees.is_unpruned(m) else m, mask_tree, mask_tree2)
     both = trees.map_pruned(lambda m2, m: (m != 0) & (m2 != 0), mask_tree2, mask_tree)

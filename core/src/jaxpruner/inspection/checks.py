@@ -32,6 +32,17 @@ def check_schedule(updater: BaseUpdater, num_steps: int | None = None) -> None:
     Args:
       updater: the algorithm.
       num_steps: the steps of the training, which are counted from 0; the schedule must then start and end before.
+
+    Examples:
+      >>> import jaxpruner
+      >>> updater = jaxpruner.create_updater_from_config({
+      ...     "algorithm": "magnitude", "sparsity": 0.8,
+      ...     "update_start_step": 0, "update_end_step": 1000, "update_freq": 10,
+      ... })
+      >>> jaxpruner.check_schedule(updater, num_steps=1001)
+      >>> jaxpruner.check_schedule(updater, num_steps=500)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ValueError: update_end_step: the last mask update is at step 1000, and the training has 500 steps ...
     """
     if not updater.follows_schedule:
         return
@@ -220,6 +231,18 @@ def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None
 
     Raises:
       ValueError: naming the leaf, how many weights are not zero that should be, and the likely causes.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner, optax
+      >>> tx = jaxpruner.sparsify(
+      ...     optax.sgd(0.1), algorithm="magnitude", sparsity=0.5, update_start_step=0, update_end_step=0
+      ... )
+      >>> params = {"w": jnp.asarray([[1.0, 4.0, 2.0, 3.0]])}
+      >>> updates, state = tx.update({"w": jnp.ones((1, 4))}, tx.init(params), params)
+      >>> jaxpruner.check_sparse(optax.apply_updates(params, updates), state)
+      >>> jaxpruner.check_sparse(params, state)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      ValueError: w: ...
     """
     states = projection.find_states(opt_state)
     if not states:

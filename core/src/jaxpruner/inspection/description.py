@@ -22,6 +22,13 @@ def describe(updater: BaseUpdater | None) -> dict[str, Any]:
 
     Args:
       updater: the algorithm; None stands for a dense training.
+
+    Examples:
+      >>> import jaxpruner
+      >>> updater = jaxpruner.create_updater_from_config({"algorithm": "magnitude", "sparsity": 0.8})
+      >>> described = jaxpruner.describe(updater)
+      >>> described["algorithm"], described["sparsity"], described["schedule"]
+      ('magnitude', 0.8, 'NoUpdateSchedule')
     """
     if updater is None:
         return {"algorithm": DENSE}
@@ -55,6 +62,15 @@ def check_resumed(saved: Mapping[str, Any], updater: BaseUpdater | None, where: 
     Raises:
       ValueError: if the state of the checkpoint is one of another algorithm or storage, naming the key, both values
         and the remedy.
+
+    Examples:
+      >>> import jaxpruner
+      >>> before, now = (
+      ...     jaxpruner.create_updater_from_config({"algorithm": "magnitude", "sparsity": sparsity})
+      ...     for sparsity in (0.5, 0.8)
+      ... )
+      >>> jaxpruner.check_resumed(jaxpruner.describe(before), now, "runs/1")
+      ['sparsity: 0.5 in the run of runs/1, 0.8 now; the configuration at hand holds.']
     """
     now = describe(updater)
     for key in _LAYOUT:

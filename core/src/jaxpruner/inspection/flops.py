@@ -54,6 +54,13 @@ def summarize_flops(
 
     Raises:
       ValueError: if the forward pass multiplies with none of the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> params = {"w": jnp.asarray([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])}
+      >>> cost = jaxpruner.summarize_flops(lambda params, x: x @ params["w"], params, jnp.ones((1, 3)))
+      >>> cost["_inference_flops"], cost["_inference_flops_nnz"]
+      (12.0, 6.0)
     """
     named = trees.named_leaves(trees.numbers_only(params))
     sizes = [math.prod(jnp.shape(leaf)) for _, leaf in named]
@@ -155,6 +162,15 @@ def shifted_parameters(fn: Callable[..., Any], params: Any, *args: Any) -> tuple
 
     Returns:
       Their slash paths, in the order of the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> def standardised(params, x):
+      ...     w = params["up"]
+      ...     return jnp.tanh(x @ ((w - w.mean(0)) / w.std(0))) @ params["down"]
+      >>> params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}
+      >>> jaxpruner.shifted_parameters(standardised, params, jnp.ones((1, 3)))
+      ('up',)
     """
     named = trees.named_leaves(trees.numbers_only(params))
     found: set[int] = set()

@@ -107,6 +107,18 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
     """Makes masks if the schedule asks for them, and masks the gradients if the updater does.
 
     Straight-through methods make theirs from the weights after the step, when it ends.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> config = {"algorithm": "magnitude_ste", "sparsity": 0.5, "update_start_step": 0, "update_end_step": 0}
+      >>> updater = jaxpruner.create_updater_from_config(config)
+      >>> params = {"w": jnp.asarray([[1.0, 4.0, 2.0, 3.0]])}
+      >>> state = jaxpruner.init_projection(updater, params)
+      >>> step = jaxpruner.begin_step(updater, params, {"w": jnp.asarray([[-9.0, 1.0, 1.0, 1.0]])}, state)
+      >>> proposed = {"w": step.params["w"] - step.grads["w"]}  # any optimizer
+      >>> params, state = jaxpruner.end_step(step, proposed)
+      >>> params["w"].tolist()
+      [[10.0, 3.0, 0.0, 0.0]]
     """
     params, grads = trees.numbers_only(params), trees.numbers_only(grads)
     updater.check_state(state, params)
@@ -174,6 +186,18 @@ def project(
 
     Returns:
       The new parameters and the new state.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> config = {"algorithm": "magnitude", "sparsity": 0.5, "update_start_step": 0, "update_end_step": 0}
+      >>> updater = jaxpruner.create_updater_from_config(config)
+      >>> params = {"w": jnp.asarray([[1.0, 4.0, 2.0, 3.0]])}
+      >>> grads = {"w": jnp.ones((1, 4))}
+      >>> state = jaxpruner.init_projection(updater, params)
+      >>> proposed = {"w": params["w"] - 0.5 * grads["w"]}
+      >>> params, state = jaxpruner.project(updater, params, proposed, grads, state)
+      >>> params["w"].tolist()
+      [[0.0, 3.5, 0.0, 2.5]]
     """
     if updater.straight_through and not isinstance(state.inner_state, StraightThroughState):
         raise ValueError(
@@ -262,6 +286,13 @@ def apply_mask(params: Any, masks: Any, is_packed: bool = False) -> Any:
       params: a tree of arrays, or one array.
       masks: its masks, boolean or 0 and 1.
       is_packed: whether the masks are packed, one bit a weight.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> params = {"w": jnp.asarray([1.0, 2.0]), "b": jnp.asarray([3.0])}
+      >>> masked = jaxpruner.apply_mask(params, {"w": jnp.asarray([True, False]), "b": None})
+      >>> masked["w"].tolist(), masked["b"].tolist()
+      ([1.0, 0.0], [3.0])
     """
     storage = mask_storage.PackedStorage() if is_packed else mask_storage.DenseStorage()
     return trees.map_pruned(lambda p, mask: _masked(storage, p, mask), params, masks, otherwise=same)
@@ -301,6 +332,17 @@ def apply_state_masks(tree: Any, opt_state: Any) -> Any:
 
     Raises:
       ValueError: if the state holds no masks, or those of other parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner, optax
+      >>> tx = jaxpruner.sparsify(
+      ...     optax.sgd(0.1), algorithm="magnitude", sparsity=0.5, update_start_step=0, update_end_step=0
+      ... )
+      >>> params = {"w": jnp.asarray([[1.0, 4.0, 2.0, 3.0]])}
+      >>> _, state = tx.update({"w": jnp.zeros((1, 4))}, tx.init(params), params)
+      >>> average = {"w": jnp.full((1, 4), 5.0)}
+      >>> jaxpruner.apply_state_masks(average, state)["w"].tolist()
+      [[0.0, 5.0, 0.0, 5.0]]
     """
     masks = state_masks(opt_state)
     paths = {path for path, _ in trees.named_leaves(tree)}

@@ -51,6 +51,12 @@ def sample_clients(
 
     Raises:
       ValueError: if there are fewer clients than that.
+
+    Examples:
+      >>> data = fedjax.InMemoryFederatedData({b"%d" % i: {"x": np.ones((4, 2))} for i in range(10)})
+      >>> clients, again = (sample_clients(data, num_clients=3, seed=0, round_num=7) for _ in range(2))
+      >>> [name for name, _, _ in clients] == [name for name, _, _ in again]
+      True
     """
     if not 1 <= num_clients <= data.num_clients():
         raise ValueError(

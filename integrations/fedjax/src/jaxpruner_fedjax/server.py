@@ -69,6 +69,15 @@ def server_optimizer(
 
     Raises:
       ValueError: if the configuration is not valid.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> server = server_optimizer(
+      ...     optax.adam(1e-2), algorithm="magnitude", sparsity=0.8, update_start_step=10, update_end_step=20
+      ... )
+      >>> state = server.init({"w": jnp.ones((4, 5))})
+      >>> holds_masks(state)
+      True
     """
     algorithm: Any = updater
     if updater is None:

@@ -16,6 +16,11 @@ def weights_of(model: keras.Model) -> dict[str, Any]:
     """The weights of a model by their paths, as nested dicts: trained ones, frozen ones, and statistics of norms.
 
     A copy, since Keras donates its variables to the steps of `fit`.
+
+    Examples:
+      >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="out")], name="net")
+      >>> weights_of(model)["net"]["out"]["kernel"].shape
+      (3, 2)
     """
     variables = _weights(model)
     return as_tree(paths_of(variables), [jnp.copy(variable.value) for variable in variables])
@@ -28,6 +33,11 @@ def pure_function(model: keras.Model) -> Callable[..., Any]:
         small = jaxpruner.compact(fn, weights, images)
 
     Seeds of random layers are constants in it, since nothing is random when a model predicts.
+
+    Examples:
+      >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="out")], name="net")
+      >>> pure_function(model)(weights_of(model), jnp.ones((5, 3))).shape
+      (5, 2)
     """
     variables = _weights(model)
     paths = paths_of(variables)
