@@ -86,7 +86,8 @@ class BaseUpdater:
       ...     def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
       ...         return jax.tree.map(lambda w: -jnp.abs(w), params)
       >>> half = functools.partial(sparsity_distributions.uniform, sparsity=0.5)
-      >>> pruned, _ = SmallestFirst(sparsity_distribution_fn=half).instant_sparsify({"w": jnp.asarray([[1.0, -3.0], [2.0, 0.5]])})
+      >>> updater = SmallestFirst(sparsity_distribution_fn=half)
+      >>> pruned, _ = updater.instant_sparsify({"w": jnp.asarray([[1.0, -3.0], [2.0, 0.5]])})
       >>> pruned["w"].tolist()
       [[1.0, 0.0], [0.0, 0.5]]
     """
