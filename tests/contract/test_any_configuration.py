@@ -25,7 +25,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "dist_type": (["uniform", "erk"], ["ERK", None, 0.5]),
     "sparsity_type": (
         ["unstructured", "nm_2,4", "nm_2:4", "nm_1,4,axis=0", "gradual_nm_2,4", "block_2,4", "channel_-1",
-         "channel_input", {"dense*": "nm_2,4"}],
+         "channel_input", "per_output", {"dense*": "nm_2,4"}],
         ["nm_4,2", "nm_3,7", "block_0,4", "stripes", 4, {"dense*": 4}],
     ),
     "update_start_step": ([0, 0, 2, 3, 5], [-1, 1.5, "2"]),
@@ -96,6 +96,7 @@ def check(config):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* a share of .* is pruned:UserWarning")
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(configurations())
 def test_a_configuration_is_refused_or_exactly_sparse(config):

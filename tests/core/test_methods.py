@@ -365,8 +365,10 @@ def test_a_last_layer_of_zeros_hides_all_scores_and_is_told():
     state = tx.init(params)
     updates, state = tx.update(jax.grad(loss)(params), state, params)
     assert all(mask.all() for mask in jax.tree.leaves(state.masks))
-    with pytest.raises(ValueError, match=r"asked 50.0%, and SNIP pruned nothing at the first step, since all scores"):
+    with pytest.raises(ValueError, match=r"asked 50.0%, and SNIP pruned 0.0%, since all scores were 0: a last layer"):
         jaxpruner.check_sparse(optax.apply_updates(params, updates), state, updater)
+    with pytest.raises(ValueError, match=r"50.0% is asked, and nothing is pruned, since all scores were 0"):
+        updater.instant_sparsify(params, loss_fn=loss)
     # Where a few steps have trained the last layer, scores say what to keep.
     _, masks = updater.instant_sparsify({**params, "last": jnp.full((8, 3), 0.1)}, loss_fn=loss)
     assert sum(int(mask.sum()) for mask in jax.tree.leaves(masks)) == (64 + 24) / 2

@@ -62,8 +62,12 @@ class SparsityType(abc.ABC):
         """How many units of a leaf of this shape are kept or pruned."""
         return math.prod(shape)
 
+    def num_rivals(self, shape: tuple[int, ...]) -> int:
+        """How many units compete in one selection: all of them, unless each output has a selection of its own."""
+        return self.num_units(shape)
+
     def unit_size(self, shape: tuple[int, ...]) -> int:
-        """How many weights of a leaf of this shape the largest unit has."""
+        """How many weights of a leaf of this shape go with the largest unit: what a rounded number can be off by."""
         return -(-math.prod(shape) // max(1, self.num_units(shape)))
 
     @property
@@ -340,9 +344,15 @@ class PerOutput(SparsityType):
         for axis in as_axes(self.axis, shape):
             check_axis(axis, shape)
 
+    def num_rivals(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[axis] for axis in as_axes(self.axis, shape))
+
+    def unit_size(self, shape: tuple[int, ...]) -> int:
+        """A weight of each output."""
+        return math.prod(shape) // max(1, self.num_rivals(shape))
+
     def mask(self, scores: Any, sparsity: Sparsity) -> Any:
-        inputs = math.prod(scores.shape[axis] for axis in as_axes(self.axis, scores.shape))
-        return self._highest(scores, counts.keep_count(inputs, sparsity).lo)
+        return self._highest(scores, counts.keep_count(self.num_rivals(scores.shape), sparsity).lo)
 
     def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity) -> Any:
         # Each output drops as many as the others, and grows as many again.
@@ -389,6 +399,9 @@ class Stacked(SparsityType):
     def num_units(self, shape: tuple[int, ...]) -> int:
         """Those of one layer."""
         return self.structure.num_units(without_axis(shape, self.axis))
+
+    def num_rivals(self, shape: tuple[int, ...]) -> int:
+        return self.structure.num_rivals(without_axis(shape, self.axis))
 
     def unit_size(self, shape: tuple[int, ...]) -> int:
         """Those of one layer."""

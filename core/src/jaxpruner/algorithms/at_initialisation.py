@@ -10,6 +10,7 @@ stock trainer is given masks that were made before:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jaxpruner import scores, trees
 from jaxpruner.algorithms.global_pruners import GlobalPruning
 from jaxpruner.elementwise import require_grads
+from jaxpruner.inspection import checks
 from jaxpruner.selection.score_reading import as_array
 from jaxpruner.sparsity_schedules import OneShotSchedule, Schedule
 from jaxpruner.training.projection import apply_mask
@@ -46,12 +48,25 @@ class _AtInitialisation(GlobalPruning):
 
     def create_masks(self, scores: Any, target_sparsity: Any) -> Any:
         masks = super().create_masks(scores, target_sparsity)
-        each = trees.map_pruned(lambda score, _: jnp.any(as_array(score) != 0), scores, masks)
-        # By the rule for ties zeros would keep the first layers and cut off the last.
-        is_silent = ~jnp.any(jnp.stack(jax.tree.leaves(each)))
-        return trees.map_pruned(lambda mask, _: mask | is_silent, masks, masks)
+        speaks = trees.map_pruned(lambda score, _: jnp.any(as_array(score) != 0), scores, masks)
+        together = [leaf for path, leaf in trees.named_leaves(speaks) if not self._competes_alone(path)]
+        any_speaks = functools.reduce(jnp.logical_or, together, jnp.asarray(False))
 
-    create_masks.reads_unevaluated = True  # type: ignore[attr-defined]
+        def dense_where_silent(path: trees.KeyPath, mask: Any, own: Any) -> Any:
+            # By the rule for ties zeros would keep the first layers and cut off the last.
+            return None if trees.is_unpruned(mask) else mask | ~(own if self._competes_alone(path) else any_speaks)
+
+        return trees.map_named(dense_where_silent, masks, speaks)
+
+    create_masks.reads_unevaluated = True  # type: ignore[attr-defined]  # a mark that who calls it reads
+
+    def instant_sparsify(self, params: Any, grads: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+        pruned, masks = super().instant_sparsify(params, grads, **kwargs)
+        leaves = jax.tree.leaves(masks)
+        is_known = leaves and not any(isinstance(mask, jax.core.Tracer) for mask in leaves)
+        if is_known and self.sparsity and all(bool(mask.all()) for mask in leaves):
+            raise ValueError(f"sparsity: {self.sparsity:.1%} is asked, and nothing is pruned, since {checks.SILENT}.")
+        return pruned, masks
 
     def _objective(self, loss_fn: Loss | None, batches: Iterable[Any] | None) -> Loss:
         """The mean of a loss over batches, a function of the parameters."""

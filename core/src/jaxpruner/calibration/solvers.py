@@ -135,7 +135,7 @@ def _block(
     rows = jax.lax.dynamic_slice_in_dim(weights, start, size)
     within = jax.lax.dynamic_slice(factor, (start, start), (size, size))
     diagonal = jnp.diagonal(within)[:, None]
-    nothing = rows - rows  # zeros that lie where the rows do: data may be on a mesh with explicit axes
+    nothing = jnp.where(rows == 0, rows, 0)  # zeros that lie where the rows do, on whatever mesh
     group = 1
     if isinstance(structure, sparsity_types.NByM):
         group = structure.m

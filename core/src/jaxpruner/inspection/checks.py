@@ -172,6 +172,14 @@ def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> s
     return None
 
 
+# Why an algorithm that scores with first gradients may prune nothing.
+SILENT = (
+    "all scores were 0: a last layer that starts at zero lets no gradient pass to the others. Let it start from other "
+    "values, or make masks of parameters that were trained for some steps, updater.instant_sparsify(params, ...), for "
+    "masks= of static_sparse or preserve"
+)
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """A warning that a process sees once."""
@@ -191,7 +199,7 @@ def _tell_of_large_units(updater: BaseUpdater, params: Any, targets: Any) -> Non
         shape, structure = jnp.shape(pruned[path]), updater.structure(path, pruned[path])
         if isinstance(target, jax.core.Tracer) or isinstance(structure.of_layer, sparsity_types.Unstructured):
             continue
-        units = structure.num_units(shape)
+        units = structure.num_rivals(shape)
         given = 1 - max(1, round(units * (1 - float(target)))) / max(1, units)
         if abs(given - float(target)) > _FAR:
             warn_once(
@@ -291,19 +299,17 @@ def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseU
         asked, held, slack = shares_pruned(params, state, updater)
     except ValueError:
         return  # masks of a part of the parameters, whose budget is shared with others
-    if updater.reaches_sparsity and not held:
-        raise ValueError(
-            f"sparsity: asked {asked:.1%}, and {type(updater).__name__} pruned nothing at the first step, since all "
-            "scores were 0: a last layer that starts at zero lets no gradient pass to the others. Let it start from "
-            "other values, or make masks of parameters that were trained for some steps, updater.instant_sparsify("
-            "params, ...), for masks= of static_sparse or preserve."
-        )
-    if asked - held > slack:
-        raise ValueError(
-            f"sparsity: asked {asked:.1%}, masks hold {held:.1%}, and the schedule is over (its last "
-            f"update is at step {last}, {count} are done). If the sparsity changed when the training was resumed, let "
-            "update_end_step be later."
-        )
+    if asked - held <= slack:
+        return
+    if updater.reaches_sparsity:
+        once = "and its mask is made once, in the first step: start anew"
+        why = once if held else f"since {SILENT}"
+        raise ValueError(f"sparsity: asked {asked:.1%}, and {type(updater).__name__} pruned {held:.1%}, {why}.")
+    raise ValueError(
+        f"sparsity: asked {asked:.1%}, masks hold {held:.1%}, and the schedule is over (its last "
+        f"update is at step {last}, {count} are done). If the sparsity changed when the training was resumed, let "
+        "update_end_step be later."
+    )
 
 
 def shares_pruned(params: Any, state: projection.SparseState, updater: BaseUpdater) -> tuple[float, float, float]:

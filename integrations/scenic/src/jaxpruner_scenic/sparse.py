@@ -224,7 +224,10 @@ class _Watch:
             if not self.masks_checked:
                 params, opt_state = _of_one_device(train_state)
                 if find_states(opt_state):
-                    jaxpruner.check_sparse(params, opt_state, self.made and self.made.configured)
+                    # What follows a schedule is compared at the end, with what all groups of parameters share.
+                    updater = self.made and self.made.configured
+                    once = updater if updater and updater.reaches_sparsity else None
+                    jaxpruner.check_sparse(params, opt_state, once)
                     self.masks_checked = reached(params, opt_state) > 0
             return stock(train_state, *args, **kwargs)
 
