@@ -24,13 +24,14 @@ test: setup  ## the tests but for the slow ones
 test-all: lint test  ## all tests: lint, those, and then the slow ones
 	@$(RUN)/python -m pytest -n 2 --dist worksteal -m slow
 
-test-lanes: setup  ## the core's quick tests on the oldest and the newest JAX, for each interpreter at hand
+test-lanes: setup  ## the core's quick tests on the oldest and the newest JAX, with the interpreters at hand
 	@$(RUN)/python tools/lanes.py $(RECORD)
 
 benchmarks: setup  ## speed and memory of the core against sorts and a bare optimizer
 	@$(RUN)/jaxpruner-baselines bench
 
 docs:  ## the documentation, from Markdown and docstrings, into site/
+	@$(or $(PYTHON),python3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "docs: Python 3.11 or newer is needed; name one: make PYTHON=python3.12 docs")'
 	@.venv-docs/bin/python -m pip --version >/dev/null 2>&1 || $(or $(PYTHON),python3) -m venv --clear .venv-docs
 	@.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff -r docs/requirements.txt
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict  # no news of its makers

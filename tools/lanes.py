@@ -1,4 +1,4 @@
-"""Runs the quick tests of the core on the oldest supported JAX and on the newest of each interpreter at hand.
+"""Runs the quick tests of the core on the oldest supported JAX, and on the newest with the interpreters at hand.
 
 Every lane has an environment of its own under .lanes/. An interpreter that is absent is named in the
 closing table, it is not a failure. `--record` writes the table into WORKSPACE.md; other arguments go to pytest.

@@ -177,3 +177,12 @@ def test_the_papers_scale(name, preset, parameters, steps):
     (one,) = dry_run.compile_all([run_of(name, "magnitude", preset)], devices=8)
     assert (one.parameters, one.steps) == (parameters, steps)
     assert one.mask_bytes == one.pruned > 0.95 * parameters
+
+
+@pytest.mark.parametrize("option", [("--devices", "2"), ("--utilisation", "0.5"), ("--markdown", "page.md")])
+def test_options_of_the_dry_run_alone(option, tmp_path):
+    given = ["run", "digits_vit", "--preset", "smoke", *option, "--results", str(tmp_path)]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2, result.output
+    assert f"{option[0]}: goes with --dry-run alone" in result.output
+    assert not list(tmp_path.iterdir())

@@ -103,7 +103,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A step of a run as its host makes it, for `--dry-run`: nothing is computed, no data are read.
+    """A step of a run as its host makes it, for `--dry-run`: nothing is computed.
 
     `params` and `opt_state` are shapes, with their shardings where a device has not all of them. `updater` is the
     algorithm, None if dense; `steps` those of the whole run, and `unit` what one is.

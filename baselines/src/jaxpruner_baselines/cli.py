@@ -70,10 +70,11 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only compile a training step, for virtual devices, and tell its costs.")
     ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="With --dry-run: how many.")] = 8,
+    devices: Annotated[int | None, typer.Option(min=1, help="With --dry-run: how many; default: 8.")] = None,
     utilisation: Annotated[
-        float, typer.Option(min=0.01, max=1, help="With --dry-run: the share of an accelerator's peak in its hours.")
-    ] = 0.4,
+        float | None,
+        typer.Option(min=0.01, max=1, help="With --dry-run: share of the peak in its hours; default: 0.4."),
+    ] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="With --dry-run: write it into this file too, between its markers.")
     ] = None,
@@ -81,8 +82,11 @@ def run(
     """Train, and append a row per run to the results. Run it again to continue where it stopped."""
     baseline, preset = _baseline(name, preset)
     if dry_run:
-        _dry_run(baseline, preset, methods, sparsities, devices, utilisation, markdown)
+        _dry_run(baseline, preset, methods, sparsities, devices or 8, utilisation or 0.4, markdown)
         return
+    given = {"--devices": devices, "--utilisation": utilisation, "--markdown": markdown}
+    if strange := [name for name, value in given.items() if value is not None]:
+        _fail(f"{strange[0]}: goes with --dry-run alone; leave it out, or add --dry-run.")
     methods = methods or "all"
     plan = baseline.plan(preset, _methods(baseline, methods), _sparsities(baseline, sparsities), _seeds(seeds))
     try:

@@ -2,9 +2,9 @@
 
     jaxpruner-baselines run vit --preset paper --dry-run --devices 8
 
-Nothing is trained, no data are read and nothing of the size of the parameters is allocated, so that a step of a
-network that needs a slice of TPUs compiles on a laptop. That needs a process of its own, since XLA takes the number of
-virtual devices when it starts.
+Nothing is trained, no data of the paper's presets are read and nothing of the size of the parameters is allocated, so
+that a step of a network that needs a slice of TPUs compiles on a laptop. That needs a process of its own, since XLA
+takes the number of virtual devices when it starts.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A row of the paper's table; `without` are methods that its trainer has not what they need for."""
+    """A row of the paper's table; `without` are methods that need what its trainer lacks."""
 
     title: str
     baseline: str
