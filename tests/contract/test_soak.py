@@ -41,8 +41,9 @@ for i in range({steps}):
     params, state = step(params, state)
     if i == {warm}:
         before = seen()
+after = seen()
 jaxpruner.check_sparse(params, state, updater)
-print(json.dumps([*before, *seen(), step._cache_size()]))
+print(json.dumps([*before, *after, step._cache_size()]))
 """
 
 
