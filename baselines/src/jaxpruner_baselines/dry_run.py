@@ -87,7 +87,8 @@ def compile_all(runs: Sequence[Run], devices: int) -> Iterator[Compiled | str]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     process = subprocess.Popen(
         [sys.executable, "-m", __name__, json.dumps(asked)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        # Packages are found where they are here: some hosts are no more than folders on the path.
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
     )
