@@ -88,7 +88,7 @@ def check(config):
     except ValueError as error:
         # It names a key, a leaf or a value of the configuration, and what would be right.
         told = str(error)
-        assert any(word in told for word in (*VALUES, "kernel")), told
+        assert any(word in told for word in (*VALUES, "kernel", "bias", "masks")), told
         assert len(told) > 30, told
         return "refused"
     jaxpruner.check_sparse(params, state, updater)
