@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxpruner import selection, trees
 from jaxpruner.selection import Competition, counts
-from jaxpruner.selection.score_reading import Scores, as_array
+from jaxpruner.selection.score_reading import Scores, as_array, at_least_float32, where_finite
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -191,7 +191,7 @@ class Block(_Units):
         return min(rows, self.block_shape[0]) * min(columns, self.block_shape[1]) * math.prod(first[2:])
 
     def pool(self, scores: Any) -> Any:
-        wide = _at_least_float32(scores)
+        wide = at_least_float32(scores)
         if wide.ndim > 1:
             wide = jnp.moveaxis(wide, self.axes, (0, 1))
         rows, columns = self._plane(wide.shape)
@@ -258,7 +258,7 @@ class Channel(_Units):
         return shape[int(self.axis)]
 
     def pool(self, scores: Any) -> Any:
-        return _at_least_float32(scores).sum([a for a in range(scores.ndim) if a != int(self.axis) % scores.ndim])
+        return at_least_float32(scores).sum([a for a in range(scores.ndim) if a != int(self.axis) % scores.ndim])
 
     def expand(self, units: Any, shape: tuple[int, ...]) -> Any:
         others = [a for a in range(len(shape)) if a != int(self.axis) % len(shape)]
@@ -479,16 +479,6 @@ def regrowing(
         grow = as_array(grow_scores)
         return where_finite(grow, structure.regrow(mask, as_array(drop_scores), grow, drop_fraction), mask)
     return (yield from structure._regrowing(mask, drop_scores, grow_scores, drop_fraction))
-
-
-def where_finite(scores: Float[Array, "*s"], new: Bool[Array, "*s"], old: Bool[Array, "*s"]) -> Bool[Array, "*s"]:
-    """`new` if all scores are finite, else `old`."""
-    return jnp.where(jnp.all(jnp.isfinite(scores)), new, old)
-
-
-def _at_least_float32(scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    scores = as_array(scores)
-    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
 
 
 def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any, stack_axis: int | None = None) -> SparsityType:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxpruner import selection, sparsity_types, trees
 from jaxpruner.algorithms.sparse_trainers import RigL
 from jaxpruner.selection import counts
-from jaxpruner.selection.score_reading import as_array
+from jaxpruner.selection.score_reading import as_array, where_finite
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,7 +66,7 @@ class SRigL(RigL):
         even = functools.partial(_evened, structure.of_layer, target=target, min_share=self.min_share)
         if is_stack:
             even = jax.vmap(even, structure.axis, structure.axis)
-        return sparsity_types.where_finite(as_array(grow), even(mask, chosen, as_array(grow)), mask)
+        return where_finite(as_array(grow), even(mask, chosen, as_array(grow)), mask)
 
 
 def _evened(

@@ -110,6 +110,17 @@ def as_array(scores: Num[Array, "*shape"] | Scores) -> Num[Array, "*shape"]:
     return scores.evaluate() if isinstance(scores, Scores) else jnp.asarray(scores)
 
 
+def at_least_float32(scores: Any) -> Num[Array, "*shape"]:
+    """Scores as an array of 32 bits or more."""
+    scores = as_array(scores)
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+
+
+def where_finite(scores: Num[Array, "*s"], new: Bool[Array, "*s"], old: Bool[Array, "*s"]) -> Bool[Array, "*s"]:
+    """`new` if all scores are finite, else `old`."""
+    return jnp.where(jnp.all(jnp.isfinite(scores)), new, old)
+
+
 def _identity(x: Num[Array, "*shape"]) -> Num[Array, "*shape"]:
     return x
 
