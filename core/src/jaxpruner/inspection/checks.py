@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -153,14 +154,21 @@ def check_targets(updater: BaseUpdater, params: Any) -> None:
     _tell_of_zeros(updater, params, targets)
 
 
-def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> str | None:
-    """What is wrong where n:m keeps another share than the sparsity that was asked for; None if nothing is."""
+def _asked_of_structures(updater: BaseUpdater, params: Any, targets: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Of each pruned leaf whose sparsity is known: its path, that sparsity, its shape and its structure."""
     if updater.custom_topk:
-        return None
+        return
     pruned = dict(trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)))
     for path, target in trees.named_leaves(targets):
-        structure = updater.structure(path, pruned[path]).of_layer
-        if not isinstance(structure, sparsity_types.NByM) or isinstance(target, jax.core.Tracer) or target == 0:
+        if not isinstance(target, jax.core.Tracer):
+            yield path, target, jnp.shape(pruned[path]), updater.structure(path, pruned[path])
+
+
+def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> str | None:
+    """What is wrong where n:m keeps another share than the sparsity that was asked for; None if nothing is."""
+    for path, target, _, of_leaf in _asked_of_structures(updater, params, targets):
+        structure = of_leaf.of_layer
+        if not isinstance(structure, sparsity_types.NByM) or target == 0:
             continue
         given = 1 - structure.n / structure.m
         if abs(given - float(target)) > 1e-6:
@@ -192,12 +200,10 @@ _FAR = 0.1
 
 def _tell_of_large_units(updater: BaseUpdater, params: Any, targets: Any) -> None:
     """A leaf of a few units cannot have any sparsity: one unit is always kept."""
-    if updater.custom_topk or isinstance(updater.sparsity_type, coupled_structures.Coupled):
+    if isinstance(updater.sparsity_type, coupled_structures.Coupled):
         return
-    pruned = dict(trees.named_leaves(trees.map_pruned(lambda p, _: p, params, targets)))
-    for path, target in trees.named_leaves(targets):
-        shape, structure = jnp.shape(pruned[path]), updater.structure(path, pruned[path])
-        if isinstance(target, jax.core.Tracer) or isinstance(structure.of_layer, sparsity_types.Unstructured):
+    for path, target, shape, structure in _asked_of_structures(updater, params, targets):
+        if isinstance(structure.of_layer, sparsity_types.Unstructured):
             continue
         units = structure.num_rivals(shape)
         given = 1 - max(1, round(units * (1 - float(target)))) / max(1, units)
