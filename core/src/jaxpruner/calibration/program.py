@@ -15,23 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpruner.compaction.reading import bind
 from jaxpruner.inspection import jaxprs
+from jaxpruner.inspection.jaxprs import CASTS, PRODUCTS
 
-# What only moves entries. `name` and the like do nothing to them.
-MOVES = {
-    "broadcast_in_dim", "concatenate", "copy", "copy_p", "dynamic_slice", "expand_dims", "gather", "index", "name",
-    "optimization_barrier", "pvary", "reshape", "rev", "sharding_constraint", "slice", "split", "squeeze", "stack",
-    "stop_gradient", "transpose", "unstack",
-}  # fmt: skip
-CASTS = {"convert_element_type", "reduce_precision"}
+# `index` is a turn of a loop that was unrolled.
+MOVES = jaxprs.MOVES | {"concatenate", "index", "split", "stack"}
 # Linear, entry by entry: masks, scales, signs.
-SCALES = {"div", "mul", "neg", "select_n"}
-PRODUCTS = {"dot_general", "conv_general_dilated"}
-_CALLS = {
-    "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
-    "custom_lin", "jit", "pjit", "remat", "remat2",
-}  # fmt: skip
+SCALES = frozenset({"div", "mul", "neg", "select_n"})
+_CALLS = {*jaxprs.CALLS, *jaxprs.CUSTOM_CALLS}
 
 
 class Leaf(NamedTuple):
@@ -153,19 +144,11 @@ class _Writer:
         return self._leaves[leaf]
 
     def _inline(self, jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*map(Constant, constants), *inputs], strict=True))
-
-        def look_up(atom: Any) -> Any:
-            return _literal(atom) if hasattr(atom, "val") else values[atom]
-
-        for equation in jaxpr.eqns:
-            operands = [look_up(atom) for atom in equation.invars]
-            values.update(zip(equation.outvars, self._equation(equation, operands), strict=True))
-        return [look_up(atom) for atom in jaxpr.outvars]
+        return jaxprs.go_through(jaxpr, [*map(Constant, constants), *inputs], self._equation, _literal)
 
     def _equation(self, equation: Any, operands: list[Any]) -> Sequence[Any]:
         name = equation.primitive.name
-        if name in _CALLS and (inner := _called(equation)) is not None:
+        if name in _CALLS and (inner := jaxprs.called(equation)) is not None:
             return self._inline(*inner, operands)
         is_weighted = any(operand in self._weights for operand in operands)
         if name == "scan" and is_weighted and _has_product(equation.params["jaxpr"].jaxpr):
@@ -174,7 +157,7 @@ class _Writer:
         key = self._keys.setdefault(id(equation), (name, _text(equation.params)))
 
         def run(values: Sequence[Any]) -> list[Any]:
-            return bind(equation, values)
+            return jaxprs.bind(equation, values)
 
         self._operations.append(Operation(name, run, tuple(operands), outputs, key, equation.params))
         if is_weighted and name in MOVES | CASTS | SCALES:
@@ -256,14 +239,6 @@ def _value(aval: Any) -> Value:
     return Value(tuple(aval.shape), aval.dtype)
 
 
-def _called(equation: Any) -> tuple[Any, Sequence[Any]] | None:
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = equation.params.get(key)
-        if inner is not None:
-            return (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
-    return None
-
-
 def _has_product(jaxpr: Any) -> bool:
     return any(
         equation.primitive.name in PRODUCTS or any(map(_has_product, _inside(equation.params)))
@@ -297,5 +272,5 @@ def _constants(params: Mapping[str, Any]) -> Iterator[Any]:
             yield from map(contents, getattr(each, "consts", ()))
     for jaxpr in _inside(params):
         for equation in jaxpr.eqns:
-            yield from (contents(atom.val) for atom in equation.invars if hasattr(atom, "val"))
+            yield from (contents(atom.val) for atom in equation.invars if jaxprs.is_literal(atom))
             yield from _constants(equation.params)

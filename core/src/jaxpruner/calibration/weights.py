@@ -13,18 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpruner.calibration.program import (
-    CASTS,
-    MOVES,
-    PRODUCTS,
-    SCALES,
-    Constant,
-    Leaf,
-    Operation,
-    Program,
-    Value,
-    contents,
-)
+from jaxpruner.calibration.program import MOVES, SCALES, Constant, Leaf, Operation, Program, Value, contents
+from jaxpruner.inspection.jaxprs import CASTS, PRODUCTS
 
 # Moves that keep each entry, once.
 _REORDERINGS = {

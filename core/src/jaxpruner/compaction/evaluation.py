@@ -68,7 +68,7 @@ class Evaluation:
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants[:number], *arguments], strict=True))
 
         def look_up(atom: Any, dims: Sequence[Dim]) -> Any:
-            return self._constant(atom.val, dims) if hasattr(atom, "val") else values[atom]
+            return self._constant(atom.val, dims) if jaxprs.is_literal(atom) else values[atom]
 
         for step in read.steps:
             operands = [look_up(a, dims) for a, dims in zip(step.equation.invars, step.inputs, strict=True)]
@@ -85,7 +85,7 @@ class Evaluation:
             return _CALLS.get(step.name, Evaluation._call)(self, step, operands)
         equation = step.equation
         if step.name not in rules.RULES or step.name in _CALLS:  # all its axes are whole
-            return reading.bind(equation, operands)
+            return jaxprs.bind(equation, operands)
         params = equation.params
         if step.name in _PARAMETERS:
             params = {**params, **_PARAMETERS[step.name](self, step)}

@@ -144,16 +144,14 @@ class _Walk:
         self.needed: dict[str, np.ndarray] = {}
 
     def run(self, read: reading.Reading, inputs: Sequence[Live]) -> list[Live]:
-        jaxpr = read.jaxpr
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
-
-        def look_up(atom: Any) -> Live:
-            return _of_constant(atom.val) if hasattr(atom, "val") else values[atom]
-
-        for step in read.steps:
-            given = [look_up(atom) for atom in step.equation.invars]
-            values.update(zip(step.equation.outvars, self._step(step, given), strict=True))
-        return [look_up(atom) for atom in jaxpr.outvars]
+        steps = iter(read.steps)
+        return jaxprs.go_through(
+            read.jaxpr,
+            inputs,
+            lambda _, given: self._step(next(steps), given),
+            lambda atom: _of_constant(atom.val),
+            [step.equation for step in read.steps],
+        )
 
     def _step(self, step: rules.Step, given: list[Live]) -> list[Live]:
         name = step.name
@@ -305,7 +303,7 @@ def _equal(a: Live, b: Live) -> bool:
 def _keeps_zero(equation: Any) -> bool:
     """Whether an elementwise function of zeros is zero: it is asked."""
     literals = tuple(
-        complex(atom.val) if hasattr(atom, "val") and np.shape(atom.val) == () else None for atom in equation.invars
+        complex(atom.val) if jaxprs.is_literal(atom) and np.shape(atom.val) == () else None for atom in equation.invars
     )
     try:
         return _value_at_zero(equation.primitive, literals, _Equation(equation))

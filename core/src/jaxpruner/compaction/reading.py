@@ -49,27 +49,25 @@ def read(closed: Any, arguments: Sequence[Dims]) -> Reading:
     """Reads a closed jaxpr for arguments of these axes."""
     jaxpr, constants = closed.jaxpr, closed.consts
     inputs = [*map(_of_constant, constants), *arguments]
-    dims = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
-
-    def look_up(atom: Any) -> Dims:
-        return _of_constant(atom.val) if hasattr(atom, "val") else dims[atom]
-
     steps = []
-    for equation in _needed(jaxpr):
-        step = Step(equation, [look_up(atom) for atom in equation.invars])
+
+    def follow(equation: Any, given: list[Dims]) -> list[Dims]:
+        step = Step(equation, given)
         step.outputs = RULES.get(step.name, unknown)(step)
-        dims.update(zip(equation.outvars, step.outputs, strict=True))
         steps.append(step)
-    return Reading(jaxpr, constants, inputs, [look_up(atom) for atom in jaxpr.outvars], steps)
+        return step.outputs
+
+    outputs = jaxprs.go_through(jaxpr, inputs, follow, lambda atom: _of_constant(atom.val), _needed(jaxpr))
+    return Reading(jaxpr, constants, inputs, outputs, steps)
 
 
 def _needed(jaxpr: Any) -> list[Any]:
     """The equations that the results depend on, and those that do something."""
-    needed = {atom for atom in jaxpr.outvars if not hasattr(atom, "val")}
+    needed = {atom for atom in jaxpr.outvars if not jaxprs.is_literal(atom)}
     kept = []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or not needed.isdisjoint(equation.outvars):
-            needed.update(atom for atom in equation.invars if not hasattr(atom, "val"))
+            needed.update(atom for atom in equation.invars if not jaxprs.is_literal(atom))
             kept.append(equation)
     return kept[::-1]
 
@@ -93,17 +91,12 @@ def _of_constant(value: Any) -> Dims:
 # What calls other jaxprs.
 
 
-@rule("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_lin")
+@rule(*jaxprs.CALLS)
 def _call(step: Step) -> list[Dims]:
-    closed = next((step.equation.params[key] for key in ("jaxpr", "call_jaxpr") if key in step.equation.params), None)
-    if closed is None:
+    if (inner := jaxprs.called(step.equation)) is None:
         return unknown(step)
-    step.inner = [read(_closed(closed), step.inputs)]
+    step.inner = [read(jax.extend.core.ClosedJaxpr(*inner), step.inputs)]
     return step.inner[0].outputs
-
-
-def _closed(jaxpr: Any) -> Any:
-    return jaxpr if hasattr(jaxpr, "consts") else jax.extend.core.ClosedJaxpr(jaxpr, ())
 
 
 # How many derivatives of functions that have one of their own are read, one of the other. (Those of TensorFlow
@@ -120,16 +113,16 @@ def _up_to(orders: int) -> Iterator[None]:
         _ORDERS.reset(token)
 
 
-@rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+@rule(*jaxprs.CUSTOM_CALLS)
 def _custom(step: Step) -> list[Dims]:
-    params = step.equation.params
-    closed = params["call_jaxpr"] if "call_jaxpr" in params else params["fun_jaxpr"]
+    if (inner := jaxprs.called(step.equation)) is None:
+        return unknown(step)
     try:
         derivative = _derivative(step) if _ORDERS.get() else None
     except Exception:  # whatever a rule of a user's raises: it stays as it is, to be differentiated by its rule or not
         return unknown(step)
     with _up_to(0):  # inside, nothing is ever differentiated
-        step.inner = [read(closed, step.inputs)]
+        step.inner = [read(jax.extend.core.ClosedJaxpr(*inner), step.inputs)]
     outputs = step.inner[0].outputs
     if derivative is not None:
         inputs = [dims for dims, atom in zip(step.inputs, step.equation.invars, strict=True) if is_differentiable(atom)]
@@ -153,7 +146,7 @@ def _derivative(step: Step) -> Any:
     def of_operands(operands: Sequence[Any]) -> Callable[..., Any]:
         def of_differentiable(*values: Any) -> list[Any]:
             given = dict(zip(differentiable, values, strict=True))
-            outputs = bind(equation, [given.get(i, operand) for i, operand in enumerate(operands)])
+            outputs = jaxprs.bind(equation, [given.get(i, operand) for i, operand in enumerate(operands)])
             return [outputs[i] for i in results]
 
         return of_differentiable
@@ -168,14 +161,6 @@ def _derivative(step: Step) -> Any:
     operands = [_spec(atom) for atom in equation.invars]
     directions = [operands[i] for i in differentiable] if is_forward else [_spec(equation.outvars[i]) for i in results]
     return jax.make_jaxpr(forward if is_forward else backward)(operands, directions)
-
-
-def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
-    """The results of an equation, with whatever it calls as it is."""
-    params = equation.primitive.get_bind_params(equation.params)
-    functions, params = ((), params) if isinstance(params, dict) else params  # apart, in an older JAX
-    results = equation.primitive.bind(*functions, *operands, **params)
-    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def _spec(atom: Any) -> jax.ShapeDtypeStruct:

@@ -15,6 +15,7 @@ from jax.experimental import sparse
 
 from jaxpruner.compaction import rules
 from jaxpruner.compaction.reading import Reading
+from jaxpruner.inspection import jaxprs
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["shape", "contracted"])
@@ -81,7 +82,7 @@ def multiplied(read: Reading, inputs: Sequence[Any]) -> dict[int, tuple[int, ...
     found: dict[int, tuple[int, ...]] = {}
     numbers = {variable: i for i, variable in enumerate(inputs) if variable is not None}
     for step in read.steps:
-        operands = [None if hasattr(atom, "val") else numbers.get(atom) for atom in step.equation.invars]
+        operands = [None if jaxprs.is_literal(atom) else numbers.get(atom) for atom in step.equation.invars]
         if step.name == "dot_general" and operands.count(None) == 1:
             side = 0 if operands[1] is None else 1
             contract, batch = step.equation.params["dimension_numbers"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpruner import trees
-from jaxpruner.inspection import jaxprs
+from jaxpruner.inspection import provenance
 
 if TYPE_CHECKING:
     from jaxpruner.base_updater import BaseUpdater
@@ -68,7 +68,7 @@ def summarize_flops(
     counts: _Counts = collections.Counter()
     shifted: set[int] = set()
 
-    def tell(product: jaxprs.Product) -> None:
+    def tell(product: provenance.Product) -> None:
         flops: Any = _dot_flops if product.equation.primitive.name == "dot_general" else _convolution_flops
         is_saved = not product.weight.is_shifted
         counts[product.weight.parameters if is_saved else ()] += product.times * flops(product.equation)
@@ -136,7 +136,7 @@ def _course(updater: BaseUpdater | None, params: Any, steps: int) -> tuple[np.nd
     return level, updates
 
 
-def _dearest(counts: _Counts, branches: Sequence[jaxprs.Branch]) -> list[jaxprs.Value]:
+def _dearest(counts: _Counts, branches: Sequence[provenance.Branch]) -> list[provenance.Value]:
     """Of branches the dearest counts."""
     before, walked = counts.copy(), []
     for branch in branches:
@@ -175,7 +175,7 @@ def shifted_parameters(fn: Callable[..., Any], params: Any, *args: Any) -> tuple
     named = trees.named_leaves(trees.numbers_only(params))
     found: set[int] = set()
 
-    def tell(product: jaxprs.Product) -> None:
+    def tell(product: provenance.Product) -> None:
         if product.weight.is_shifted:
             found.update(product.weight.parameters)
 
@@ -188,8 +188,8 @@ def _walk(
 ) -> None:
     numbers, _, joined = trees.parted(params, trees.is_number)
     jaxpr = jax.make_jaxpr(lambda numbers, *args: fn(joined(numbers), *args))(numbers, *args).jaxpr
-    parameters = [jaxprs.Value((i,)) for i in range(len(sizes))]
-    jaxprs.walk(jaxpr, parameters + [jaxprs.DATA] * (len(jaxpr.invars) - len(sizes)), sizes, tell, **more)
+    parameters = [provenance.Value((i,)) for i in range(len(sizes))]
+    provenance.walk(jaxpr, parameters + [provenance.DATA] * (len(jaxpr.invars) - len(sizes)), sizes, tell, **more)
 
 
 def _dot_flops(eqn: Any) -> float:

@@ -1,121 +1,79 @@
-"""The walker of jaxprs: which parameters a value holds the entries of, on the way to the products that use them.
+"""The walker of jaxprs: what reads a function goes through its equations here, each reader with its own rules.
 
-The jaxpr of a function is its whole data flow, the same for every framework. One walk follows the parameters through
-casts, reshapes, masks and scalings, into loops, branches and calls, and tells each product with them.
+The jaxpr of a function is its whole data flow with every shape in it, the same for every framework. Readers differ in
+what stands for a value: where it comes from (`provenance`), what its axes are (`compaction.reading`), which of its
+entries are zero (`compaction.liveness`), which operation makes it (`calibration.program`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
-# What only moves entries, or casts them.
-_MOVES = {
-    "all_gather", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "dynamic_slice", "expand_dims",
-    "gather", "name", "optimization_barrier", "pad", "pvary", "reduce_precision", "reshape", "rev",
-    "sharding_constraint", "slice", "squeeze", "stop_gradient", "transpose", "unstack",
-}  # fmt: skip
-# What keeps zeros at zero, entry by entry.
-_SCALES = {
-    "abs", "asinh", "atan", "cbrt", "ceil", "div", "erf", "expm1", "floor", "integer_pow", "log1p", "mul", "neg",
-    "round", "select_n", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
-}  # fmt: skip
-# What adds something to entries, so that zeros are zeros no more.
-_SHIFTS = {"add", "add_any", "cos", "cosh", "exp", "exp2", "logistic", "max", "min", "pow", "rsqrt", "sub"}
-PRODUCTS = {"dot_general", "conv_general_dilated"}
+T = TypeVar("T")
+
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+# What only moves entries.
+MOVES = frozenset({
+    "broadcast_in_dim", "copy", "copy_p", "dynamic_slice", "expand_dims", "gather", "name", "optimization_barrier",
+    "pvary", "reshape", "rev", "sharding_constraint", "slice", "squeeze", "stop_gradient", "transpose", "unstack",
+})  # fmt: skip
+CASTS = frozenset({"convert_element_type", "reduce_precision"})
+# What calls a jaxpr with its own operands; and what has a derivative of its own beside.
+CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_lin")
+CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
-class Value(NamedTuple):
-    """Where a value of a jaxpr comes from.
-
-    Attributes:
-      parameters: those whose entries it has, by number; none if it is something else.
-      is_data: whether it depends on arguments that are no parameters.
-      is_shifted: whether zeros of the parameters are zeros no more, as after weight standardisation.
-    """
-
-    parameters: tuple[int, ...] = ()
-    is_data: bool = False
-    is_shifted: bool = False
-
-
-class Product(NamedTuple):
-    """A matrix product or convolution on the way.
-
-    Attributes:
-      equation: the equation.
-      weight: the operand that has entries of the largest parameters; without parameters if none has.
-      times: how often it runs, by the lengths of the loops around it.
-    """
-
-    equation: Any
-    weight: Value
-    times: float
-
-
-CONSTANT, DATA = Value(), Value(is_data=True)
-
-Branch = Callable[[], "list[Value]"]
-
-
-def walk(
+def go_through(
     jaxpr: Any,
-    inputs: Sequence[Value],
-    sizes: Sequence[int],
-    tell: Callable[[Product], None],
-    choose: Callable[[Sequence[Branch]], list[Value]] | None = None,
-    times: float = 1.0,
-) -> list[Value]:
-    """Follows values through a jaxpr.
+    inputs: Sequence[T],
+    rule: Callable[[Any, list[T]], Iterable[T]],
+    of_literal: Callable[[Any], T],
+    equations: Iterable[Any] | None = None,
+) -> list[T]:
+    """Runs a jaxpr with values of any kind in place of arrays.
 
     Args:
       jaxpr: the jaxpr.
-      inputs: where its inputs come from.
-      sizes: the number of entries of each parameter.
-      tell: called with each product.
-      choose: walks the branches of a `cond` and returns the outputs of one; by default all are walked.
-      times: how often the jaxpr runs.
+      inputs: the values of its constants, then of its arguments.
+      rule: an equation and the values of its operands to those of its results.
+      of_literal: the value of an atom that is written into the equation.
+      equations: those to go through, by default all.
 
     Returns:
-      Where its outputs come from.
+      The values of its outputs.
     """
-    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
 
-    def read(atom: Any) -> Value:
-        return CONSTANT if hasattr(atom, "val") else values.get(atom, CONSTANT)
+    def look_up(atom: Any) -> T:
+        return of_literal(atom) if is_literal(atom) else values[atom]
 
-    def largest(candidates: Sequence[Value]) -> Value:
-        return max(candidates, key=lambda value: sum(sizes[i] for i in value.parameters))
+    for equation in jaxpr.eqns if equations is None else equations:
+        operands = [look_up(atom) for atom in equation.invars]
+        values.update(zip(equation.outvars, rule(equation, operands), strict=True))
+    return [look_up(atom) for atom in jaxpr.outvars]
 
-    def inside(body: Any, given: Sequence[Value], times: float) -> list[Value]:
-        return walk(body, given, sizes, tell, choose, times)
 
-    for eqn in jaxpr.eqns:
-        given = [read(atom) for atom in eqn.invars]
-        name = eqn.primitive.name
-        is_data = any(value.is_data for value in given)
-        weights = [value for value in given if value.parameters]
-        outputs = [Value(is_data=is_data)] * len(eqn.outvars)
-        if name in PRODUCTS:
-            tell(Product(eqn, largest(given), times))
-        elif name == "cond":
-            branches = [_branch(inside, branch.jaxpr, given[1:], times) for branch in eqn.params["branches"]]
-            outputs = choose(branches) if choose else [branch() for branch in branches][-1]
-        elif name == "while":
-            outputs = inside(eqn.params["body_jaxpr"].jaxpr, given[eqn.params["cond_nconsts"] :], times)
-        elif (inner := _inner(eqn)) is not None:
-            outputs = inside(inner, given, times * eqn.params.get("length", 1))
-        elif name in ("concatenate", "stack"):
-            # Kernels that are multiplied with as one.
-            if len(weights) == len(given):
-                together = tuple(sorted({i for value in given for i in value.parameters}))
-                outputs = [Value(together, is_data, any(value.is_shifted for value in given))]
-        elif weights and not is_data and name in _MOVES | _SCALES:  # what data choose or scale are activations
-            outputs = [largest(weights)._replace(is_data=is_data)]
-        elif weights and not is_data and name in _SHIFTS:
-            outputs = [largest(weights)._replace(is_shifted=True)]
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+def is_literal(atom: Any) -> bool:
+    """Whether this is a constant that is written into an equation, under `val`."""
+    return hasattr(atom, "val")
+
+
+def called(equation: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The jaxpr that an equation calls, and the constants that it closes over; None if it calls none."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = equation.params.get(key)
+        if inner is not None:
+            return (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+    return None
+
+
+def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """The results of an equation, with whatever it calls as it is."""
+    params = equation.primitive.get_bind_params(equation.params)
+    functions, params = ((), params) if isinstance(params, dict) else params  # apart, in an older JAX
+    results = equation.primitive.bind(*functions, *operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -124,16 +82,3 @@ def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
         constants, carried, _ = params["ft_in"].unpack()
         return len(constants), len(carried)
     return params["num_consts"], params["num_carry"]
-
-
-def _branch(inside: Callable[..., list[Value]], body: Any, given: Sequence[Value], times: float) -> Branch:
-    return lambda: inside(body, given, times)
-
-
-def _inner(eqn: Any) -> Any:
-    """The jaxpr that an equation calls with its own operands: jit, scan, checkpoint, custom derivatives."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = getattr(eqn.params.get(key), "jaxpr", eqn.params.get(key))
-        if inner is not None and len(inner.invars) == len(eqn.invars) and len(inner.outvars) == len(eqn.outvars):
-            return inner
-    return None
