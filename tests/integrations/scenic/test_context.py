@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 import pathlib
@@ -28,6 +29,7 @@ import jaxpruner_scenic
 from jaxpruner import trees
 from jaxpruner.training import projection
 from jaxpruner_scenic import compatibility, datasets, main, sparse
+from jaxpruner_scenic.configs import small
 
 pytestmark = cases.quiet
 CONFIGS = pathlib.Path(jaxpruner_scenic.__file__).parent / "configs"
@@ -386,8 +388,8 @@ def test_an_unknown_dataset_of_a_small_configuration(name, message):
 @pytest.mark.parametrize("name", ["vit_small.py", "resnet_small.py"])
 def test_masks_are_final_before_the_training_ends(name, dataset, argument):
     c = load(name, argument.format(dataset))
-    images = datasets.SOURCES[dataset](c.dataset_configs.validation)
-    steps = c.num_training_epochs * (len(images.train[1]) // c.batch_size)
+    examples = small.TRAIN_EXAMPLES[dataset][c.dataset_configs.validation]
+    steps = c.num_training_epochs * (examples // c.batch_size)
     assert steps == c.lr_configs.steps_per_cycle
     assert 0.6 * steps < c.sparsity_config.update_end_step < 0.9 * steps
 
@@ -432,8 +434,6 @@ def test_datasets_are_registered_and_real(name, shape, sizes):
     meta = data.meta_data
     if sizes is not None:
         assert (meta["num_train_examples"], meta["num_eval_examples"]) == sizes
-    from jaxpruner_scenic.configs import small
-
     assert meta["num_train_examples"] == small.TRAIN_EXAMPLES[name][0]
     assert meta["input_shape"] == (-1, *shape)
     batch = next(data.train_iter)
@@ -449,7 +449,30 @@ def test_datasets_are_registered_and_real(name, shape, sizes):
     assert (next(other.train_iter)["inputs"] != batch["inputs"]).any()
 
 
-@pytest.mark.parametrize("name", datasets.SOURCES)
+def write_idx(folder, name, content):
+    """A file as of the MNIST family: a magic number, the shape in big endian, and the bytes."""
+    header = bytes([0, 0, 8, content.ndim]) + np.asarray(content.shape, ">u4").tobytes()
+    (folder / f"{name}-idx{content.ndim}-ubyte.gz").write_bytes(gzip.compress(header + content.tobytes()))
+
+
+def test_fashion_mnist_is_read_from_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv(datasets.FASHION_MNIST_DIR, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"No train-images-idx3-ubyte.gz in .*apt-get install dataset-fashion"):
+        registry.get_dataset("fashion_mnist")(batch_size=8, eval_batch_size=8, num_shards=1)
+    generator = np.random.default_rng(0)
+    written = {"train": 10_050, "t10k": 30}
+    for name, count in written.items():
+        write_idx(tmp_path, f"{name}-images", generator.integers(0, 256, (count, 3, 2), np.uint8))
+        write_idx(tmp_path, f"{name}-labels", (np.arange(count) % 10).astype(np.uint8))
+    whole, held_out = datasets.fashion_mnist(False), datasets.fashion_mnist(True)
+    assert [len(split[1]) for split in (*whole, *held_out)] == [10_050, 30, 50, 10_000]
+    assert whole.test[0].shape == (30, 3, 2, 1)
+    assert 0 <= whole.train[0].min() < whole.train[0].max() == 1
+    np.testing.assert_array_equal(whole.test[1], np.arange(30) % 10)
+    np.testing.assert_array_equal(np.concatenate([held_out.train[0], held_out.test[0]]), whole.train[0])
+
+
+@pytest.mark.parametrize("name", sorted(set(datasets.SOURCES) - {"fashion_mnist"}))
 def test_test_images_are_nobodys_else(name):
     """No test image stands among those to train on, with and without `validation`, nor in the other test."""
     whole, held_out = datasets.SOURCES[name](False), datasets.SOURCES[name](True)
@@ -457,3 +480,4 @@ def test_test_images_are_nobodys_else(name):
     assert not keys[0] & keys[1] or name == "natural_crops"  # black sky is everywhere
     assert len(keys[0] & keys[1]) < 0.03 * len(keys[1])
     assert len(held_out.train[1]) + len(held_out.test[1]) == len(whole.train[1])
+    assert (len(whole.train[1]), len(held_out.train[1])) == small.TRAIN_EXAMPLES[name]

