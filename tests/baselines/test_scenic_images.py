@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -11,7 +12,7 @@ import matplotlib.image
 import pytest
 from typer.testing import CliRunner
 
-from jaxpruner_baselines import registry
+from jaxpruner_baselines import intervals, registry
 from jaxpruner_baselines.baseline import NotReady
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.cli import app
@@ -118,3 +119,49 @@ def test_where_scenic_is_missing_the_command_says_how_to_install_it(tmp_path):
     assert listed.returncode == 0
     assert "not installed" in listed.stdout
     assert "digits_vit" in listed.stdout
+
+
+@scenic
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_settings_of_fashion_mnist_are_the_papers(name):
+    from jaxpruner_baselines import scenic_images
+
+    baseline = registry.get(name)
+    for preset in baseline.presets.values():
+        if not isinstance(preset, scenic_images.Scored):
+            continue
+        steps = dict(preset.overrides)["num_training_steps"]
+
+        def chosen(method, preset=preset):
+            run = baseline.run("fashion", method, 0.8, seed=3)
+            return scenic_images.scenic_config(dataclasses.replace(run, preset=preset)).sparsity_config
+
+        pruner, grower = chosen("magnitude"), chosen("rigl")
+        assert 0.08 < pruner.update_start_step / steps < pruner.update_end_step / steps < 0.82
+        assert pruner.update_start_step % pruner.update_freq == pruner.update_end_step % pruner.update_freq == 0
+        assert (grower.update_start_step, grower.update_freq, grower.drop_fraction) == (1, 100, 0.3)
+        assert grower.update_end_step == pytest.approx(0.75 * steps, abs=1)
+        for candidate in baseline.candidates(preset).values():
+            assert candidate.validation
+            assert not preset.validation
+
+
+@scenic
+def test_what_a_run_tells_of_test_images_is_its_accuracy(tmp_path):
+    from jaxpruner_baselines import scenic_images
+
+    run = registry.get("vit").run("smoke", "magnitude", 0.8, seed=0)
+    preset = scenic_images.Scored(run.preset.config, run.preset.dataset, run.preset.overrides)
+    *_, outcome = scenic_images.train(dataclasses.replace(run, preset=preset), Checkpoint(tmp_path / "run.msgpack"))
+    right = intervals.unpack(outcome.details["examples"])
+    assert len(right) == 383
+    assert outcome.value == pytest.approx(right.mean())
+
+
+@scenic
+def test_fashion_mnist_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(tmp_path))
+    for name in ("vit", "resnet"):
+        baseline = registry.get(name)
+        with pytest.raises(NotReady, match="apt-get install dataset-fashion-mnist"):
+            baseline.prepare(baseline.presets["fashion"])

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 
 import matplotlib.image
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from jaxpruner_baselines import registry, suite, suite_report
+from jaxpruner_baselines import intervals, registry, suite, suite_report
 from jaxpruner_baselines.baseline import Outcome
 from jaxpruner_baselines.cli import app
+from jaxpruner_baselines.costs import SHARES
 from jaxpruner_baselines.results import Results, Row
 from jaxpruner_baselines.suite import METHODS, TASKS
 
@@ -113,7 +116,7 @@ def test_missing_hosts_are_named_and_the_rest_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["suite", "--scale", "tiny"], "Unknown scale 'tiny'. Valid: embedded, paper, smoke."),
+        (["suite", "--scale", "tiny"], "Unknown scale 'tiny'. Valid: embedded, wide, paper, smoke."),
         (["suite", "--tasks", "fed,t5"], "Unknown task 'fed'. Valid: resnet, vit_90, "),
         (["suite", "--methods", "newer"], "Unknown group of methods 'newer'. Valid: paper, later."),
         (["suite", "--jobs", "0"], "Invalid value for '--jobs'"),
@@ -180,3 +183,62 @@ def test_an_order_that_does_not_hold_is_said(tmp_path):
     (row,) = suite_report.summarize("embedded", tmp_path)
     assert row.correlation == pytest.approx(-1)
     assert row.verdict.endswith("the order does not hold")
+
+
+def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
+    """Two methods on the same examples, and one that cannot be told apart from another."""
+    setting = dataclasses.replace(TASKS["fed_emnist"].scales["embedded"])
+    monkeypatch.setitem(TASKS, "fed_emnist", dataclasses.replace(TASKS["fed_emnist"], scales={
+        "wide": setting, "paper": TASKS["fed_emnist"].scales["paper"],
+    }))  # fmt: skip
+    values = {"dense": 0.9, "random": 0.5, "magnitude": 0.7, "saliency": 0.8, "global_magnitude": 0.85, "rigl": 0.701}
+    hard = np.random.default_rng(0).random(1000)
+    results = Results(tmp_path / "fed_emnist.csv")
+    for method, value in values.items():
+        for seed in range(3):
+            run = FED.run("digits", method, 0.8, seed)
+            right = hard < value
+            details = {"megabytes": 1.0, "examples": intervals.pack(right)} | dict.fromkeys(SHARES, 0.5)
+            results.append(Row.of(run, "accuracy", Outcome(float(right.mean()), run.sparsity, 36, details), 1.0))
+    (row,) = suite_report.summarize("wide", tmp_path)
+    told = suite_report.sentence(row)
+    assert told.startswith(
+        "**Fed. EMNIST** (3 seeds): dense > global magnitude > saliency > magnitude ≈ RigL > random."
+    )
+    # The paper has magnitude above saliency above RigL.
+    assert "Of the 10 pairs of pruned methods that the paper orders, 8 come out the same, 1 the other way" in told
+    assert row.verdict.startswith("+0.")
+    assert "[" in row.verdict
+    mine, _ = suite_report.cells(row)
+    assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\] \(-\d\d\.\d\)", mine[3])
+    page = tmp_path / "README.md"
+    page.write_text("<!-- results:suite-wide -->\n<!-- /results:suite-wide -->\n")
+    invoke("table", "suite", "--preset", "wide", "--results", str(tmp_path), "--markdown", str(page))
+    assert f"- {told}" in page.read_text()
+    invoke("plot", "suite", "--preset", "wide", "--results", str(tmp_path))
+
+
+def test_candidates_are_tried_on_held_out_data(tmp_path, monkeypatch):
+    smoke = FED.presets["smoke"]
+
+    def candidates(preset):
+        return {f"rate {rate:g}": dataclasses.replace(preset, client_learning_rate=rate, validation=True)
+                for rate in (0.1, 1e-6)}  # fmt: skip
+
+    fed = dataclasses.replace(FED, candidates=candidates)
+    monkeypatch.setattr(registry, "get", lambda name: fed)
+    page = tmp_path / "wide.md"
+    page.write_text("<!-- choices:smoke -->\n<!-- /choices:smoke -->\n")
+    arguments = ["choose", "--scale", "smoke", "--tasks", "fed_emnist", "--results", str(tmp_path)]
+    invoke(*arguments, "--markdown", str(page))
+    rows = Results(tmp_path / "fed_emnist.csv").read()
+    assert list(rows["preset"]) == ["smoke, held out, rate 0.1", "smoke, held out, rate 1e-06"]
+    assert set(rows["method"]) == {"dense"}
+    assert smoke.validation is False
+    lines = [line for line in page.read_text().splitlines() if "Fed. EMNIST" in line]
+    assert [line.endswith("| chosen |") for line in lines] == [True, False]
+
+
+def test_where_nothing_is_chosen_it_is_told(tmp_path):
+    arguments = ["choose", "--scale", "smoke", "--tasks", "fed_emnist", "--results", str(tmp_path)]
+    assert "Nothing is chosen at smoke scale" in invoke(*arguments, exit_code=2)

@@ -140,6 +140,8 @@ class Baseline:
     """Called with the preset before the first run; raises `NotReady` where something is missing."""
     abstract: Callable[[Run], TrainStep] | None = None
     """Makes a step of a run for the devices at hand without computing anything, where its host lets one."""
+    candidates: Callable[[Any], Mapping[str, Any]] | None = None
+    """Presets, by what tells them apart, of which one is chosen by dense runs on data held out of the training data."""
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
     only: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The command `jaxpruner-baselines`: list, run, suite, table, plot, bench, breadth."""
+"""The command `jaxpruner-baselines`: list, run, suite, choose, table, plot, bench, breadth."""
 
 from __future__ import annotations
 
@@ -179,6 +179,39 @@ def suite(
         _fail("Nothing can run here, see above.")
     if failures:
         _fail("\n".join([*failures, f"{len(failures)} runs failed; the same command tries them again."]), exit_code=1)
+
+
+@app.command()
+def choose(
+    scale: Annotated[str, typer.Option(help=f"One of {', '.join(suites.SCALES)}.")] = "wide",
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(suites.TASKS)}; default: all.")] = "all",
+    results: Folder = Path("runs"),
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table into this file too, between its choices markers.")
+    ] = None,
+) -> None:
+    """Try candidates for numbers of a scale's presets: dense runs, on data held out of the training data."""
+    from jaxpruner_baselines import choices
+
+    _check("scale", scale, suites.SCALES)
+    for name in list(suites.TASKS) if tasks == "all" else _split(tasks, "--tasks"):
+        task = suites.TASKS[_check("task", name, suites.TASKS)]
+        if scale not in task.scales:
+            continue
+        try:
+            baseline, runs = choices.candidates(task, scale)
+            runner.carry_out(baseline, runs, results, console)
+        except (ImportError, NotReady) as error:
+            console.print(f"{name} cannot run here: {error}", markup=False, soft_wrap=True)
+    rows = choices.table_of(scale, results)
+    if not rows:
+        _fail(f"Nothing is chosen at {scale} scale, or nothing can run here.")
+    shown = Table(*choices.HEADER, title=f"Candidates, {scale} scale")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+    if markdown is not None:
+        _write(markdown, f"choices:{scale}", report.markdown_table(choices.HEADER, rows))
 
 
 def _show_compact(scale: str, results: Path) -> None:

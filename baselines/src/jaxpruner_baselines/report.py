@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
+from jaxpruner_baselines import intervals
 from jaxpruner_baselines.baseline import Baseline
 from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.methods import is_dense
@@ -26,7 +27,8 @@ class Line:
     """One line of the table; `std` is NaN for a single seed.
 
     `also` has mean and standard deviation of the baseline's further measures. `cost` is a mean, where the baseline
-    counts one; `curves` are those of the seeds, where runs have one.
+    counts one; `curves` are those of the seeds, where runs have one. `examples` are what the run of a seed scored on
+    each test example, where runs tell it.
     """
 
     method: str
@@ -39,6 +41,7 @@ class Line:
     also: tuple[tuple[float, float], ...] = ()
     cost: float | None = None
     curves: tuple[tuple[float, ...], ...] = ()
+    examples: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
 
 def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[Line], int]:
@@ -66,6 +69,11 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
             also=tuple(_mean_and_std(group, name) for name in baseline.also),
             cost=baseline.cost and float(np.mean(_details(group, baseline.cost.key))),
             curves=tuple(map(tuple, _details(group, baseline.curve.key))) if baseline.curve else (),
+            examples={
+                int(seed): intervals.unpack(details["examples"])
+                for seed, details in zip(group["seed"], map(json.loads, group["details"]), strict=True)
+                if "examples" in details
+            },
         )
         for (method, sparsity), group in kept.groupby(["method", "sparsity"])
     ]

@@ -16,22 +16,24 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import logging
 
 import jaxpruner_scenic
+from jaxpruner_baselines import intervals
 from jaxpruner_baselines.background import Report, follow
 from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Program, Progress, Run, TrainStep
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import DEAD, SHARES, costs, dead_units
 from jaxpruner_baselines.hush import hushed
-from jaxpruner_baselines.methods import is_dense
+from jaxpruner_baselines.methods import GROWS, GROWTH_DROP_FRACTION, GROWTH_END, GROWTH_FREQ, is_dense
 
 ACCURACY = ("accuracy", "prec@1")  # as the models call it
 _SPARSITY = "sparsity_config."
@@ -43,6 +45,16 @@ class Preset:
     dataset: str = ""  # for the small configurations; the others are for ImageNet
     overrides: tuple[tuple[str, Any], ...] = ()  # keys of the configuration, as `--config.KEY=VALUE` sets them
     validation: bool = False  # test on training data held out, to choose the numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored(Preset):
+    """One whose runs tell which test images they got right.
+
+    `growing` are more keys, for methods that replace weights.
+    """
+
+    growing: tuple[tuple[str, Any], ...] = ()
 
 
 _SMOKE = (
@@ -67,6 +79,46 @@ _SHORT = (
     ("sparsity_config.update_start_step", 80),
     ("sparsity_config.update_end_step", 300),
 )
+
+
+def _fashion(config: str, learning_rate: float, steps: int, scale: int, first: int, last: int) -> Scored:
+    """A training on Fashion-MNIST, with the paper's schedule of masks.
+
+    Args:
+      config: of jaxpruner_scenic.configs.
+      learning_rate: after the warmup.
+      steps: of the training.
+      scale: how many steps of the paper's training are one.
+      first: the paper's first step that makes masks.
+      last: its last one; it makes them each 1,000.
+    """
+    freq = round(1_000 / scale)
+    return Scored(
+        config,
+        "fashion_mnist",
+        (
+            *_NO_CHECKPOINT,
+            ("num_training_epochs", None),
+            ("num_training_steps", steps),
+            ("lr_configs.base_learning_rate", learning_rate),
+            ("lr_configs.total_steps", steps),
+            ("lr_configs.steps_per_cycle", steps),
+            ("lr_configs.warmup_steps", steps // 10),
+            ("log_eval_steps", steps),
+            ("log_summary_steps", steps // 20),
+            ("sparsity_config.update_start_step", first // 1_000 * freq),
+            ("sparsity_config.update_end_step", last // 1_000 * freq),
+            ("sparsity_config.update_freq", freq),
+        ),
+        growing=(
+            ("sparsity_config.update_start_step", 1),
+            ("sparsity_config.update_end_step", round(GROWTH_END * steps)),
+            ("sparsity_config.update_freq", GROWTH_FREQ),
+            ("sparsity_config.drop_fraction", GROWTH_DROP_FRACTION),
+        ),
+    )
+
+
 VIT_PRESETS = {
     "digits": Preset("vit_small", "digits", _NO_CHECKPOINT),
     "digits_short": Preset("vit_small", "digits", (*_NO_CHECKPOINT, *_SHORT)),
@@ -83,6 +135,8 @@ VIT_PRESETS = {
             ("model.representation_size", 64),
         ),
     ),
+    "fashion_short": _fashion("vit_small", 3e-3, 936, 30, 10_000, 20_000),
+    "fashion": _fashion("vit_small", 3e-3, 3_120, 30, 10_000, 20_000),
     "paper": Preset("vit_b16_imagenet"),
     "paper_300ep": Preset("vit_b16_300ep_imagenet"),
     "smoke": Preset("vit_small", "digits", (*_SMOKE, ("model.num_layers", 1))),
@@ -90,13 +144,31 @@ VIT_PRESETS = {
 RESNET_PRESETS = {
     "digits": Preset("resnet_small", "digits", _NO_CHECKPOINT),
     "natural": Preset("resnet_small", "natural_crops"),
+    "fashion": _fashion("resnet_small", 0.1, 1_404, 22, 10_000, 25_000),
     "paper": Preset("resnet50_imagenet"),
     "smoke": Preset("resnet_small", "digits", (*_SMOKE, ("num_layers", 9), ("num_filters", 4))),
 }
 
 
+def candidates(rates: Sequence[float], preset: Scored) -> dict[str, Preset]:
+    """Learning rates, tried on held-out data."""
+    return {
+        f"learning rate {rate:g}": dataclasses.replace(
+            preset, validation=True, overrides=(*preset.overrides, ("lr_configs.base_learning_rate", rate))
+        )
+        for rate in rates
+    }
+
+
 def prepare(preset: Preset) -> None:
-    """Says how to prepare ImageNet where it is missing."""
+    """Says how to get the data where they are missing."""
+    if preset.dataset == "fashion_mnist":
+        from jaxpruner_scenic import datasets
+
+        try:
+            datasets.fashion_mnist(preset.validation)
+        except FileNotFoundError as error:
+            raise NotReady(f"{error}\nThe presets digits and natural need no more than PyPI.") from error
     folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     if not preset.dataset and not list(folder.glob("imagenet2012/5.*")):
         raise NotReady(
@@ -118,6 +190,8 @@ def scenic_config(run: Run) -> ml_collections.ConfigDict:
     config = importlib.import_module(f"jaxpruner_scenic.configs.{preset.config}").get_config(argument)
     config.rng_seed = run.seed
     overrides = dict(preset.overrides)
+    if isinstance(preset, Scored) and run.method in GROWS:
+        overrides |= dict(preset.growing)
     if config.sparsity_config is None:
         overrides = {key: value for key, value in overrides.items() if not key.startswith(_SPARSITY)}
     else:
@@ -145,6 +219,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 
     replicated, training, test = yield from follow(work)
     state = jax_utils.unreplicate(jax.device_get(replicated))
+    scored = {"examples": intervals.pack(_are_right(config, state))} if isinstance(run.preset, Scored) else {}
     yield Outcome(
         value=_accuracy(test),
         sparsity_reached=float(jaxpruner_scenic.sparsity_logs(state).get("sparsity", 0.0)),
@@ -153,24 +228,40 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
             "test_loss": round(float(test["loss"]), 4),
             "train_loss": round(float(training["loss"]), 4),
             **_costs(config, state),
+            **scored,
         },
     )
 
 
-def _costs(config: ml_collections.ConfigDict, state: Any) -> dict[str, Any]:
+def _are_right(config: ml_collections.ConfigDict, state: Any) -> np.ndarray:
+    """Of each test image whether the model tells its class."""
+    from jaxpruner_scenic import datasets
+
+    forward, variables, _ = _forward(config, state)
+    images, labels = datasets.SOURCES[config.dataset_name](config.dataset_configs.validation).test
+    told = jax.jit(lambda images: forward(variables, images).argmax(-1))
+    batches = range(0, len(labels), config.eval_batch_size)
+    return np.concatenate([told(images[i : i + config.eval_batch_size]) for i in batches]) == labels
+
+
+def _forward(config: ml_collections.ConfigDict, state: Any) -> tuple[Any, Any, Any]:
+    """The model as a function of its variables and images, the variables, and the shape of an image."""
     from scenic.train_lib import train_utils
 
-    from jaxpruner_scenic import main, sparse
+    from jaxpruner_scenic import main
 
     data = train_utils.get_dataset(config, jax.random.PRNGKey(0)).meta_data
     model = main.get_model(config.model_name)(config, data).flax_model
     image = jax.ShapeDtypeStruct((1, *data["input_shape"][1:]), jnp.float32)
-    chosen = config.sparsity_config
     variables = {"params": state.params, **(state.model_state or {})}
+    return lambda variables, images: model.apply(variables, images, train=False), variables, image
 
-    def forward(variables, image):
-        return model.apply(variables, image, train=False)
 
+def _costs(config: ml_collections.ConfigDict, state: Any) -> dict[str, Any]:
+    from jaxpruner_scenic import sparse
+
+    forward, variables, image = _forward(config, state)
+    chosen = config.sparsity_config
     return dead_units(forward, variables, image) | costs(
         lambda params, image: forward({**variables, "params": params}, image),
         state.params,
@@ -286,6 +377,7 @@ VIT = Baseline(
     train=train,
     prepare=prepare,
     abstract=abstract,
+    candidates=functools.partial(candidates, (1e-3, 3e-3, 1e-2)),
     compiles_anew=True,
 )
 RESNET = Baseline(
@@ -297,6 +389,7 @@ RESNET = Baseline(
     train=train,
     prepare=prepare,
     abstract=abstract,
+    candidates=functools.partial(candidates, (0.03, 0.1, 0.3)),
     compiles_anew=True,
     sparsities=(0.8, 0.9),  # at 95 % of every layer the small one learns nothing
 )

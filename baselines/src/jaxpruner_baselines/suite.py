@@ -3,6 +3,7 @@
     jaxpruner-baselines suite                 # embedded scale, 3 seeds: hours on 2 cores
     jaxpruner-baselines suite --seeds 1 --jobs 2 --tasks fed_emnist,dqn_cnn
     jaxpruner-baselines suite --methods later # the same rows with what later papers compare with
+    jaxpruner-baselines suite --scale wide --seeds 5   # larger networks and data, which tell methods apart
     jaxpruner-baselines suite --scale paper   # weeks, and data that have to be fetched first
 
 Each part of the suite is a process of its own: hosts do not meet, one that crashes takes nothing with it, and several
@@ -78,7 +79,12 @@ TASKS = {
     "resnet": Task(
         "ResNet-50",
         "resnet",
-        {"embedded": Setting("digits", 0.9, 50), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8, 10)},
+        {
+            "embedded": Setting("digits", 0.9, 50),
+            "wide": Setting("fashion", 0.8, 90),
+            "paper": Setting("paper", 0.8),
+            "smoke": Setting("smoke", 0.8, 10),
+        },
         without=("adam_fisher",),  # trained by SGD, which has no second moment
     ),
     "vit_90": Task(
@@ -86,6 +92,7 @@ TASKS = {
         "vit",
         {
             "embedded": Setting("digits_short", 0.98, 10),
+            "wide": Setting("fashion_short", 0.8, 60),
             "paper": Setting("paper", 0.8),
             "smoke": Setting("smoke", 0.8, 10),
         },
@@ -94,7 +101,11 @@ TASKS = {
     "vit_300": Task(
         "ViT-B/16, 300 epochs",
         "vit",
-        {"embedded": Setting("digits", 0.98, 20), "paper": Setting("paper_300ep", 0.8)},
+        {
+            "embedded": Setting("digits", 0.98, 20),
+            "wide": Setting("fashion", 0.8, 200),
+            "paper": Setting("paper_300ep", 0.8),
+        },
         without=_HIDDEN,
     ),
     "fed_emnist": Task(
@@ -120,7 +131,7 @@ TASKS = {
         "DQN-ResNet", "dqn", {"embedded": Setting("acrobot", 0.98, 45), "paper": Setting("paper_resnet", 0.98)}
     ),
 }
-SCALES = ("embedded", "paper", "smoke")
+SCALES = ("embedded", "wide", "paper", "smoke")
 
 
 def sparsity_of(baseline: Baseline, preset: str) -> float:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats
 
-from jaxpruner_baselines import plots, registry, report, runner
+from jaxpruner_baselines import intervals, plots, registry, report, runner
 from jaxpruner_baselines.costs import SHARES
 from jaxpruner_baselines.measures import Measure, measure
 from jaxpruner_baselines.methods import DENSE
@@ -29,7 +33,8 @@ SIGNIFICANT = 0.05
 class RowOfSuite:
     """One task: our lines and the paper's numbers by method, and Spearman's rank correlation of the pruned ones.
 
-    `later` has our lines of methods that the paper does not compare.
+    `later` has our lines of methods that the paper does not compare. `drawn` are means by method in draws of seeds and
+    test examples, where runs tell what they scored on each; see `intervals`.
     """
 
     task: Task
@@ -41,6 +46,7 @@ class RowOfSuite:
     paper: dict[str, float]
     correlation: float
     p_value: float
+    drawn: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -49,6 +55,9 @@ class RowOfSuite:
             return "no numbers of the paper"
         if math.isnan(self.correlation):
             return "no order: too few methods, or all are equal"
+        if self.drawn:
+            low, high = intervals.interval(intervals.rank_correlations(_pruned(self.drawn), self.paper))
+            return f"{self.correlation:+.2f} [{low:+.2f}, {high:+.2f}]"
         holds = "holds" if self.p_value < SIGNIFICANT else "does not hold"
         return f"{self.correlation:+.2f} (p {self.p_value:.2f}): the order {holds}"
 
@@ -81,8 +90,41 @@ def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
         paper = dict(zip(published[mine]["method"], published[mine]["value"], strict=True))
         correlation, p_value = _spearman({method: line.mean for method, line in ours.items()}, paper)
         kind = measure(baseline.metric)
-        rows.append(RowOfSuite(task, setting.preset, setting.sparsity, kind, ours, later, paper, correlation, p_value))
+        scores = {method: line.examples for method, line in ours.items() if line.examples}
+        drawn = intervals.resampled_means(scores)
+        rows.append(
+            RowOfSuite(task, setting.preset, setting.sparsity, kind, ours, later, paper, correlation, p_value, drawn)
+        )
     return rows
+
+
+def _pruned(by_method: Mapping[str, Any]) -> dict[str, Any]:
+    return {method: value for method, value in by_method.items() if method != DENSE}
+
+
+def sentence(row: RowOfSuite) -> str:
+    """What the runs of a row tell for certain: the order of the methods, and which of the paper's comparisons hold."""
+    sign = -1 if row.kind.lower_is_better else 1
+    best_first = sorted(row.drawn, key=lambda method: -sign * row.ours[method].mean)
+    order = METHODS[best_first[0]]
+    for before, method in itertools.pairwise(best_first):
+        is_told_apart = intervals.is_higher(sign * row.drawn[before], sign * row.drawn[method])
+        order += f" {'>' if is_told_apart else '≈'} {METHODS[method]}"
+    seeds = min(len(row.ours[method].examples) for method in row.drawn)
+    text = f"**{row.task.title}** ({seeds} seeds): {order}."
+    published = [method for method in row.drawn if method in row.paper and method != DENSE]
+    verdicts = collections.Counter(
+        None if higher is None else higher == (row.paper[a] > row.paper[b])
+        for a, b in itertools.combinations(published, 2)
+        if row.paper[a] != row.paper[b]
+        for higher in (intervals.is_higher(row.drawn[a], row.drawn[b]),)
+    )
+    if not verdicts:
+        return text
+    return (
+        f"{text} Of the {verdicts.total()} pairs of pruned methods that the paper orders, {verdicts[True]} come out "
+        f"the same, {verdicts[False]} the other way round, and {verdicts[None]} are not told apart."
+    )
 
 
 def _spearman(ours: dict[str, float], paper: dict[str, float]) -> tuple[float, float]:
@@ -115,7 +157,7 @@ def cells(row: RowOfSuite) -> list[list[str]]:
     return [
         [
             f"{row.task.title}: {row.task.baseline} {row.preset}, {100 * row.sparsity:g} %, {row.kind.header}",
-            *(_cell(row.kind, row.ours, method) for method in METHODS),
+            *(_cell(row.kind, row.ours, method, row.drawn) for method in METHODS),
             row.verdict,
         ],
         [
@@ -139,12 +181,17 @@ def later_cells(rows: Sequence[RowOfSuite]) -> list[list[str]]:
     ]
 
 
-def _cell(kind: Measure, ours: dict[str, Line], method: str) -> str:
+def _cell(kind: Measure, ours: dict[str, Line], method: str, drawn: Mapping[str, np.ndarray] | None = None) -> str:
+    """Mean and standard deviation, or its interval where there are draws; and the gap to dense."""
     if method not in ours:
         return "-"
     line = ours[method]
     means = {name: other.mean for name, other in ours.items()}
-    return _with_gap(kind, line.mean, means, method, line.std)
+    if not drawn or method not in drawn:
+        return _with_gap(kind, line.mean, means, method, line.std)
+    low, high = (kind.shown(end) for end in intervals.interval(drawn[method]))
+    mean, _, gap = _with_gap(kind, line.mean, means, method).partition(" ")
+    return " ".join(filter(None, (mean, f"[{low}, {high}]", gap)))
 
 
 def _with_gap(kind: Measure, mean: float, means: dict[str, float], method: str, std: float = math.nan) -> str:
@@ -174,10 +221,10 @@ def terminal(title: str, rows: Sequence[RowOfSuite]) -> Table:
     for row in rows:
         mine, published = cells(row)
         for i, method in enumerate(METHODS.values(), start=1):
-            table.add_row(mine[0] if i == 1 else "", method, mine[i], published[i])
+            table.add_row(mine[0] if i == 1 else "", method, escape(mine[i]), published[i])
         for method in row.later:
             table.add_row("", method, _cell(row.kind, {**row.ours, **row.later}, method), "")
-        table.add_row("", "[bold]Spearman[/]", row.verdict, "")
+        table.add_row("", "[bold]Spearman[/]", escape(row.verdict), "")
         table.add_section()
     return table
 
@@ -187,6 +234,8 @@ def markdown(rows: Sequence[RowOfSuite]) -> str:
     costs = report.markdown_table(
         ["FLOPs, % of dense", *METHODS.values()], [line for row in rows for line in cost_cells(row)]
     )
+    if sentences := [f"- {sentence(row)}" for row in rows if row.drawn]:
+        results += "\n\n" + "\n".join(sentences)
     if not any(row.later for row in rows):
         return f"{results}\n\n{costs}"
     titles = [f"{row.task.title}, {row.kind.header}" for row in rows]
@@ -213,11 +262,12 @@ def draw(path: Path, title: str, rows: Sequence[RowOfSuite]) -> None:
         for method, name in METHODS.items():
             if method in row.ours and method in row.paper:
                 line = row.ours[method]
+                spread = np.full((2, 1), np.nan_to_num(line.std))
+                if method in row.drawn:
+                    low, high = intervals.interval(row.drawn[method])
+                    spread = np.array([[line.mean - low], [high - line.mean]]).clip(0)
                 handles[name] = axes.errorbar(
-                    scale * row.paper[method],
-                    scale * line.mean,
-                    yerr=scale * float(np.nan_to_num(line.std)),
-                    **looks[method],
+                    scale * row.paper[method], scale * line.mean, yerr=scale * spread, **looks[method]
                 )
         if row.kind.lower_is_better:
             axes.invert_xaxis()
