@@ -136,7 +136,7 @@ VIT_PRESETS = {
         ),
     ),
     "fashion_short": _fashion("vit_small", 3e-3, 936, 30, 10_000, 20_000),
-    "fashion": _fashion("vit_small", 3e-3, 3_120, 30, 10_000, 20_000),
+    "fashion": _fashion("vit_small", 1e-3, 3_120, 30, 10_000, 20_000),
     "paper": Preset("vit_b16_imagenet"),
     "paper_300ep": Preset("vit_b16_300ep_imagenet"),
     "smoke": Preset("vit_small", "digits", (*_SMOKE, ("model.num_layers", 1))),
