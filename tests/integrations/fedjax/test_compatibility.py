@@ -37,6 +37,15 @@ def test_what_jax_and_numpy_removed_works_again():
     assert fedjax.serialization.msgpack_deserialize(packed) == {"x": np.float32(1.5)}
 
 
+@pytest.mark.parametrize("name", ["shakespeare", "stackoverflow"])
+def test_language_models_can_be_made_again(name):
+    model = getattr(fedjax.models, name).create_lstm_model()
+    masked = [metric for metric in model.eval_metrics.values() if getattr(metric, "logits_mask", None)]
+    assert masked
+    assert all(-np.inf in metric.logits_mask for metric in masked)
+    assert len({hash(metric) for metric in masked}) == len(masked)  # as FedJAX needs them
+
+
 def test_mending_again_does_nothing():
     assert compatibility.mend() == ()
 

@@ -127,6 +127,8 @@ _BROKEN = (
         "jnp.ones_like(init_domain_weights)",
         _ones_like,
     ),
+    ("fedjax.models.shakespeare", "jnp", "NINF", "jnp.NINF", -np.inf),
+    ("fedjax.models.stackoverflow", "jnp", "NINF", "jnp.NINF", -np.inf),
 )
 
 
