@@ -85,9 +85,7 @@ def initialized(name: str):
 
         with tempfile.TemporaryDirectory() as folder:
             return start(run, folder).agent.online_params
-    from jaxpruner_baselines.fed_emnist import MODELS
-
-    return MODELS[run.preset.model](only_digits=False).init(key)
+    return run.preset.make_model().init(key)
 
 
 @pytest.mark.parametrize("name", HOSTS)
