@@ -213,7 +213,23 @@ def test_playing_does_not_change_the_training(tmp_path):
         runner = jaxpruner_dopamine.create_runner(str(tmp_path / "played"))
         for done in runner.iterations(checkpoint_every=0):
             assert runner.play(done) > 0
+            assert runner.play(done, seed=0) > 0
     assert_same_agents(runner.agent, whole.agent)
+
+
+def test_games_of_a_seed_are_the_same_for_all_agents(tmp_path):
+    """The same parameters, and agents of two seeds that often draw their actions."""
+    runners = []
+    for seed in (3, 4):
+        with cases.cartpole(*cases.QUIET, "JaxDQNAgent.epsilon_eval = 0.5", f"JaxDQNAgent.seed = {seed}"):
+            runners.append(jaxpruner_dopamine.create_runner(str(tmp_path / str(seed))))
+    one, other = runners
+    other.agent.online_params = one.agent.online_params
+    games = [[[*runner.moves(number, seed=7)] for number in range(4)] for runner in runners]
+    assert games[0] == games[1]
+    assert len({str(game) for game in games[0]}) == 4
+    assert [*one.moves(0, seed=8)] != games[0][0]
+    assert [[*one.moves(number)] for number in range(4)] != [[*other.moves(number)] for number in range(4)]
 
 
 def test_all_gin_files_are_tried():

@@ -10,6 +10,7 @@ from typing import Any
 
 import gin
 import gymnasium
+import jax
 import numpy as np
 import tensorflow as tf
 from dopamine.discrete_domains import run_experiment
@@ -148,11 +149,11 @@ class Reproducible(_Runner):
             self.seed(iteration)
         return super()._run_one_iteration(iteration)
 
-    def seed(self, *numbers: int) -> None:
-        """Seeds the environment by the agent's seed and these numbers."""
+    def seed(self, *numbers: int, first: int | None = None) -> None:
+        """Seeds the environment by `first`, by default the agent's seed, and these numbers."""
         inner = getattr(self._environment, "environment", None)
         if isinstance(inner, gymnasium.Env):
-            entropy = np.random.SeedSequence([self._agent._seed, *numbers])
+            entropy = np.random.SeedSequence([self._agent._seed if first is None else first, *numbers])
             inner.reset(seed=int(entropy.generate_state(1)[0]))
 
     @property
@@ -193,12 +194,14 @@ class Reproducible(_Runner):
         self._collector_dispatcher.close()
         self._agent._replay.clear()
 
-    def play(self, number: int = 0, frame: Callable[[Any], None] | None = None) -> float:
+    def play(self, number: int = 0, frame: Callable[[Any], None] | None = None, seed: int | None = None) -> float:
         """Plays one episode as in evaluation, without learning.
 
         Args:
           number: which episode; another one is another game.
           frame: called with the picture of every step, an array of shape (height, width, 3).
+          seed: if given, the game and the agent's draws depend on it and on `number` alone, so that agents of
+            different seeds play the same games.
 
         Returns:
           The return of the episode.
@@ -207,20 +210,23 @@ class Reproducible(_Runner):
         if frame is not None:
             screen.render_mode = "rgb_array"
         total = 0.0
-        for _, reward in self.moves(number):
+        for _, reward in self.moves(number, seed):
             total += reward
             if frame is not None:
                 frame(screen.render())
         return total
 
-    def moves(self, number: int = 0) -> Iterator[tuple[Any, float]]:
-        """The actions and rewards of one episode, played as in evaluation, without learning."""
+    def moves(self, number: int = 0, seed: int | None = None) -> Iterator[tuple[Any, float]]:
+        """The actions and rewards of one episode, played as in evaluation, without learning. Arguments are `play`'s."""
         environment, agent = self._environment, self._agent
         before = {name: getattr(agent, name) for name in ("eval_mode", "_rng", "state")}
         agent.eval_mode, agent.state = True, agent.state.copy()
         try:
-            # Numbers of iterations are small.
-            self.seed(number, 2**31)
+            if seed is None:
+                self.seed(number, 2**31)  # numbers of iterations are small
+            else:
+                self.seed(number, first=seed)
+                agent._rng = jax.random.fold_in(jax.random.PRNGKey(seed), number)
             action = agent.begin_episode(environment.reset())
             for steps in itertools.count(1):
                 observation, reward, terminal, _ = environment.step(action)
