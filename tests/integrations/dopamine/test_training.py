@@ -183,6 +183,8 @@ DYNAMIC = jaxpruner.PolynomialSchedule(update_freq=1_250, update_start_step=1_25
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_gin_files_make_the_agents_that_they_say(name, tmp_path):
+    if "lunarlander" in name:
+        pytest.importorskip("Box2D", reason="Box2D is not installed; `make setup` installs it")
     with cases.configured([name], SMALL if name.startswith("rainbow") else [SMALL[0], *cases.QUIET]):
         agent = jaxpruner_dopamine.create_runner(str(tmp_path)).agent
     assert type(agent).__name__ == ("SparseJaxRainbowAgent" if name.startswith("rainbow") else "SparseJaxDQNAgent")
@@ -234,7 +236,7 @@ def test_games_of_a_seed_are_the_same_for_all_agents(tmp_path):
 
 def test_all_gin_files_are_tried():
     assert {
-        "dqn_cartpole.gin", "dqn_acrobot.gin", "dqn_mspacman.gin", "dqn_mspacman_dynamic.gin",
+        "dqn_cartpole.gin", "dqn_acrobot.gin", "dqn_lunarlander.gin", "dqn_mspacman.gin", "dqn_mspacman_dynamic.gin",
         "dqn_resnet_mspacman.gin", "dqn_pong.gin", "rainbow_mspacman.gin",
     } == set(FILES)  # fmt: skip
 
