@@ -50,7 +50,7 @@ build: setup  ## wheels and source distributions of all members, into dist/
 	@sh tools/build.sh $(RUN) dist
 
 constraints: setup  ## resolve constraints.txt anew
-	@printf '%s\n' '-e core' '-e baselines[pretrained]' '-e integrations/fedjax' '-e integrations/dopamine' \
+	@printf '%s\n' '-e core' '-e baselines[lunarlander,pretrained]' '-e integrations/fedjax' '-e integrations/dopamine' \
 		'-e integrations/scenic' '-e integrations/t5x' '-e integrations/keras' '-r tests/requirements.txt' \
 		'-r docs/requirements.txt' | \
 		$(RUN)/uv pip compile --quiet --upgrade --no-annotate --no-header --python-version 3.11 \
