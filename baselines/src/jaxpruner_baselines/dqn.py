@@ -2,11 +2,13 @@
 
     jaxpruner-baselines run dqn --preset cartpole      # 63 runs, about 40 minutes on one core; dense: 200.0
     jaxpruner-baselines run dqn --preset acrobot       # 63 runs, about 45 minutes on one core; dense: -89.1
+    jaxpruner-baselines run dqn --preset lunarlander --sparsities 0.98 --seeds 5   # 55 runs, two hours on a core
     jaxpruner-baselines run dqn --preset atari_small --methods dense,magnitude --sparsities 0.98 --seeds 1
     jaxpruner-baselines run dqn --preset paper         # days a run on 2 cores; meant for an accelerator
 
 Dopamine's own agents, networks and runners from the gin files of jaxpruner_dopamine; a run binds the algorithm and
-the sparsity. The return of a run is the mean of its last iterations' training episodes, as Dopamine reports it.
+the sparsity. The return of a run is the mean of its last iterations' training episodes, as Dopamine reports it; that of
+`lunarlander` the mean of episodes which the trained agent plays, the same ones for all methods and seeds.
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ import dataclasses
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpruner_baselines.baseline import Baseline, Curve, Outcome, Program, Progress, Run, TrainStep
+from jaxpruner_baselines import intervals
+from jaxpruner_baselines.baseline import Baseline, Curve, NotReady, Outcome, Program, Progress, Run, TrainStep
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import DEAD, SHARES, costs, dead_units
 from jaxpruner_baselines.hush import hushed
-from jaxpruner_baselines.methods import is_dense
+from jaxpruner_baselines.methods import GROWS, is_dense
 
 # Importing Dopamine brings TensorFlow and takes some seconds, so that happens when a run starts.
 for package in ("dopamine", "jaxpruner_dopamine"):
@@ -33,7 +37,10 @@ for package in ("dopamine", "jaxpruner_dopamine"):
         raise ImportError(f"No module named {package!r}", name=package)
 
 CONFIGS = "jaxpruner_dopamine/configs"
-GROWS = ("rigl", "set")
+BOX2D = "box2d==2.3.10"
+# The candidates, and the first of seeds that no run of the results has: a game has no data to hold out.
+LEARNING_RATES = (0.0003, 0.001, 0.003)
+HELD_OUT = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,19 @@ class Preset:
     bindings: tuple[str, ...] = ()
     dynamic: bool = False  # methods that replace weights have a schedule of their own
     checkpoint_every: int = 0  # iterations; 0: a run is so short that it starts anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated(Preset):
+    """The result is the mean return of episodes that the trained agent plays, without learning.
+
+    There is no test set in a game, so that choices are made on other seeds, and by other episodes.
+    """
+
+    last: int = 0  # of no effect here
+    episodes: int = 100
+    growing: tuple[str, ...] = ()  # bindings of methods that replace weights
+    first_seed: int = 0  # added to the seed of a run
 
 
 # A quarter of Dopamine's width: pruning the wide one to 98 % costs little, and its runs take twice as long.
@@ -76,6 +96,15 @@ PRESETS = {
         bindings=_SMALL_ATARI,
         checkpoint_every=2,
     ),
+    "lunarlander": Evaluated(
+        gin_file="dqn_lunarlander.gin",
+        iterations=40,
+        agent_steps=2_000,
+        dynamic=True,
+        # The paper's schedule of these methods, 0.05 % of its training from one update to the next, would leave 10
+        # gradient steps of so short a training between them; here it is 0.1 %.
+        growing=("sparsify.update_end_agent_step = 80_000", "sparsify.update_freq_agent_steps = 80"),
+    ),
     "paper": _PAPER,
     "paper_resnet": dataclasses.replace(_PAPER, gin_file="dqn_resnet_mspacman.gin"),
     "smoke": Preset(
@@ -96,15 +125,38 @@ PRESETS = {
 }
 
 
+def candidates(preset: Preset) -> Mapping[str, Preset]:
+    """Learning rates."""
+    if not isinstance(preset, Evaluated):
+        raise ValueError("Candidates are those of presets whose agents are evaluated, such as lunarlander.")
+    return {
+        f"learning rate {rate}, seeds from {HELD_OUT}": dataclasses.replace(
+            preset, bindings=(*preset.bindings, f"create_optimizer.learning_rate = {rate}"), first_seed=HELD_OUT
+        )
+        for rate in LEARNING_RATES
+    }
+
+
+def prepare(preset: Preset) -> None:
+    """Raises if the simulation of the game is not installed."""
+    if preset.gin_file == "dqn_lunarlander.gin" and importlib.util.find_spec("Box2D") is None:
+        raise NotReady(
+            f"LunarLander needs Box2D: pip install {BOX2D} (extra lunarlander; make setup installs it).\n"
+            "The presets cartpole and acrobot need no more than Dopamine."
+        )
+
+
 def gin_config(run: Run) -> tuple[list[str], list[str]]:
     """The gin files and bindings of a run."""
     preset, dense = run.preset, is_dense(run.method)
-    files = [preset.gin_file, *(["sparse_dynamic.gin"] if preset.dynamic and run.method in GROWS else [])]
+    grows = preset.dynamic and run.method in GROWS
+    files = [preset.gin_file, *(["sparse_dynamic.gin"] if grows else [])]
     return [f"{CONFIGS}/{name}" for name in files], [
         *preset.bindings,
+        *(getattr(preset, "growing", ()) if grows else ()),
         f"Runner.num_iterations = {preset.iterations}",
         f"Runner.training_steps = {preset.agent_steps}",
-        f"JaxDQNAgent.seed = {run.seed}",
+        f"JaxDQNAgent.seed = {getattr(preset, 'first_seed', 0) + run.seed}",
         "create_agent.debug_mode = False",
         "CollectorDispatcher.collectors = ()",
         f"sparsify.algorithm = {'no_prune' if dense else run.method!r}",
@@ -137,14 +189,19 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     runner = start(run, str(checkpoint.folder))
     for done in runner.iterations(preset.checkpoint_every):
         yield Progress(done * preset.agent_steps, total, f"return {runner.train_returns()[-1]:.1f}")
-    runner.close()
     returns = runner.train_returns()
+    scored, examples = returns[-preset.last :], {}
+    if isinstance(preset, Evaluated):
+        yield Progress(total, total, f"{preset.episodes} episodes of evaluation")
+        scored = [runner.play(number, seed=preset.first_seed) for number in range(preset.episodes)]
+        examples = {"examples": intervals.pack(np.asarray(scored))}
+    runner.close()
     sparsity = runner.agent.sparsity()
     yield Outcome(
-        value=sum(returns[-preset.last :]) / preset.last,
+        value=sum(scored) / len(scored),
         sparsity_reached=sparsity.get("total", 0.0),
         steps=total,
-        details={"returns": [round(value, 3) for value in returns], **_costs(runner.agent)},
+        details={"returns": [round(value, 3) for value in returns], **examples, **_costs(runner.agent)},
     )
 
 
@@ -198,12 +255,14 @@ def _batch_size() -> int:
 
 BASELINE = Baseline(
     name="dqn",
-    summary="deep Q-learning on CartPole, Acrobot and Atari (Dopamine)",
+    summary="deep Q-learning on CartPole, Acrobot, LunarLander and Atari (Dopamine)",
     metric="return",
     also=(*SHARES, DEAD),
     presets=PRESETS,
     train=train,
+    prepare=prepare,
     abstract=abstract,
+    candidates=candidates,
     sparsities=(0.9, 0.98),
     curve=Curve("returns", "agent steps"),
 )
