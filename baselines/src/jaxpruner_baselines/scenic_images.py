@@ -150,8 +150,10 @@ RESNET_PRESETS = {
 }
 
 
-def candidates(rates: Sequence[float], preset: Scored) -> dict[str, Preset]:
-    """Learning rates, tried on held-out data."""
+def candidates(rates: Sequence[float], preset: Preset) -> dict[str, Preset]:
+    """Learning rates, tried on held-out data, of presets whose runs tell what they got right."""
+    if not isinstance(preset, Scored):
+        return {}
     return {
         f"learning rate {rate:g}": dataclasses.replace(
             preset, validation=True, overrides=(*preset.overrides, ("lr_configs.base_learning_rate", rate))

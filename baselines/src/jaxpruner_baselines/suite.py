@@ -111,7 +111,12 @@ TASKS = {
     "fed_emnist": Task(
         "Fed. EMNIST",
         "fed_emnist",
-        {"embedded": Setting("digits", 0.8, 30), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8, 10)},
+        {
+            "embedded": Setting("digits", 0.8, 30),
+            "wide": Setting("shakespeare", 0.8, 90),
+            "paper": Setting("paper", 0.8),
+            "smoke": Setting("smoke", 0.8, 10),
+        },
     ),
     "t5": Task(
         "T5-Base",
@@ -123,6 +128,7 @@ TASKS = {
         "dqn",
         {
             "embedded": Setting("cartpole", 0.98, 40),
+            "wide": Setting("lunarlander", 0.98, 130),
             "paper": Setting("paper", 0.98),
             "smoke": Setting("smoke", 0.75, 10),
         },
