@@ -13,12 +13,12 @@ import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
 _HELD_OUT = {6: "validation", 16: "test"}
-_CHAPTERS = 20
+_OF_EACH = 20
 
 
 @functools.cache
@@ -37,9 +37,14 @@ def verses(version: str) -> Mapping[int, str]:
     return {verse: text[start : ends[verse]].strip() for verse, start in starts.items()}
 
 
+def split_at(rank: int) -> str:
+    """The split of the document of this rank, counted from 0."""
+    return _HELD_OUT.get(rank % _OF_EACH, "train")
+
+
 def split_of(verse: int) -> str:
     """The split that a verse belongs to, with its whole chapter."""
-    return _HELD_OUT.get(_chapters()[verse // 1000] % _CHAPTERS, "train")
+    return split_at(_chapters()[verse // 1000])
 
 
 @functools.cache
@@ -48,10 +53,10 @@ def _chapters() -> Mapping[int, int]:
     return {chapter: rank for rank, chapter in enumerate(sorted({verse // 1000 for verse in verses("web")}))}
 
 
-def chapters(split: str) -> list[str]:
-    """The chapters of a split in modern English."""
+def chapters(split: str, version: str = "web") -> list[str]:
+    """The chapters of a split, by default in modern English; both versions hold out the same ones."""
     found: dict[int, list[str]] = {}
-    for verse, text in verses("web").items():
+    for verse, text in verses(version).items():
         if text and split_of(verse) == split:
             found.setdefault(verse // 1000, []).append(text)
     return [" ".join(texts) for texts in found.values()]
@@ -70,14 +75,24 @@ def vocabulary_file(pieces: int = 4000, folder: str | None = None) -> str:
       pieces: its size, with T5's ids: padding 0, end 1, unknown 2.
       folder: where it is kept; by default `~/.cache/jaxpruner/vocabularies`.
     """
-    path = (
-        pathlib.Path(folder or pathlib.Path.home() / ".cache" / "jaxpruner" / "vocabularies") / f"bible-{pieces}.model"
-    )
+    return kept_vocabulary("bible", lambda: [*chapters("train"), *(old for old, _ in pairs("train"))], pieces, folder)
+
+
+def kept_vocabulary(name: str, texts: Callable[[], Sequence[str]], pieces: int, folder: str | None = None) -> str:
+    """A SentencePiece model of any texts, trained where there is none of that name and size yet.
+
+    Args:
+      name: of the file, with the number of pieces.
+      texts: what it is trained on; called only then.
+      pieces: its size, with T5's ids: padding 0, end 1, unknown 2.
+      folder: where it is kept; by default `~/.cache/jaxpruner/vocabularies`.
+    """
+    kept = pathlib.Path(folder or pathlib.Path.home() / ".cache" / "jaxpruner" / "vocabularies")
+    path = kept / f"{name}-{pieces}.model"
     if not path.exists():
-        texts = [*chapters("train"), *(old for old, _ in pairs("train"))]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
-            partial.write(_train_sentencepiece(texts, pieces))
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept, delete=False) as partial:
+            partial.write(_train_sentencepiece(texts(), pieces))
         os.replace(partial.name, path)
     return str(path)
 
