@@ -121,7 +121,12 @@ TASKS = {
     "t5": Task(
         "T5-Base",
         "t5",
-        {"embedded": Setting("tiny", 0.8, 150), "paper": Setting("paper", 0.8), "smoke": Setting("smoke", 0.8, 10)},
+        {
+            "embedded": Setting("tiny", 0.8, 150),
+            "wide": Setting("texts", 0.8, 150),
+            "paper": Setting("paper", 0.8),
+            "smoke": Setting("smoke", 0.8, 10),
+        },
     ),
     "dqn_cnn": Task(
         "DQN-CNN",

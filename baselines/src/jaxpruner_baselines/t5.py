@@ -73,7 +73,7 @@ class Texts(Preset):
     SET and RigL have a schedule of their own, that of RigL's paper.
     """
 
-    learning_rate: float = 0.003
+    learning_rate: float = 0.08
     sequences: int = 1024  # that are scored
     growth_freq: int = GROWTH_FREQ
 
@@ -115,7 +115,7 @@ PRESETS = {
         end=300,
         freq=20,
     ),
-    "texts": Texts(training=Stage((CORPUS,), 1000, ("BATCH_SIZE = 16",)), start=250, end=750, freq=10),
+    "texts": Texts(training=Stage((CORPUS,), 1200, ("BATCH_SIZE = 16",)), start=300, end=900, freq=12),
     "paper": Preset(
         training=Stage(
             ("t5x/examples/t5/t5_1_1/base.gin", f"{CONFIGS}/c4_pretrain.gin"),
@@ -153,7 +153,7 @@ PRESETS = {
     ),
 }
 # Of which one is chosen.
-LEARNING_RATES = (0.001, 0.003, 0.01)
+LEARNING_RATES = (0.04, 0.08, 0.16)
 
 
 def prepare(preset: Preset) -> None:
