@@ -94,6 +94,23 @@ def natural_crops(validation: bool) -> Images:
     return Images.split(np.stack(crops) / np.float32(255), np.array(labels), ~is_test & (of_band != 2), is_test)
 
 
+def fashion_mnist_files() -> dict[str, Path]:
+    """The four files of Fashion-MNIST, by their names without the end.
+
+    Raises:
+      FileNotFoundError: where they are not installed; it says how to get them.
+    """
+    folder = Path(os.environ.get(FASHION_MNIST_DIR, _FASHION_MNIST)).expanduser()
+    names = [f"{split}-{content}" for split in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
+    files = {name: folder / f"{name}-ubyte.gz" for name in names}
+    if missing := [path.name for path in files.values() if not path.exists()]:
+        raise FileNotFoundError(
+            f"No {missing[0]} in {folder}. On Debian and Ubuntu install it: apt-get install dataset-fashion-mnist; or "
+            f"name the folder of its four idx.gz files: {FASHION_MNIST_DIR}=FOLDER."
+        )
+    return files
+
+
 def fashion_mnist(validation: bool) -> Images:
     """60,000 pictures of clothes to train on, and 10,000 as the test (Xiao et al., 2017).
 
@@ -102,16 +119,10 @@ def fashion_mnist(validation: bool) -> Images:
     Raises:
       FileNotFoundError: where they are not installed; it says how to get them.
     """
-    folder = Path(os.environ.get(FASHION_MNIST_DIR, _FASHION_MNIST)).expanduser()
+    files = fashion_mnist_files()
 
     def read(name: str, axes: int) -> np.ndarray:
-        path = folder / f"{name}-ubyte.gz"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"No {path.name} in {folder}. On Debian and Ubuntu install it: apt-get install dataset-fashion-mnist; "
-                f"or name the folder of its four idx.gz files: {FASHION_MNIST_DIR}=FOLDER."
-            )
-        content = gzip.decompress(path.read_bytes())
+        content = gzip.decompress(files[name].read_bytes())
         shape = np.frombuffer(content, ">u4", axes, offset=4)  # after a magic number
         return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
