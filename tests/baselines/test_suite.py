@@ -203,7 +203,7 @@ def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
     (row,) = suite_report.summarize("wide", tmp_path)
     told = suite_report.sentence(row)
     assert told.startswith(
-        "**Fed. EMNIST** (3 seeds): dense > global magnitude > saliency > magnitude ≈ RigL > random."
+        "Fed. EMNIST, `fed_emnist digits`, 3 seeds: dense > global magnitude > saliency > magnitude ≈ RigL > random."
     )
     # The paper has magnitude above saliency above RigL.
     assert "Of the 10 pairs of pruned methods that the paper orders, 8 come out the same, 1 the other way" in told
@@ -236,7 +236,7 @@ def test_candidates_are_tried_on_held_out_data(tmp_path, monkeypatch):
     assert set(rows["method"]) == {"dense"}
     assert smoke.validation is False
     lines = [line for line in page.read_text().splitlines() if "Fed. EMNIST" in line]
-    assert [line.endswith("| chosen |") for line in lines] == [True, False]
+    assert [line.endswith("| best |") for line in lines] == [True, False]
 
 
 def test_where_nothing_is_chosen_it_is_told(tmp_path):

@@ -177,3 +177,15 @@ def test_preserved_zeros_count_from_the_start():
 def test_a_function_that_uses_no_parameter_is_refused():
     with pytest.raises(ValueError, match=r"multiplies with none of the parameters\. Let it take them as its first"):
         jaxpruner.summarize_flops(lambda params, x: mlp(KERNELS, x), KERNELS, jnp.ones((1, 6)))
+
+
+def test_what_goes_through_a_barrier_together_stays_apart():
+    params = {"a": jnp.zeros((2, 3)), "b": jnp.ones((3, 4))}
+
+    def fn(params, x):
+        a, b = jax.lax.optimization_barrier((params["a"], params["b"]))
+        return x @ a @ b
+
+    cost = jaxpruner.summarize_flops(fn, params, jnp.ones((1, 2)))
+    assert (cost["a"], cost["b"]) == (12, 24)
+    assert cost["_inference_flops_nnz"] == 24

@@ -30,7 +30,7 @@ def candidates(task: Task, scale: str) -> tuple[Baseline, list[Run]]:
 
 
 def table_of(scale: str, folder: Path) -> list[list[str]]:
-    """A line for each candidate that has run, the best of a task marked."""
+    """A line for each candidate that has run, the best of a task marked once all have."""
     rows = []
     for task in TASKS.values():
         if scale not in task.scales:
@@ -49,6 +49,6 @@ def table_of(scale: str, folder: Path) -> list[list[str]]:
         best = (min if kind.lower_is_better else max)(values.values(), default=None)
         for name, value in values.items():
             preset, _, label = name.split(", ", 2)
-            chosen = "chosen" if value == best else ""
-            rows.append([task.title, preset, label, str(SEED), f"{kind.header}: {kind.shown(value)}", chosen])
+            mark = "best" if value == best and len(values) == len(runs) else ""
+            rows.append([task.title, preset, label, str(SEED), f"{kind.header}: {kind.shown(value)}", mark])
     return rows

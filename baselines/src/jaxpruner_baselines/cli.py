@@ -194,15 +194,19 @@ def choose(
     from jaxpruner_baselines import choices
 
     _check("scale", scale, suites.SCALES)
+    failed = 0
     for name in list(suites.TASKS) if tasks == "all" else _split(tasks, "--tasks"):
         task = suites.TASKS[_check("task", name, suites.TASKS)]
         if scale not in task.scales:
             continue
         try:
             baseline, runs = choices.candidates(task, scale)
-            runner.carry_out(baseline, runs, results, console)
+            failed += runner.carry_out(baseline, runs, results, console)[1]
         except (ImportError, NotReady) as error:
             console.print(f"{name} cannot run here: {error}", markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            console.print("Interrupted. What is finished is kept; the same command continues from here.")
+            raise typer.Exit(130) from None
     rows = choices.table_of(scale, results)
     if not rows:
         _fail(f"Nothing is chosen at {scale} scale, or nothing can run here.")
@@ -212,6 +216,8 @@ def choose(
     console.print(shown)
     if markdown is not None:
         _write(markdown, f"choices:{scale}", report.markdown_table(choices.HEADER, rows))
+    if failed:
+        _fail(f"{failed} runs failed, see above; the same command tries them again.", exit_code=1)
 
 
 def _show_compact(scale: str, results: Path) -> None:

@@ -153,10 +153,10 @@ def gin_config(run: Run) -> tuple[list[str], list[str]]:
     files = [preset.gin_file, *(["sparse_dynamic.gin"] if grows else [])]
     return [f"{CONFIGS}/{name}" for name in files], [
         *preset.bindings,
-        *(getattr(preset, "growing", ()) if grows else ()),
+        *(preset.growing if grows and isinstance(preset, Evaluated) else ()),
         f"Runner.num_iterations = {preset.iterations}",
         f"Runner.training_steps = {preset.agent_steps}",
-        f"JaxDQNAgent.seed = {getattr(preset, 'first_seed', 0) + run.seed}",
+        f"JaxDQNAgent.seed = {run.seed + (preset.first_seed if isinstance(preset, Evaluated) else 0)}",
         "create_agent.debug_mode = False",
         "CollectorDispatcher.collectors = ()",
         f"sparsify.algorithm = {'no_prune' if dense else run.method!r}",

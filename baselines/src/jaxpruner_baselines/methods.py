@@ -12,8 +12,8 @@ LATER = (
     "lamp", "movement", "soft_movement", "fisher", "adam_fisher", "acdc", "granet", "mest", "srigl", "sr_ste",
     "top_kast", "snip", "grasp", "synflow",
 )  # fmt: skip
-# RigL's paper (Evci et al., 2020), and its SET: a part of the weights is replaced each so many optimizer steps, from
-# the first of them to this part of the training.
+# RigL's paper (Evci et al., 2020), and its SET: so much of the weights is replaced every so many optimizer steps, from
+# the first of them until this fraction of the training.
 GROWS = ("set", "rigl")
 GROWTH_DROP_FRACTION, GROWTH_FREQ, GROWTH_END = 0.3, 100, 0.75
 _NOT_COMPARED = {"no_prune", "preserve", *LATER}  # the dense run itself; resuming a sparse checkpoint

@@ -34,7 +34,7 @@ class RowOfSuite:
     """One task: our lines and the paper's numbers by method, and Spearman's rank correlation of the pruned ones.
 
     `later` has our lines of methods that the paper does not compare. `drawn` are means by method in draws of seeds and
-    test examples, where runs tell what they scored on each; see `intervals`.
+    test examples, where all methods have the same seeds and their runs tell what they scored on each; see `intervals`.
     """
 
     task: Task
@@ -46,7 +46,7 @@ class RowOfSuite:
     paper: dict[str, float]
     correlation: float
     p_value: float
-    drawn: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    drawn: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def verdict(self) -> str:
@@ -103,15 +103,14 @@ def _pruned(by_method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sentence(row: RowOfSuite) -> str:
-    """What the runs of a row tell for certain: the order of the methods, and which of the paper's comparisons hold."""
+    """The order of the methods, where it is told apart, and which of the paper's comparisons hold."""
     sign = -1 if row.kind.lower_is_better else 1
     best_first = sorted(row.drawn, key=lambda method: -sign * row.ours[method].mean)
     order = METHODS[best_first[0]]
     for before, method in itertools.pairwise(best_first):
         is_told_apart = intervals.is_higher(sign * row.drawn[before], sign * row.drawn[method])
         order += f" {'>' if is_told_apart else '≈'} {METHODS[method]}"
-    seeds = min(len(row.ours[method].examples) for method in row.drawn)
-    text = f"**{row.task.title}** ({seeds} seeds): {order}."
+    text = f"{row.task.title}, `{row.task.baseline} {row.preset}`, {row.ours[best_first[0]].seeds} seeds: {order}."
     published = [method for method in row.drawn if method in row.paper and method != DENSE]
     verdicts = collections.Counter(
         None if higher is None else higher == (row.paper[a] > row.paper[b])
@@ -216,7 +215,7 @@ def cost_cells(row: RowOfSuite) -> list[list[str]]:
 def terminal(title: str, rows: Sequence[RowOfSuite]) -> Table:
     """One task a block, for narrow terminals: methods down, ours and the paper's across."""
     table = Table(title=title)
-    for name in ("task", "method", "ours, mean ± std (to dense)", "paper (to dense)"):
+    for name in ("task", "method", "ours, mean ± std or [interval] (to dense)", "paper (to dense)"):
         table.add_column(name, justify="left", overflow="fold")
     for row in rows:
         mine, published = cells(row)

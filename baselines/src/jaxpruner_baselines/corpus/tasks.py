@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,10 @@ PIECES, EXTRA_IDS = 4000, 100
 
 
 def vocabulary() -> seqio.SentencePieceVocabulary:
-    """The vocabulary of the task, with T5's 100 sentinels; trained on the first use and kept."""
-    path = bible.kept_vocabulary("texts", lambda: documents.documents("train"), PIECES)
+    """The vocabulary of the task, with T5's 100 sentinels; trained on the first use and kept, by its texts."""
+    texts = documents.documents("train")
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
+    path = bible.kept_vocabulary(f"texts-{digest}", lambda: texts, PIECES)
     return seqio.SentencePieceVocabulary(path, extra_ids=EXTRA_IDS)
 
 

@@ -105,6 +105,8 @@ def walk(
             return [Value(together, is_data, any(value.is_shifted for value in given))]
         if not weights or is_data:  # what data choose or scale are activations
             return nothing
+        if name == "optimization_barrier":
+            return given
         if name in _MOVES | _SCALES:
             return [largest(weights)] * len(eqn.outvars)
         return [largest(weights)._replace(is_shifted=True)] if name in _SHIFTS else nothing

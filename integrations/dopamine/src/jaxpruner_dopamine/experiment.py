@@ -222,10 +222,8 @@ class Reproducible(_Runner):
         before = {name: getattr(agent, name) for name in ("eval_mode", "_rng", "state")}
         agent.eval_mode, agent.state = True, agent.state.copy()
         try:
-            if seed is None:
-                self.seed(number, 2**31)  # numbers of iterations are small
-            else:
-                self.seed(number, first=seed)
+            self.seed(number, 2**31, first=seed)  # numbers of iterations are small: no game is one of the training
+            if seed is not None:
                 agent._rng = jax.random.fold_in(jax.random.PRNGKey(seed), number)
             action = agent.begin_episode(environment.reset())
             for steps in itertools.count(1):
