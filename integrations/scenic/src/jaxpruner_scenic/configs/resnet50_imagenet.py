@@ -2,7 +2,7 @@ r"""ResNet-50 on ImageNet, 100 epochs, pruned to 80 % as in the paper. Meant for
 
     python -m jaxpruner_scenic.main --config=.../configs/resnet50_imagenet.py:magnitude,0.8 --workdir=...
 
-Uniform sparsity, the stem dense; masks are made from step 10k to 25k, each 1000.
+Uniform sparsity, the stem dense; masks are made from step 10k to 25k, every 1000.
 """
 
 import ml_collections

@@ -2,7 +2,7 @@ r"""ViT-B/16 on ImageNet, 90 epochs, pruned to 80 % as in the paper. Meant for a
 
     python -m jaxpruner_scenic.main --config=.../configs/vit_b16_imagenet.py:magnitude,0.8 --workdir=...
 
-Position embeddings and the class token stay dense; masks are made from step 10k to 20k, each 1000.
+Position embeddings and the class token stay dense; masks are made from step 10k to 20k, every 1000.
 Data: ImageNet, prepared by tensorflow_datasets, as for Scenic's own configuration, which this one extends.
 """
 
