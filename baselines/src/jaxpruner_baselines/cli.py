@@ -159,9 +159,7 @@ def suite(
     from jaxpruner_baselines import suite_report
 
     _check("scale", scale, suites.SCALES)
-    names = (
-        list(suites.TASKS) if tasks == "all" else [_check("task", t, suites.TASKS) for t in _split(tasks, "--tasks")]
-    )
+    names = _tasks(tasks)
     columns = suites.COLUMNS[_check("group of methods", methods, suites.COLUMNS)]
     parts = suites.plan(names, scale, _seeds(seeds), results, jobs, console, columns)
     if parts:
@@ -195,8 +193,8 @@ def choose(
 
     _check("scale", scale, suites.SCALES)
     failed = 0
-    for name in list(suites.TASKS) if tasks == "all" else _split(tasks, "--tasks"):
-        task = suites.TASKS[_check("task", name, suites.TASKS)]
+    for name in _tasks(tasks):
+        task = suites.TASKS[name]
         if scale not in task.scales:
             continue
         try:
@@ -370,6 +368,12 @@ def _sparsities(baseline: Baseline, text: str | None) -> list[float]:
             _fail(f"--sparsities: {part!r} is not a number between 0 and 1. Example: --sparsities 0.8,0.95")
         values.append(value)
     return list(dict.fromkeys(values))
+
+
+def _tasks(text: str) -> list[str]:
+    if text == "all":
+        return list(suites.TASKS)
+    return [_check("task", name, suites.TASKS) for name in _split(text, "--tasks")]
 
 
 def _seeds(text: str) -> list[int]:
