@@ -223,7 +223,8 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 
     replicated, training, test = yield from follow(work)
     state = jax_utils.unreplicate(jax.device_get(replicated))
-    scored = {"examples": intervals.pack(_are_right(config, state))} if isinstance(run.preset, Scored) else {}
+    network = _forward(config, state)
+    scored = {"examples": intervals.pack(_are_right(config, *network[:2]))} if isinstance(run.preset, Scored) else {}
     yield Outcome(
         value=_accuracy(test),
         sparsity_reached=float(jaxpruner_scenic.sparsity_logs(state).get("sparsity", 0.0)),
@@ -231,17 +232,16 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         details={
             "test_loss": round(float(test["loss"]), 4),
             "train_loss": round(float(training["loss"]), 4),
-            **_costs(config, state),
+            **_costs(config, state, *network),
             **scored,
         },
     )
 
 
-def _are_right(config: ml_collections.ConfigDict, state: Any) -> np.ndarray:
+def _are_right(config: ml_collections.ConfigDict, forward: Any, variables: Any) -> np.ndarray:
     """Of each test image whether the model tells its class."""
     from jaxpruner_scenic import datasets
 
-    forward, variables, _ = _forward(config, state)
     images, labels = datasets.SOURCES[config.dataset_name](config.dataset_configs.validation).test
     classify = jax.jit(lambda images: forward(variables, images).argmax(-1))
     batches = range(0, len(labels), config.eval_batch_size)
@@ -261,10 +261,9 @@ def _forward(config: ml_collections.ConfigDict, state: Any) -> tuple[Any, Any, A
     return lambda variables, images: model.apply(variables, images, train=False), variables, image
 
 
-def _costs(config: ml_collections.ConfigDict, state: Any) -> dict[str, Any]:
+def _costs(config: ml_collections.ConfigDict, state: Any, forward: Any, variables: Any, image: Any) -> dict[str, Any]:
     from jaxpruner_scenic import sparse
 
-    forward, variables, image = _forward(config, state)
     chosen = config.sparsity_config
     return dead_units(forward, variables, image) | costs(
         lambda params, image: forward({**variables, "params": params}, image),

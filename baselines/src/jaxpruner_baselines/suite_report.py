@@ -111,7 +111,7 @@ def sentence(row: RowOfSuite) -> str:
         is_told_apart = intervals.is_higher(sign * row.drawn[before], sign * row.drawn[method])
         order += f" {'>' if is_told_apart else '≈'} {METHODS[method]}"
     text = f"{row.task.title}, `{row.task.baseline} {row.preset}`, {row.ours[best_first[0]].seeds} seeds: {order}."
-    published = [method for method in row.drawn if method in row.paper and method != DENSE]
+    published = [method for method in _pruned(row.drawn) if method in row.paper]
     verdicts = collections.Counter(
         None if higher is None else higher == (row.paper[a] > row.paper[b])
         for a, b in itertools.combinations(published, 2)

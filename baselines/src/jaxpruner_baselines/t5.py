@@ -310,16 +310,9 @@ def _losses(run: Run, files: list[str], bindings: list[str], params: Any) -> np.
 
     By T5X's own scoring, which leaves out the penalty for large logits that the training has.
     """
-    import gin
-    from t5x import models
-
     from jaxpruner_baselines.corpus import tasks
-    from jaxpruner_t5x import launch
 
-    with launch.parsed(files, bindings):
-        model = gin.get_configurable(models.EncoderDecoderModel)()
-        lengths = gin.query_parameter("%TASK_FEATURE_LENGTHS")
-        size = gin.query_parameter("%BATCH_SIZE")
+    model, _, lengths, size = _configured(run, files, bindings)
     preset = run.preset
     sequences = tasks.sequences(preset.split, lengths, preset.sequences, model.FEATURE_CONVERTER_CLS(pack=False))
     score = jax.jit(model.score_batch)
@@ -331,7 +324,8 @@ def _losses(run: Run, files: list[str], bindings: list[str], params: Any) -> np.
     return nats * len(nats) / sequences["decoder_loss_weights"].sum()
 
 
-def _costs(run: Run, files: list[str], bindings: list[str], params: Any) -> dict[str, Any]:
+def _configured(run: Run, files: list[str], bindings: list[str]) -> tuple[Any, Any, Any, int]:
+    """What gin configures: the model, the algorithm (None if dense), the lengths of features, the size of batches."""
     import gin
     from t5x import models
 
@@ -339,10 +333,16 @@ def _costs(run: Run, files: list[str], bindings: list[str], params: Any) -> dict
     from jaxpruner_t5x import launch
 
     with launch.parsed(files, bindings):
-        model = gin.get_configurable(models.EncoderDecoderModel)()
-        updater = None if is_dense(run.method) else gin.get_configurable(jaxpruner_t5x.create_updater)()
-        lengths = gin.query_parameter("%TASK_FEATURE_LENGTHS")
-        batch = gin.query_parameter("%BATCH_SIZE")
+        return (
+            gin.get_configurable(models.EncoderDecoderModel)(),
+            None if is_dense(run.method) else gin.get_configurable(jaxpruner_t5x.create_updater)(),
+            gin.query_parameter("%TASK_FEATURE_LENGTHS"),
+            gin.query_parameter("%BATCH_SIZE"),
+        )
+
+
+def _costs(run: Run, files: list[str], bindings: list[str], params: Any) -> dict[str, Any]:
+    model, updater, lengths, batch = _configured(run, files, bindings)
     inputs, targets = (jax.ShapeDtypeStruct((1, lengths[name]), jnp.int32) for name in ("inputs", "targets"))
 
     def forward(params: Any, inputs: Any, targets: Any) -> Any:

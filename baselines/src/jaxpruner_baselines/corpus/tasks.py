@@ -21,10 +21,14 @@ PIECES, EXTRA_IDS = 4000, 100
 
 def vocabulary() -> seqio.SentencePieceVocabulary:
     """The vocabulary of the task, with T5's 100 sentinels; trained on the first use and kept, by its texts."""
-    texts = documents.documents("train")
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
-    path = bible.kept_vocabulary(f"texts-{digest}", lambda: texts, PIECES)
-    return seqio.SentencePieceVocabulary(path, extra_ids=EXTRA_IDS)
+    return seqio.SentencePieceVocabulary(_vocabulary_file(), extra_ids=EXTRA_IDS)
+
+
+@functools.cache
+def _vocabulary_file() -> str:
+    found = documents.documents("train")
+    digest = hashlib.sha256("\0".join(found).encode()).hexdigest()[:8]
+    return bible.kept_vocabulary(f"texts-{digest}", lambda: found, PIECES)
 
 
 def texts(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
