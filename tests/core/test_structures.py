@@ -271,6 +271,16 @@ def test_n_by_m_over_every_pattern_of_a_group(dtype):
         check(NByM(n, 3), groups, 0.5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize(("n", "m", "axis"), [(2, 4, -1), (3, 7, -1), (8, 16, -1), (5, 12, 0), (16, 32, 0), (1, 96, 0)])
+@pytest.mark.parametrize("values", [3, 1000], ids=["many ties", "few ties"])
+def test_n_by_m_of_any_size(n, m, axis, dtype, values):
+    shape = (2 * m, 128) if axis == 0 else (3, 4, 2 * m)
+    scores = np.random.default_rng(m).integers(-values, values, shape).astype(jnp.dtype(dtype))
+    mask = check(NByM(n, m, axis), scores, 0.5)
+    np.testing.assert_array_equal(np.moveaxis(mask, axis, -1).reshape(-1, m).sum(1), n)
+
+
 def test_n_by_m_ties_keep_the_later_position():
     mask = kept(NByM(2, 4), np.zeros((1, 8), np.float32), 0.5)
     np.testing.assert_array_equal(mask, [[False, False, True, True] * 2])

@@ -13,33 +13,76 @@ from jaxpruner.selection.score_reading import key_range, order_preserving_keys
 from jaxpruner.selection.top_k import is_one_cpu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from jaxtyping import Array, Bool, Float, Int
 
 
-# Of larger groups XLA's CPU backend stores the keys rather than compute them for each comparison: of so many scores at
-# a time, they stay in its cache.
-_LARGE_GROUP, _BLOCK = 8, 1 << 18
+# On XLA's CPU backend: larger groups are chosen from in blocks of scores, whose keys then stay in the cache, and those of
+# float32 are sorted by a network. Of groups of more than 64 its instructions take seconds to compile.
+_SMALL_GROUP, _LARGEST_SORTED = 8, 64
+_BLOCK, _LANES = 1 << 18, 128
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -> Bool[Array, "*s"]:
-    """Elementwise comparisons within groups of m: no sort, no gather, m of them for each score."""
+    """The n highest of each group of m, of equal ones the later, without XLA's sort."""
     axis = min(axes)
     together = tuple(range(axis, axis + len(axes)))
     moved = jnp.moveaxis(scores, axes, together)
     after = moved.shape[axis + len(axes) :]
-    if m > _LARGE_GROUP and moved.size and is_one_cpu():
-        groups = moved.reshape(-1, m, *([math.prod(after)] if math.prod(after) > 1 else []))
-        blocks = math.gcd(len(groups), max(1, moved.size // _BLOCK))
-        each = functools.partial(highest, n=n, axis=1)
-        kept = jax.lax.map(each, groups.reshape(blocks, -1, *groups.shape[1:]))
+    lanes = math.prod(after)
+    sorts = scores.dtype.itemsize == 4 and 2 < m <= _LARGEST_SORTED  # of shorter ones many are equal
+    if (m > _SMALL_GROUP or (sorts and lanes == 1)) and 0 < n < m and moved.size and is_one_cpu():
+        choose = functools.partial(_highest_by_network if sorts else highest, n=n)
+        kept = _in_blocks(choose, moved.reshape(-1, m, lanes))
     else:
         kept = highest(moved.reshape(*moved.shape[:axis], -1, m, *after), n, axis + 1)
     return jnp.moveaxis(kept.reshape(moved.shape), together, axes)
 
 
+def _in_blocks(choose: Callable[..., Array], groups: Float[Array, "g m lanes"]) -> Bool[Array, "g m lanes"]:
+    count, m, lanes = groups.shape
+    blocks = math.gcd(count, max(1, groups.size // _BLOCK))
+    if lanes == 1:
+        return jax.lax.map(functools.partial(choose, axis=1), groups.reshape(blocks, -1, m))
+    # Rows that are a power of two of bytes apart would share few lines of the cache: they are read in tiles.
+    width = _LANES if lanes % _LANES == 0 else lanes
+    return jax.lax.map(
+        lambda block: choose(block.swapaxes(1, 2), axis=2).swapaxes(1, 2),
+        groups.reshape(blocks, -1, m, lanes // width, width),
+    )
+
+
+def _highest_by_network(scores: Float[Array, "*s"], n: int, axis: int) -> Bool[Array, "*s"]:
+    """As `highest`: sorts the groups and compares each with its n-th highest, where that settles all of them."""
+    keys = order_preserving_keys(scores)
+    m = keys.shape[axis]
+    in_order = [jax.lax.slice_in_dim(keys, i, i + 1, axis=axis) for i in range(m)]
+    for i, j in _sorting_network(m):
+        low, high = in_order[i], in_order[j]
+        in_order[i], in_order[j] = jnp.minimum(low, high), jnp.maximum(low, high)
+    below, threshold = in_order[m - n - 1], in_order[m - n]
+    # Counting what is kept instead reads all keys once more, and took three times as long as the network.
+    return jax.lax.cond((below < threshold).all(), lambda: keys >= threshold, lambda: highest(scores, n, axis))
+
+
+def _sorting_network(size: int) -> Iterator[tuple[int, int]]:
+    """Comparators of Batcher's merge exchange (Knuth, The Art of Computer Programming 3, algorithm 5.2.2M)."""
+    first = 1 << max(size - 1, 0).bit_length() >> 1
+    part = first
+    while part:
+        distance, reach, offset = part, first, 0
+        while True:
+            yield from ((i, i + distance) for i in range(size - distance) if i & part == offset)
+            if reach == part:
+                break
+            distance, reach, offset = reach - part, reach >> 1, part
+        part >>= 1
+
+
 def highest(scores: Float[Array, "*s"], n: int, axis: int) -> Bool[Array, "*s"]:
-    """The n highest along an axis, of equal ones the later."""
+    """The n highest along an axis, of equal ones the later: all are compared with each, elementwise."""
     keys = order_preserving_keys(scores)
     position = jax.lax.broadcasted_iota(keys.dtype, keys.shape, axis)
     better = jnp.zeros(keys.shape, jnp.int32)
