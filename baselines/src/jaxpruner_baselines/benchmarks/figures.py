@@ -86,9 +86,14 @@ def timed(
 ) -> Figure:
     """A figure of two timed sides: medians, and the median of the ratios within one round.
 
+    Of sides with different repeats it is the ratio of the medians: few rounds have both, and in half of these ours runs
+    in the caches and pages that the other side has just left.
+
     `faster` says which way the ratio is taken; by default it follows from what should be reached.
     """
     pairs = list(zip(times[ours], times[peer], strict=False))
+    if len(times[ours]) != len(times[peer]):
+        pairs = [(statistics.median(times[ours]), statistics.median(times[peer]))]
     faster = reach.at_most is None if faster is None else faster
     return Figure(
         row=row,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 
-# On XLA's CPU backend: larger groups are chosen from in blocks of scores, whose keys then stay in the cache, and those of
-# float32 are sorted by a network. Of groups of more than 64 its instructions take seconds to compile.
+# On XLA's CPU backend: larger groups are chosen from in blocks of scores, whose keys then stay in the cache, and those
+# of float32 are sorted by a network. Of groups of more than 64 its instructions take seconds to compile.
 _SMALL_GROUP, _LARGEST_SORTED = 8, 64
 _BLOCK, _LANES = 1 << 18, 128
 
