@@ -230,12 +230,16 @@ def test_candidates_are_tried_on_held_out_data(tmp_path, monkeypatch):
     page = tmp_path / "wide.md"
     page.write_text("<!-- choices:smoke -->\n<!-- /choices:smoke -->\n")
     arguments = ["choose", "--scale", "smoke", "--tasks", "fed_emnist", "--results", str(tmp_path)]
-    invoke(*arguments, "--markdown", str(page))
+    invoke(*arguments, "--seeds", "2", "--markdown", str(page))
     rows = Results(tmp_path / "fed_emnist.csv").read()
-    assert list(rows["preset"]) == ["smoke, held out, rate 0.1", "smoke, held out, rate 1e-06"]
+    presets = ["smoke, held out, rate 0.1", "smoke, held out, rate 1e-06"]
+    assert list(zip(rows["preset"], rows["seed"], strict=True)) == [
+        (preset, seed) for seed in (100, 101) for preset in presets
+    ]
     assert set(rows["method"]) == {"dense"}
     assert smoke.validation is False
     lines = [line for line in page.read_text().splitlines() if "Fed. EMNIST" in line]
+    assert all("| 100 to 101 |" in line for line in lines)
     assert [line.endswith("| best |") for line in lines] == [True, False]
 
 

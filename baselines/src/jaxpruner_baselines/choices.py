@@ -16,39 +16,40 @@ from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.methods import DENSE
 from jaxpruner_baselines.suite import TASKS, Task
 
-SEED = 100  # which no reported run has
-HEADER = ("row", "preset", "candidate", "seed", "on held-out data, dense", "")
+FIRST_SEED = 100  # no reported run has it, or a later one
+HEADER = ("row", "preset", "candidate", "seeds", "on held-out data, dense", "")
 
 
-def candidates(task: Task, scale: str) -> tuple[Baseline, list[Run]]:
+def candidates(task: Task, scale: str, seeds: int = 1) -> tuple[Baseline, list[Run]]:
     """The baseline of a task with its candidates for presets, and their runs; none where nothing is chosen."""
     baseline, name = registry.get(task.baseline), task.scales[scale].preset
     found = baseline.candidates(baseline.presets[name]) if baseline.candidates else {}
     presets = {f"{name}, held out, {label}": preset for label, preset in found.items()}
     baseline = dataclasses.replace(baseline, presets=presets)
-    return baseline, [baseline.run(candidate, DENSE, 0.0, SEED) for candidate in presets]
+    every = range(FIRST_SEED, FIRST_SEED + seeds)
+    return baseline, [baseline.run(candidate, DENSE, 0.0, seed) for seed in every for candidate in presets]
 
 
 def table_of(scale: str, folder: Path) -> list[list[str]]:
-    """A line for each candidate that has run, the best of a task marked once all have."""
+    """A line for each candidate that has run, the best of a task marked once all have, on as many seeds."""
     rows = []
     for task in TASKS.values():
         if scale not in task.scales:
             continue
         try:
-            baseline, runs = candidates(task, scale)
+            baseline, _ = candidates(task, scale)
         except ImportError:  # its host is missing
             continue
         results = runner.results_of(baseline, folder)
-        values = {
-            run.preset_name: line.mean
-            for run in runs
-            for line in report.summarize(baseline, run.preset_name, results)[0]
+        lines = {
+            preset: line for preset in baseline.presets for line in report.summarize(baseline, preset, results)[0]
         }
         kind = measure(baseline.metric)
-        best = (min if kind.lower_is_better else max)(values.values(), default=None)
-        for name, value in values.items():
+        best = (min if kind.lower_is_better else max)((line.mean for line in lines.values()), default=None)
+        comparable = len(lines) == len(baseline.presets) and len({line.seeds for line in lines.values()}) == 1
+        for name, line in lines.items():
             preset, _, label = name.split(", ", 2)
-            mark = "best" if value == best and len(values) == len(runs) else ""
-            rows.append([task.title, preset, label, str(SEED), f"{kind.header}: {kind.shown(value)}", mark])
+            seeds = str(FIRST_SEED) if line.seeds == 1 else f"{FIRST_SEED} to {FIRST_SEED + line.seeds - 1}"
+            mark = "best" if comparable and line.mean == best else ""
+            rows.append([task.title, preset, label, seeds, f"{kind.header}: {kind.shown(line.mean)}", mark])
     return rows

@@ -183,6 +183,7 @@ def suite(
 def choose(
     scale: Annotated[str, typer.Option(help=f"One of {', '.join(suites.SCALES)}.")] = "wide",
     tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(suites.TASKS)}; default: all.")] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each candidate.")] = 1,
     results: Folder = Path("runs"),
     markdown: Annotated[
         Path | None, typer.Option(help="Write the table into this file too, between its choices markers.")
@@ -198,7 +199,7 @@ def choose(
         if scale not in task.scales:
             continue
         try:
-            baseline, runs = choices.candidates(task, scale)
+            baseline, runs = choices.candidates(task, scale, seeds)
             failed += runner.carry_out(baseline, runs, results, console)[1]
         except (ImportError, NotReady) as error:
             console.print(f"{name} cannot run here: {error}", markup=False, soft_wrap=True)
