@@ -41,9 +41,7 @@ def table_of(scale: str, folder: Path) -> list[list[str]]:
         except ImportError:  # its host is missing
             continue
         results = runner.results_of(baseline, folder)
-        lines = {
-            preset: line for preset in baseline.presets for line in report.summarize(baseline, preset, results)[0]
-        }
+        lines = {preset: line for preset in baseline.presets for line in report.summarize(baseline, preset, results)[0]}
         kind = measure(baseline.metric)
         best = (min if kind.lower_is_better else max)((line.mean for line in lines.values()), default=None)
         comparable = len(lines) == len(baseline.presets) and len({line.seeds for line in lines.values()}) == 1
