@@ -117,7 +117,9 @@ def test_missing_hosts_are_named_and_the_rest_goes_on(tmp_path):
     ("arguments", "message"),
     [
         (["suite", "--scale", "tiny"], "Unknown scale 'tiny'. Valid: embedded, wide, paper, smoke."),
-        (["suite", "--tasks", "fed,t5"], "Unknown task 'fed'. Valid: resnet, vit_90, "),
+        (["suite", "--tasks", "fed,t5"], "Unknown task of embedded scale 'fed'. Valid: resnet, vit_90, "),
+        (["suite", "--scale", "wide", "--tasks", "dqn_resnet"], "Unknown task of wide scale 'dqn_resnet'. Valid: "),
+        (["choose", "--scale", "smoke", "--tasks", "vit_300"], "Unknown task of smoke scale 'vit_300'. Valid: "),
         (["suite", "--methods", "newer"], "Unknown group of methods 'newer'. Valid: paper, later."),
         (["suite", "--jobs", "0"], "Invalid value for '--jobs'"),
         (["table", "suite"], "has no results of the suite at embedded scale. First: jaxpruner-baselines suite --scale"),
@@ -128,6 +130,15 @@ def test_bad_input_is_told_before_anything_starts(arguments, message, tmp_path):
     folder = tmp_path / "results"
     assert message in invoke(*arguments, "--results", str(folder), exit_code=2)
     assert not folder.exists()
+
+
+def test_a_table_says_which_rows_are_left_out_for_want_of_a_host(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}\nInstall it from its repository.")
+
+    monkeypatch.setattr(registry, "get", missing)
+    told = invoke("table", "suite", "--results", str(tmp_path), exit_code=2)
+    assert "ResNet-50 is left out, since what it needs is not installed: No module named 'resnet'\n" in told
 
 
 def record(folder, values, seeds=(0, 1)):

@@ -14,7 +14,7 @@ from jaxpruner_baselines import registry, report, runner
 from jaxpruner_baselines.baseline import Baseline, Run
 from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.methods import DENSE
-from jaxpruner_baselines.suite import TASKS, Task
+from jaxpruner_baselines.suite import Task, at_scale
 
 FIRST_SEED = 100  # no reported run has it, or a later one
 HEADER = ("row", "preset", "candidate", "seeds", "on held-out data, dense", "")
@@ -33,9 +33,7 @@ def candidates(task: Task, scale: str, seeds: int = 1) -> tuple[Baseline, list[R
 def table_of(scale: str, folder: Path) -> list[list[str]]:
     """A line for each candidate that has run, the best of a task marked once all have, on as many seeds."""
     rows = []
-    for task in TASKS.values():
-        if scale not in task.scales:
-            continue
+    for task in at_scale(scale).values():
         try:
             baseline, _ = candidates(task, scale)
         except ImportError:  # its host is missing

@@ -158,8 +158,7 @@ def suite(
     """Make the paper's table: all its rows and methods. Run it again to continue where it stopped."""
     from jaxpruner_baselines import suite_report
 
-    _check("scale", scale, suites.SCALES)
-    names = _tasks(tasks)
+    names = _tasks(tasks, scale)
     columns = suites.COLUMNS[_check("group of methods", methods, suites.COLUMNS)]
     parts = suites.plan(names, scale, _seeds(seeds), results, jobs, console, columns)
     if parts:
@@ -192,12 +191,9 @@ def choose(
     """Try candidates for numbers of a scale's presets: dense runs, on data held out of the training data."""
     from jaxpruner_baselines import choices
 
-    _check("scale", scale, suites.SCALES)
     failed = 0
-    for name in _tasks(tasks):
+    for name in _tasks(tasks, scale):
         task = suites.TASKS[name]
-        if scale not in task.scales:
-            continue
         try:
             baseline, runs = choices.candidates(task, scale, seeds)
             failed += runner.carry_out(baseline, runs, results, console)[1]
@@ -325,6 +321,11 @@ def _suite(scale: str | None, folder: Path) -> tuple[str, list[Any]]:
 
     scale = _check("scale", scale or suites.SCALES[0], suites.SCALES)
     rows = suite_report.summarize(scale, folder)
+    for title, why in suites.absent(scale).items():
+        first = str(why).partition("\n")[0]
+        console.print(
+            f"{title} is left out, since what it needs is not installed: {first}", markup=False, soft_wrap=True
+        )
     if not rows:
         _fail(
             f"{folder} has no results of the suite at {scale} scale. "
@@ -371,10 +372,12 @@ def _sparsities(baseline: Baseline, text: str | None) -> list[float]:
     return list(dict.fromkeys(values))
 
 
-def _tasks(text: str) -> list[str]:
+def _tasks(text: str, scale: str) -> list[str]:
+    _check("scale", scale, suites.SCALES)
+    at_scale = suites.at_scale(scale)
     if text == "all":
-        return list(suites.TASKS)
-    return [_check("task", name, suites.TASKS) for name in _split(text, "--tasks")]
+        return list(at_scale)
+    return [_check(f"task of {scale} scale", name, at_scale) for name in _split(text, "--tasks")]
 
 
 def _seeds(text: str) -> list[int]:

@@ -145,6 +145,21 @@ TASKS = {
 SCALES = ("embedded", "wide", "paper", "smoke")
 
 
+def at_scale(scale: str) -> dict[str, Task]:
+    return {name: task for name, task in TASKS.items() if scale in task.scales}
+
+
+def absent(scale: str) -> dict[str, ImportError]:
+    """Why tasks cannot even be looked at here, by their titles: their host is missing."""
+    found = {}
+    for task in at_scale(scale).values():
+        try:
+            registry.get(task.baseline)
+        except ImportError as error:
+            found[task.title] = error
+    return found
+
+
 def sparsity_of(baseline: Baseline, preset: str) -> float:
     """The sparsity of a baseline's preset in the table; of one that is not in it, the baseline's first."""
     settings = (
@@ -181,8 +196,6 @@ def plan(
     parts = []
     for name in names:
         task = TASKS[name]
-        if scale not in task.scales:
-            continue
         try:
             baseline = registry.get(task.baseline)
             baseline.prepare(baseline.presets[task.scales[scale].preset])

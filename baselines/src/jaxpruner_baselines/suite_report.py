@@ -24,7 +24,7 @@ from jaxpruner_baselines.costs import SHARES
 from jaxpruner_baselines.measures import Measure, measure
 from jaxpruner_baselines.methods import DENSE
 from jaxpruner_baselines.report import Line
-from jaxpruner_baselines.suite import LATER_METHODS, METHODS, TASKS, Task
+from jaxpruner_baselines.suite import LATER_METHODS, METHODS, Task, at_scale
 
 SIGNIFICANT = 0.05
 
@@ -72,9 +72,7 @@ def _published() -> pd.DataFrame:
 def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
     """The tasks that have results in a folder."""
     rows = []
-    for task in TASKS.values():
-        if scale not in task.scales:
-            continue
+    for task in at_scale(scale).values():
         setting = task.scales[scale]
         try:
             baseline = registry.get(task.baseline)
