@@ -481,3 +481,11 @@ def test_test_images_are_nobodys_else(name):
     assert len(keys[0] & keys[1]) < 0.03 * len(keys[1])
     assert len(held_out.train[1]) + len(held_out.test[1]) == len(whole.train[1])
     assert (len(whole.train[1]), len(held_out.train[1])) == small.TRAIN_EXAMPLES[name]
+
+
+def test_tensorflow_leaves_the_accelerator_to_jax(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(main.tf.config, "set_visible_devices", lambda *arguments: calls.append(arguments))
+    with pytest.raises(ValueError, match=r"config\.trainer_name"):
+        main.train(None, cases.config(trainer_name="nothing"), str(tmp_path), None)
+    assert calls == [([], "GPU")]

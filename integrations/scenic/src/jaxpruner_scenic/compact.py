@@ -149,6 +149,7 @@ def _write(path: str, content: str | bytes) -> None:
 
 def run(_: Any) -> None:
     given = flags.FLAGS
+    main.leave_memory_to_jax()
     try:
         compact(given.config, given.workdir, given.output, given.batch_size)
     except ValueError as error:

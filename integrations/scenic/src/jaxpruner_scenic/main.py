@@ -9,12 +9,14 @@ Beside the names that Scenic's own mains know, `config.trainer_name` may be a mo
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import types
 from typing import Any
 
 import flax
 import jax
+import tensorflow as tf
 from absl import flags
 from flax.training import checkpoints
 from scenic.train_lib import train_utils
@@ -67,9 +69,16 @@ def get_model(name: str) -> Any:
         ) from error
 
 
+def leave_memory_to_jax() -> None:
+    """TensorFlow, which reads the data, sees no GPU, as in `scenic.app`; unless it has taken its devices before."""
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
+
+
 def train(rng: Any, config: Any, workdir: str, writer: Any) -> tuple[Any, Any, Any]:
     """What Scenic's mains do: data, model and trainer from the config. Returns what the trainer returns."""
     flax.config.update("flax_use_orbax_checkpointing", False)  # as scenic.app
+    leave_memory_to_jax()
     trainer, model_cls = get_trainer(config.trainer_name), get_model(config.model_name)
     data_rng, rng = jax.random.split(rng)
     path = checkpoints.latest_checkpoint(workdir) if config.checkpoint else None
