@@ -15,7 +15,7 @@ from t5x import adafactor, optimizers, train_state
 
 import jaxpruner
 import jaxpruner_t5x
-from jaxpruner_t5x import metrics, plan
+from jaxpruner_t5x import launch, metrics, plan
 
 pytestmark = cases.quiet
 AXES = {"mlp": {"wi": {"kernel": ("embed", "mlp")}, "scale": ("embed",)}, "embedding": ("vocab", "embed")}
@@ -285,3 +285,10 @@ def test_macros_that_nothing_uses():
 def test_a_bad_algorithm():
     with pytest.raises(ValueError, match="'magnitud' is not known"):
         updater("magnitud")
+
+
+def test_tensorflow_leaves_the_accelerator_to_jax(monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch.tf.config, "set_visible_devices", lambda *arguments: calls.append(arguments))
+    with launch.parsed([]):
+        assert calls == [([], "GPU")]

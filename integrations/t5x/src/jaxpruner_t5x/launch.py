@@ -12,6 +12,7 @@ from typing import Any
 
 import gin
 import t5x
+import tensorflow as tf
 
 import jaxpruner
 from jaxpruner_t5x import description, metrics
@@ -54,6 +55,12 @@ def infer(gin_files: Sequence[str], bindings: Sequence[str] = ()) -> None:
     _run(script, script.infer, gin_files, bindings)
 
 
+def leave_memory_to_jax() -> None:
+    """TensorFlow, which reads the data, sees no GPU, as in T5X's scripts; unless it has taken its devices before."""
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
+
+
 @contextlib.contextmanager
 def parsed(
     gin_files: Sequence[str], bindings: Sequence[str] = (), script: types.ModuleType | None = None
@@ -63,6 +70,7 @@ def parsed(
         from t5x import train
 
         script = train
+    leave_memory_to_jax()
     gin.clear_config()  # constants are of modules, which are imported once
     gin.add_config_file_search_path(str(pathlib.Path(t5x.__file__).parents[1]))
     main = sys.modules["__main__"]
