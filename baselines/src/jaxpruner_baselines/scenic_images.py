@@ -214,6 +214,7 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
         from jaxpruner_scenic import main
 
         main.get_trainer(config.trainer_name)  # imports TensorFlow
+        main.leave_memory_to_jax()
     logging.set_verbosity(logging.ERROR)
 
     def work(report: Report) -> tuple[Any, Any, Any]:

@@ -228,7 +228,9 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
     before = preset.pretraining.steps if preset.pretraining else 0
     yield Progress(0, before + preset.training.steps)
     with hushed():
-        from jaxpruner_t5x import metrics
+        from jaxpruner_t5x import launch, metrics
+
+        launch.leave_memory_to_jax()
 
     dense = (yield from _pretrained(run, checkpoint.folder.parent)) if preset.pretraining else None
     files, bindings = gin_config(run, checkpoint.folder, dense)
