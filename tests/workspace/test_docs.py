@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import importlib
@@ -26,6 +27,7 @@ HOSTED = [
     for path in sorted((ROOT / "integrations").glob("*/src/**/*.py"))
     if ">>> " in path.read_text()
 ]
+EXEMPLIFIED = ["dopamine", "scenic", "t5x"]  # integrations all of whose public functions and classes have an example
 PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
@@ -93,11 +95,46 @@ def test_all_names_exist_and_are_listed_once():
     assert all(hasattr(jaxpruner, name) for name in jaxpruner.__all__)
 
 
+def number_of_examples(node: ast.AST) -> int:
+    return len(doctest.DocTestParser().get_examples(ast.get_docstring(node) or ""))
+
+
+def definition(package: Path, module: str, name: str) -> ast.AST | None:
+    """Where a name of an integration is from, read, since its host may be missing; None if from elsewhere."""
+    for node in ast.parse((package / f"{module}.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return node
+        if isinstance(node, ast.ImportFrom) and any(name in (alias.name, alias.asname) for alias in node.names):
+            origin = (node.module or "").partition(f"{package.name}.")[2]
+            return definition(package, origin, name) if origin else None
+    return None
+
+
+@pytest.mark.parametrize("host", EXEMPLIFIED)
+def test_what_an_integration_exports_has_an_example(host):
+    package = ROOT / "integrations" / host / "src" / f"jaxpruner_{host}"
+    init = ast.parse((package / "__init__.py").read_text())
+    names = next(ast.literal_eval(node.value) for node in init.body if isinstance(node, ast.Assign))
+    # What it passes on from the core has its example there.
+    own = {name: node for name in names if (node := definition(package, "__init__", name))}
+    assert own
+    assert [name for name, node in own.items() if not number_of_examples(node)] == []
+
+
+def run_examples(module) -> int:
+    """Runs the examples of a module, all that are written in it, and returns how many they are."""
+    failed, attempted = doctest.testmod(module)
+    assert failed == 0
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    nodes = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, documented)]
+    assert attempted == sum(map(number_of_examples, nodes))
+    return attempted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("module_name", MODULES)
 def test_doctests(module_name):
-    failed, _ = doctest.testmod(importlib.import_module(module_name))
-    assert failed == 0
+    run_examples(importlib.import_module(module_name))
 
 
 @pytest.mark.slow
@@ -105,9 +142,7 @@ def test_doctests(module_name):
 def test_doctests_of_integrations(host, module_name):
     pytest.importorskip(host)
     warnings.simplefilter("ignore")  # hosts warn of one another's old ways; pytest puts its filters back
-    failed, attempted = doctest.testmod(importlib.import_module(module_name))
-    assert failed == 0
-    assert attempted > 0
+    assert run_examples(importlib.import_module(module_name)) > 0
 
 
 def test_blocks_to_run():

@@ -49,6 +49,14 @@ def create_sparse_agent(
 
     Raises:
       ValueError: for an agent that is not known, or does not fit the environment's actions.
+
+    Examples:
+      >>> import gin
+      >>> from dopamine.discrete_domains import gym_lib
+      >>> _ = gin.parse_config_file("jaxpruner_dopamine/configs/dqn_cartpole.gin")
+      >>> agent = create_sparse_agent(gym_lib.create_gym_environment("CartPole", "v1"))
+      >>> type(agent).__name__, agent.updater.scheduler.update_freq  # in gradient steps; the file has agent steps
+      ('SparseJaxDQNAgent', 50)
     """
     stock = gin.get_bindings(run_experiment.create_agent)
     stock_continuous = _continuous_bindings("create_continuous_agent")
@@ -254,6 +262,15 @@ def create_runner(base_dir: str) -> Reproducible:
     Raises:
       ValueError: for an unknown schedule, for what the agent cannot be, and for a training that is too short for the
         schedule of its masks.
+
+    Examples:
+      >>> import gin, tempfile
+      >>> _ = gin.parse_config_file("jaxpruner_dopamine/configs/dqn_cartpole.gin")
+      >>> with tempfile.TemporaryDirectory() as base_dir:
+      ...     runner = create_runner(base_dir)
+      ...     runner.close()  # `for done in runner.iterations(): ...` before it trains
+      >>> runner.agent_steps, runner.iterations_done, type(runner.agent).__name__
+      (20000, 0, 'SparseJaxDQNAgent')
     """
     schedules: dict[str, type] = {"continuous_train_and_eval": SparseRunner, "continuous_train": SparseTrainRunner}
     schedule = gin.get_bindings(run_experiment.create_runner).get("schedule")

@@ -44,6 +44,16 @@ class SparseAgent(_Agent):
     A checkpoint of a dense agent may be continued: its optimizer's statistics are kept, and masks start at all ones
     (or as the algorithm initialises them). A sparse checkpoint is refused by a dense agent. Beside what
     Dopamine stores, a checkpoint holds the random state, so that a run that is resumed is the run that went through.
+
+    Examples:
+      >>> import gin
+      >>> from dopamine.jax.agents.dqn import dqn_agent
+      >>> class MyAgent(SparseAgent, dqn_agent.JaxDQNAgent):
+      ...     "Any agent whose train step passes `params` to its optimizer."
+      >>> _ = gin.parse_config_file("jaxpruner_dopamine/configs/dqn_cartpole.gin")
+      >>> agent = MyAgent(num_actions=2)
+      >>> list(agent.sparsity())
+      ['total', 'params/final_layer/kernel', 'params/layers_0/kernel', 'params/layers_1/kernel']
     """
 
     # Where the stock class keeps them.

@@ -182,6 +182,16 @@ def sparsify(
 
     Raises:
       ValueError: if no algorithm is given, or a schedule in gradient steps.
+
+    Examples:
+      >>> from jaxpruner_dopamine.sparsity import Clock
+      >>> asked = sparsify(
+      ...     "magnitude", 0.98, update_start_agent_step=500_000, update_end_agent_step=2_000_000,
+      ...     update_freq_agent_steps=1_000,
+      ... )
+      >>> nature_dqn = Clock(first=20_000, period=4)  # from agent step 20,000 on it trains in one of four
+      >>> asked.schedule(nature_dqn)
+      {'update_start_step': 120000, 'update_end_step': 495000, 'update_freq': 250}
     """
     if algorithm is None:
         raise ValueError(

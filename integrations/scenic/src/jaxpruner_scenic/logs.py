@@ -13,7 +13,16 @@ from jaxpruner.training.projection import find_states, pruned_only
 
 
 def sparsity_logs(train_state: Any) -> dict[str, Any]:
-    """`{"sparsity": ...}` of a train state of Scenic; empty if it is not sparse."""
+    """`{"sparsity": ...}` of a train state of Scenic; empty if it is not sparse.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner, optax
+      >>> from scenic.train_lib import train_utils
+      >>> params = {"head": {"kernel": jnp.array([[0.0, -4.0], [3.0, 0.0]]), "bias": jnp.zeros(2)}}
+      >>> tx = jaxpruner.sparsify(optax.sgd(0.1), algorithm="preserve")
+      >>> sparsity_logs(train_utils.TrainState(params=params, opt_state=tx.init(params)))
+      {'sparsity': 0.5}
+    """
     pruned = [pruned_only(train_state.params, state.masks) for state in find_states(train_state.opt_state)]
     if not jax.tree.leaves(pruned):
         return {}

@@ -62,6 +62,19 @@ def sparse_training(config: Mapping[str, Any], trainer: types.ModuleType | None 
       ValueError: for a configuration that is not valid, or ends after the training; for a checkpoint of another one;
         for a global algorithm where the trainer makes several optimizers for groups of parameters; and if parameters
         do not lie on their masks.
+
+    Examples:
+      >>> import jax.numpy as jnp, ml_collections, optax
+      >>> from scenic.train_lib import optimizers
+      >>> at_once = {"algorithm": "magnitude", "sparsity": 0.5, "update_start_step": 0, "update_end_step": 0}
+      >>> config = ml_collections.ConfigDict({"optimizer": "sgd", "optimizer_configs": {}, "sparsity_config": at_once})
+      >>> params = {"head": {"kernel": jnp.array([[1.0, -4.0], [3.0, -2.0]])}}
+      >>> with sparse_training(config):  # what trainers do within it:
+      ...     optimizer_config = optimizers.get_optax_optimizer_config(config)
+      ...     tx = optimizers.get_optimizer(optimizer_config, lambda step: 0.25, params)
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["head"]["kernel"].tolist()
+      [[0.0, -3.0], [2.25, 0.0]]
     """
     if _active:
         raise RuntimeError("sparse_training: is active already. Leave it before the next training starts.")

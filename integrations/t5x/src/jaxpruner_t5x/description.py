@@ -19,6 +19,16 @@ def described(updater: jaxpruner.BaseUpdater, plan: Plan) -> Callable[[Any, Any]
     """For `utils.SaveCheckpointConfig.state_transformation_fns`: writes sparsity.json into MODEL_DIR.
 
     Checkpoints themselves stay as they are.
+
+    Examples:
+      >>> import tempfile
+      >>> from jaxpruner_t5x import create_updater, description, plan
+      >>> updater = create_updater("set", sparsity=0.8, update_start_step=0, update_end_step=100, update_freq=10)
+      >>> with tempfile.TemporaryDirectory() as model_dir:
+      ...     _ = described(updater, plan.Plan(model_dir=model_dir))({}, None)  # as T5X with each checkpoint
+      ...     written = description.read(model_dir)
+      >>> written["algorithm"], written["sparsity"], written["update_freq"]
+      ('set', 0.8, 10)
     """
 
     def transform(state_dict: Any, parameter_infos: Any) -> tuple[Any, Any]:

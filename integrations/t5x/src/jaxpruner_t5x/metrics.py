@@ -30,6 +30,17 @@ class SparsityMetrics(trainer.WeightMetricsComputer):
 
     Raises:
       ValueError: when the train step is compiled, if the run's optimizer is dense.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from t5x import optimizers, train_state
+      >>> from jaxpruner_t5x import SparseOptimizer, create_updater
+      >>> optimizer = SparseOptimizer(optimizers.adamw(1e-2), create_updater("preserve"))
+      >>> params = {"wi": {"kernel": jnp.array([[0.0, -4.0], [3.0, 0.0]])}}
+      >>> state = train_state.FlaxOptimTrainState(optimizer.create(params))
+      >>> logged = SparsityMetrics().compute_metrics(None, state, state)
+      >>> {name: float(metric.compute()) for name, metric in logged.items()}
+      {'sparsity/total': 0.5, 'sparsity/wi/kernel': 0.5}
     """
 
     def __init__(self, weight_metrics: bool = False):

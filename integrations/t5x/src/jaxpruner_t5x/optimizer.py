@@ -45,6 +45,12 @@ def create_updater(
 
     Raises:
       ValueError: for what is not valid.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> params = {"token_embedder": {"embedding": jnp.ones((32, 8))}, "mlp": {"kernel": jnp.ones((8, 16))}}
+      >>> create_updater("static_sparse", sparsity=0.8, dist_type="uniform").get_target_sparsities(params)
+      {'mlp': {'kernel': 0.8}, 'token_embedder': {'embedding': None}}
     """
     given = {"sparsity": sparsity, "dist_type": dist_type, "filter_fn": filter_fn, **more}
     return jaxpruner.create_updater_from_config({"algorithm": algorithm} | given)
@@ -81,6 +87,15 @@ class SparseOptimizer(optimizers.OptimizerDef):
       plan: how long T5X trains, from `planned`, to refuse a schedule that does not fit in; None does not ask, for a
         run that is to be continued further.
       model: makes the model, `configured_model`, whose groups `sparsity_type = 'groups'` means.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from t5x import optimizers
+      >>> updater = create_updater("magnitude", sparsity=0.5, update_start_step=0, update_end_step=0)
+      >>> params = {"mlp": {"kernel": jnp.array([[1.0, -4.0], [3.0, -2.0]])}}
+      >>> optimizer = SparseOptimizer(optimizers.sgd(0.25), updater).create(params)
+      >>> optimizer.apply_gradient(params).target["mlp"]["kernel"].tolist()
+      [[0.0, -3.0], [2.25, 0.0]]
     """
 
     def __init__(

@@ -45,6 +45,14 @@ def planned() -> Plan:
 
     Raises:
       ValueError: for a macro that nothing uses and that is called almost like one of sparse.gin.
+
+    Examples:
+      >>> from jaxpruner_t5x import launch
+      >>> files = ["t5x/examples/t5/byt5/base.gin", "t5x/configs/runs/pretrain.gin"]
+      >>> bindings = ["MIXTURE_OR_TASK_NAME = 'mine'", "TASK_FEATURE_LENGTHS = {}", "DROPOUT_RATE = 0.0"]
+      >>> with launch.parsed(files, [*bindings, "TRAIN_STEPS = 100_000", "MODEL_DIR = 'runs/mine'"]):
+      ...     planned()
+      Plan(total_steps=100000, relative_steps=None, model_dir='runs/mine', initial_checkpoint=None)
     """
     refuse_misspelled(gin.config_str())
     train = _bindings(getattr(sys.modules["__main__"], "train", None))
@@ -58,6 +66,15 @@ def configured_model() -> Any:
 
     Raises:
       ValueError: where the script is not T5X's `train`, or gin gives it none.
+
+    Examples:
+      >>> from jaxpruner_t5x import launch
+      >>> run = ["t5x/examples/t5/byt5/base.gin", "t5x/configs/runs/pretrain.gin", "jaxpruner_t5x/configs/sparse.gin"]
+      >>> bindings = ["MIXTURE_OR_TASK_NAME = 'mine'", "TASK_FEATURE_LENGTHS = {}", "DROPOUT_RATE = 0.0"]
+      >>> with launch.parsed(run, [*bindings, "TRAIN_STEPS = 100_000", "MODEL_DIR = 'runs/mine'"]):
+      ...     model = configured_model()
+      >>> type(model).__name__, type(model.optimizer_def).__name__, model.module.config.num_encoder_layers
+      ('EncoderDecoderModel', 'SparseOptimizer', 18)
     """
     bound = _bindings(getattr(sys.modules["__main__"], "train", None)).get("model")
     if bound is None:

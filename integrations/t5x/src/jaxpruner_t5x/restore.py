@@ -36,6 +36,17 @@ def dense_or_sparse(
       ValueError: if the checkpoint lacks parameters of the model, or its run asked for something that cannot be gone on
         from, such as another algorithm; and when a run is resumed, if of the checkpoint in MODEL_DIR and what is asked
         for one is dense and the other sparse.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jaxpruner_t5x import SparseOptimizer, create_updater
+      >>> from t5x import optimizers
+      >>> dense = optimizers.adamw(1e-2)
+      >>> sparse = SparseOptimizer(dense, create_updater("static_sparse", sparsity=0.5))
+      >>> params = {"wi": {"kernel": jnp.ones((2, 4))}}
+      >>> saved, wanted = (optimizer.create(params).state_dict() for optimizer in (dense, sparse))
+      >>> dense_or_sparse()(saved, wanted) is saved  # T5X takes from it what is there, and the masks start anew
+      True
     """
     plan = plan or Plan()
 
