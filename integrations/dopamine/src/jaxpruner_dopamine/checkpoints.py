@@ -1,4 +1,4 @@
-"""Which optimizer states of checkpoints a run can go on from, and what to say of the others."""
+"""Which optimizer states of checkpoints a run can continue from, and what to say about the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def continued(
     fresh: jaxpruner.SparseState,
     where: str,
 ) -> tuple[jaxpruner.SparseState, list[str]]:
-    """The state of a sparse checkpoint to go on from, and what differs from its configuration."""
+    """The state of a sparse checkpoint to continue from, and what differs from its configuration."""
     described = described or jaxpruner.describe(updater)  # of a version that stored none
     if updater is None:
         raise ValueError(
