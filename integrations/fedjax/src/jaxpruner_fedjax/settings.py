@@ -20,8 +20,8 @@ class Rule(NamedTuple):
     """What a setting must be.
 
     Attributes:
-      holds: whether a value is.
-      words: what to call it.
+      holds: whether a value follows the rule.
+      words: the rule in words.
     """
 
     holds: Callable[[Any], bool]
@@ -33,7 +33,7 @@ def _whole(least: int, below: float = math.inf) -> Callable[[Any], bool]:
 
 
 def _number(inside: Callable[[float], bool]) -> Callable[[Any], bool]:
-    # NaN is inside of nothing.
+    # NaN is never inside.
     return lambda value: isinstance(value, numbers.Real) and inside(float(value))
 
 
@@ -114,10 +114,10 @@ class Config:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What decides the numbers of a round, so that a checkpoint is not continued with something else.
+        """The settings that decide the numbers of a round, so that a checkpoint is not continued with others.
 
-        Not `backend`: it changes no number but by rounding, and may change with the machine. To the same bits a
-        training continues only with the same one.
+        They exclude `backend`, which changes numbers only by rounding, and may change with the machine. A training
+        continues to the same bits only with the same backend.
         """
         free = ("cache_dir", "root_dir", "num_rounds", "checkpoint_frequency", "eval_frequency", "backend")
         deciding = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -130,7 +130,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Excluding:
-    """A `filter_fn` that takes parameters of two or more axes, but for those that a path or pattern names."""
+    """A `filter_fn` that selects parameters with two or more axes, except those that a path or pattern names."""
 
     patterns: tuple[str, ...]
 
@@ -218,7 +218,7 @@ def sparsity_config(config: Config) -> dict[str, Any]:
     """The configuration of JaxPruner. A step of the server is a round.
 
     Raises:
-      ValueError: for an option of the algorithm that has a setting of its own.
+      ValueError: for an option of the algorithm that has its own setting.
     """
     same = (
         "algorithm", "sparsity", "dist_type", "sparsity_type", "custom_sparsity_map", "update_freq", "skip_gradients",
