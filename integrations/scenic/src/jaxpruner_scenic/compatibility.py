@@ -29,7 +29,7 @@ def load() -> None:
     """Makes Scenic importable.
 
     Raises:
-      ImportError: where there is no Scenic, or PyPI's project of that name; it names the remedy.
+      ImportError: if there is no Scenic, or only PyPI's project of that name; it names the remedy.
     """
     spec = importlib.util.find_spec("scenic")
     folders = [pathlib.Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
