@@ -40,7 +40,7 @@ class SparseJaxFullRainbowAgent(SparseAgent, full_rainbow_agent.JaxFullRainbowAg
         return {"support": self._support, "key": self._rng}
 
     def _acting(self) -> dict[str, Any]:
-        # Without noise, as where it is evaluated.
+        # Without noise, as in evaluation.
         return self._arguments() | {"eval_mode": True}
 
 

@@ -31,7 +31,7 @@ def continued(
         if isinstance(saved.inner_state, jaxpruner.StraightThroughState):
             saved = saved._replace(inner_state=saved.inner_state.inner_state)
         saved = jaxpruner.SparseState(*saved[:4])  # without what another algorithm remembered
-        # It goes on from any algorithm's zeros.
+        # It can continue from any algorithm's zeros.
         described = jaxpruner.describe(updater) | {"use_packed_masks": described["use_packed_masks"]}
     try:
         changes = jaxpruner.check_resumed(described, updater, where)

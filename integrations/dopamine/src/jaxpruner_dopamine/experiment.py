@@ -124,7 +124,7 @@ class ScalarWriter:
             tf.summary.scalar(name, value, step=step)
 
 
-# What it is mixed into has the rest, for the type checker, too.
+# The class that it is mixed into has the rest; this tells the type checker so.
 _Runner: Any = object
 
 

@@ -20,7 +20,7 @@ from jaxpruner.training.projection import pruned_only
 from jaxpruner_dopamine import checkpoints
 from jaxpruner_dopamine.sparsity import Clock, in_gin, sparsify
 
-# Agents of Dopamine's labs whose own code does not go together with a transformation around their optimizer.
+# Agents of Dopamine's labs whose own code does not work with a transformation around their optimizer.
 _REFUSED = {
     "SPRAgent": "its train step gives the optimizer no parameters, and pruning needs them",
     "TandemDQNAgent": "its train steps give the optimizer no parameters, and pruning needs them",
@@ -30,7 +30,7 @@ _REFUSED = {
 }
 
 
-# What it is mixed into has the rest, for the type checker, too.
+# The class that it is mixed into has the rest; this tells the type checker so.
 _Agent: Any = object
 
 
@@ -151,7 +151,7 @@ class SparseAgent(_Agent):
             return
         try:
             shifted = jaxpruner.shifted_parameters(self._forward, self._params, self._seen(self.state))
-        except Exception:  # an agent of one's own, whose network takes other arguments
+        except Exception:  # a custom agent, whose network takes other arguments
             logging.debug("parameters that are shifted are not told", exc_info=True)
             return
         if names := [name for name in shifted if name in self.sparsity()]:

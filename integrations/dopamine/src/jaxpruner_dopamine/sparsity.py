@@ -19,7 +19,7 @@ from jaxpruner.structure_strings import parse_sparsity_type
 DENSE = "no_prune"
 # A branch of the seed's keys for masks. The agent splits its own keys from the same seed, by small numbers.
 _MASKS = 2**31 - 1
-# The core's keys, which count gradient steps, and what they are called here.
+# The core's keys, which count gradient steps, and their names here.
 _IN_AGENT_STEPS = {
     "update_start_step": "update_start_agent_step",
     "update_end_step": "update_end_agent_step",
@@ -235,7 +235,7 @@ def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: in
         at_once = clock.gradient_steps(start)
         return {"update_start_step": at_once, "update_end_step": at_once, "update_freq": 1}
     period = clock.gradient_period(freq or 1)
-    # A start of 1 or more never means the very first gradient step: masks by weights that have not been trained.
+    # A start of 1 or more never means the first gradient step, whose masks would come from untrained weights.
     first = math.ceil(max(clock.gradient_steps(start), min(start, 1)) / period) * period
     last = clock.gradient_steps(end) // period * period
     if last <= first:

@@ -16,7 +16,7 @@ from dopamine.discrete_domains import run_experiment
 from jaxpruner_dopamine import experiment
 
 FLAGS = flags.FLAGS
-# What a mistake in flags, gin files and bindings ends in.
+# The errors that mistakes in flags, gin files and bindings raise.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, SyntaxError, gymnasium.error.Error)
 
 
@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 def main(argv: list[str]) -> None:
     """Trains."""
     logging.set_verbosity(logging.INFO)
-    # Orbax tells a dozen lines a checkpoint.
+    # Orbax logs a dozen lines per checkpoint.
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     runner = create_runner_from_flags(argv)
     runner.run_experiment()
