@@ -65,7 +65,7 @@ def compact_model(model: fedjax.Model, params: Any, batch: Any, small: jaxpruner
     if small is None:
         small = jaxpruner.compact(model.apply_for_eval, params, batch)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    # With dropout, of the units that are left.
+    # With dropout on the remaining units.
     train = jaxpruner.compact(model.apply_for_train, shapes, batch, jax.random.PRNGKey(0), keep=small.kept)
     compacted = fedjax.Model(
         init=lambda rng: small.params,

@@ -115,7 +115,7 @@ def _ones_like(values: Any, *args: Any, **kwargs: Any) -> Any:
     return jnp.ones_like(jnp.asarray(values), *args, **kwargs)
 
 
-# Where FedJAX looks, the library, the name that it calls, the call as its source has it, and what stands in for it.
+# Where FedJAX looks, the library, the name that it calls, the call in FedJAX's source, and the replacement.
 _BROKEN = (
     ("fedjax.core.tree_util", "jax", "tree_map", "jax.tree_map(", jax.tree_util.tree_map),
     ("fedjax.core.regularizers", "jax", "tree_map", "jax.tree_map(", jax.tree_util.tree_map),

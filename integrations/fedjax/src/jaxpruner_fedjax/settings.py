@@ -161,7 +161,7 @@ def _check_folder(root: Path) -> None:
         raise ValueError(f"root_dir: {nearest} cannot be written to; give another folder, which need not exist.")
 
 
-# What each optimizer of the server has, beyond a step size.
+# The settings of each server optimizer besides the step size.
 _SERVERS: dict[str, tuple[str, ...]] = {
     "adam": ("server_beta1", "server_beta2", "server_epsilon"),
     "yogi": ("server_beta1", "server_beta2", "server_epsilon"),
@@ -195,7 +195,7 @@ def check_excluded(config: Config, params: Any) -> None:
             raise ValueError(f"exclude: {pattern!r} names no parameter of two or more axes, which are {names}.")
 
 
-# Keys of the core and how settings of this trainer are called.
+# Keys of the core, and the names of this trainer's settings for them.
 _ROUNDS = {"update_start_step": "update_start_round", "update_end_step": "update_end_round"}
 _IN_SETTINGS = _ROUNDS | {
     "mask update is at step": "mask update is at round",
@@ -230,7 +230,7 @@ def sparsity_config(config: Config) -> dict[str, Any]:
         "filter_fn": Excluding(tuple(config.exclude)) if config.exclude else None,
         "rng_seed": config.seed,
     }
-    # Flags are all floats; some options are numbers of something.
+    # Flags are all floats; some options are whole numbers.
     options = {k: int(v) if float(v).is_integer() else v for k, v in (config.algorithm_options or {}).items()}
     if twice := sorted(set(options) & (set(settings) | set(_ROUNDS.values()) | {"seed"})):
         raise ValueError(f"algorithm_options: {twice[0]} has a setting of its own; give that.")

@@ -78,7 +78,7 @@ def require_emnist(cache_dir: str | None = None) -> None:
     missing = [name for name in EMNIST_FILES if not os.path.exists(os.path.join(folder, name))]
     try:
         for name in missing:
-            # By the library that FedJAX downloads with, so that proxies and certificates count as they will.
+            # By the library that FedJAX downloads with, so that proxies and certificates apply as they will then.
             requests.head(EMNIST_URL + name, timeout=TIMEOUT, allow_redirects=True).raise_for_status()
     except requests.RequestException as error:
         urls = "\n".join(f"  {EMNIST_URL}{name}" for name in missing)
