@@ -78,7 +78,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._taken_over = {key: getattr(inner, key) for key in _TAKEN_OVER}
         self.inner = inner
         inner.use_ema, inner.ema_overwrite_frequency, inner.loss_scale_factor = False, None, None
-        # Refuses what would not be sparse, as it does for optax.
+        # Refuses configurations that would not be sparse, as for optax.
         jaxpruner.sparsify(optax.identity(), updater, **config)
         self._config = config if updater is None else updater
         if isinstance(updater, jaxpruner.BaseUpdater):
@@ -87,7 +87,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.updater = jaxpruner.create_updater_from_config(config if updater is None else updater)
 
     # The variables: those of Keras's base class (with averages of weights), the leaves of the sparse state, sums of
-    # dense gradients, and then those of the inner optimizer, as `LossScaleOptimizer` has it.
+    # dense gradients, and then those of the inner optimizer, as in `LossScaleOptimizer`.
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the variables: initial masks and counts, and those of the inner optimizer."""
@@ -490,7 +490,7 @@ def _written(config: Any) -> dict[str, Any]:
     for key, value in dict(config).items():
         try:
             written[key] = _as_json(value)
-        except Exception:  # whatever it is, it is told when the file is read
+        except Exception:  # whatever it is, reading the file reports it
             objects.append(key)
     return written | ({_OBJECTS: objects} if objects else {})
 
