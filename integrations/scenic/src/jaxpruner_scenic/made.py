@@ -52,7 +52,7 @@ class Made:
         self.asked: dict[trees.KeyPath, float] = {}
         self.groups: jaxpruner.BaseUpdater | None = None
         self.configured = self._updater(is_frozen=lambda name: False)
-        jaxpruner.sparsify(optax.identity(), self.config)  # tells of a bad schedule now
+        jaxpruner.sparsify(optax.identity(), self.config)  # reports a bad schedule now
 
     @property
     def is_dense(self) -> bool:

@@ -63,7 +63,7 @@ def _of_state(workdir: str, updater: jaxpruner.BaseUpdater | None) -> dict[str, 
     """Whether checkpoints without a kept description are sparse or dense."""
     is_sparse = _holds_masks(checkpoints.restore_checkpoint(workdir, target=None))
     if is_sparse and updater is not None:
-        return jaxpruner.describe(updater)  # nothing tells of a difference
+        return jaxpruner.describe(updater)  # nothing shows a difference
     return {"algorithm": "a sparse one" if is_sparse else "no_prune"}
 
 
