@@ -14,8 +14,8 @@ from jaxpruner import RememberingState, SparseState, StraightThroughState, trees
 from jaxpruner.training import optimizer_state
 from jaxpruner.training.projection import with_statistics
 
-# T5X asks for axes before it knows the mesh. The bytes of a packed mask are spread over devices where they can be dealt
-# to 2, 4, 8 or 16 of them, the usual numbers for a model's axes; else an axis is whole on every device.
+# T5X asks for axes before it knows the mesh. The bytes of a packed mask are spread over devices if they divide over
+# 2, 4, 8 or 16 of them, the usual numbers for a model's axes; otherwise the axis is whole on every device.
 _DEALT = 16
 
 
