@@ -330,7 +330,7 @@ def _tell_of_dense(task: Task, weights: Weights) -> None:
 
 
 def _bar(layers: Iterator[Layer], weights: Weights, task: Task, progress: bool, title: str) -> Iterator[Layer]:
-    """The layers, with a bar that names the one at hand."""
+    """The layers, with a bar that names the current one."""
     number = len({use.part for use in weights.uses})
     with tqdm(total=number, desc=title, unit="layer", disable=not progress) as bar:
         for layer in layers:

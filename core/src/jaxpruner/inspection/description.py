@@ -106,7 +106,7 @@ def _schedule(schedule: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    """A value as JSON has it; functions by their names, which are the same in the next process."""
+    """A value as JSON; functions by their names, which are the same in the next process."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, functools.partial):

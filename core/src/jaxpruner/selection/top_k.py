@@ -302,7 +302,7 @@ def _count_true(mask: Bool[Array, "*shape"], method: Method) -> UInt32[Array, ""
 
 
 def is_one_cpu() -> bool:
-    """Whether there is one device, and it is a CPU: rows and blocks of an array are then at hand where they lie."""
+    """Whether there is one device, and it is a CPU: rows and blocks of an array can then be read in place."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
