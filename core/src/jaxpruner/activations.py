@@ -1,4 +1,4 @@
-"""Sparse activations: the largest of each example pass."""
+"""Sparse activations: the largest of each example pass through."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def sparsify_activations(
 
     .. math:: y = m(|x|) \odot x, \qquad \partial y / \partial x := 1
 
-    so that what was not among the largest still learns (Bengio et al., 2013).
+    so that activations that are not among the largest still learn (Bengio et al., 2013).
 
     Args:
       x: activations, examples along the leading axes.
-      sparsity: the share of each example that is 0, in [0, 1); may be traced. n:m takes any but 0.
-      structure: which sets of one example may pass, its axes counted without those of the batch.
-      batch_axes: how many leading axes are examples; 0 takes all of `x` as one.
+      sparsity: the share of each example that is 0, in [0, 1); may be traced. n:m takes any value except 0.
+      structure: which sets of one example may pass; its axes are counted without those of the batch.
+      batch_axes: how many leading axes are examples; 0 takes all of `x` as one example.
 
     Raises:
       ValueError: if an example does not fit the structure, or has no axis.

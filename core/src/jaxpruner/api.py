@@ -1,4 +1,4 @@
-"""From configuration to updater, and `sparsify`. The one place that parses strings."""
+"""From configuration to updater, and `sparsify`. This is the only module that parses strings."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def sparsify(
     After `params = optax.apply_updates(params, updates)`, pruned entries are exactly 0 and kept
     entries are bitwise what `inner` would have given them. The transformation must come last in a
     chain (`optax.chain(clip, sparsify(adam, ...))`): anything after it would change the updates
-    that put pruned entries at 0. The same holds for wrappers that scale updates.
+    that set pruned entries to 0. The same holds for wrappers that scale updates.
 
     Args:
       inner: any optax optimizer.
@@ -88,8 +88,8 @@ def sparsify(
       An optax transformation whose state is a `SparseState`.
 
     Raises:
-      ValueError: if the configuration is not valid, or would not make the training sparse: without a schedule, with
-        one that never arrives, with a structure that disagrees with the sparsity.
+      ValueError: if the configuration is not valid, or would not make the training sparse: it has no schedule, one
+        that never reaches the target, or a structure that disagrees with the sparsity.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jaxpruner
@@ -159,20 +159,20 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
       sparsity: final fraction of zeros, in [0, 1).
       dist_type: `uniform` (default) or `erk`; global algorithms have their own.
       sparsity_type: `unstructured` (default, but `per_output` for `srigl`), `nm_2,4` or `nm_2:4`, `block_4,4`,
-        `channel_-1`, with an axis `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`,
-        `block_4,4,axes=1:2`, `channel_input`; `gradual_nm_2,4`, unstructured before it is n:m; where an adapter of
-        a framework finds them in its model (see `find_groups`) `groups`, `groups_*mlp*:*attention*` (patterns),
-        `groups,multiple_of=8`, `groups,budget=flops`; or what `BaseUpdater.sparsity_type` takes.
+        `channel_-1`; with an axis: `nm_2,4,axis=0`, `nm_2,4,axis=0:1` (folded), `nm_2,4,axis=input`,
+        `block_4,4,axes=1:2`, `channel_input`; `gradual_nm_2,4`, unstructured before it is n:m; if the adapter of a
+        framework finds groups in its model (see `find_groups`): `groups`, `groups_*mlp*:*attention*` (patterns),
+        `groups,multiple_of=8`, `groups,budget=flops`; or anything that `BaseUpdater.sparsity_type` takes.
       update_start_step, update_end_step, update_freq: masks are made on multiples of `update_freq`
-        (default 1) from start to end, sparser with each along a cubic polynomial, the last with the final sparsity
-        exactly; at once if start equals end; never without a start.
+        (default 1) from start to end. Each is sparser than the one before, along a cubic polynomial, and the last has
+        exactly the final sparsity. If start equals end, there is one mask at the final sparsity; without a start, none.
       initial_sparsity: where the polynomial starts (default 0), or `from_params`: zeros of the parameters at the first
-        step stay, and pruning goes on from them.
+        step stay, and pruning continues from them.
       drop_fraction: share of active weights that SET, MEST, RigL, SRigL and GraNet replace, cosine-decayed to 0 at
         `update_end_step` (default 0.1).
-      filter_fn: `filter_fn(path, param)` takes the parameters to prune (default: two or more axes).
-      custom_sparsity_map: path or pattern -> sparsity; the most specific pattern holds.
-      Anything else is given to the algorithm, such as `use_packed_masks`, `stack_axes` and `rng_seed`.
+      filter_fn: `filter_fn(path, param)` selects the parameters to prune (default: two or more axes).
+      custom_sparsity_map: path or pattern -> sparsity; the most specific pattern wins.
+      Anything else is passed to the algorithm, such as `use_packed_masks`, `stack_axes` and `rng_seed`.
 
     Raises:
       ValueError: for unknown keys and values, with the list of valid ones.
@@ -217,7 +217,7 @@ def register_algorithm(name: str, algorithm: Callable[..., BaseUpdater]) -> None
     """Makes an algorithm known to configurations.
 
     Args:
-      name: what `algorithm:` will say.
+      name: the value of `algorithm` in configurations.
       algorithm: a class or function that takes the fields of `BaseUpdater` it needs as keywords.
 
     Raises:
@@ -303,6 +303,6 @@ def _accepted_fields(algorithm: Callable[..., BaseUpdater], asked: Mapping[str, 
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if not takes_all:
         return names
-    # It hands them on to an updater: the fields of every one, and the keys that are its own.
+    # It passes them on to an updater: the fields that every updater has, and the updater's own keys.
     common = {field.name for field in dataclasses.fields(BaseUpdater)}
     return names | common | (set(asked) - set(_COMMON_KEYS))

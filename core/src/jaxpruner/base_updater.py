@@ -1,4 +1,4 @@
-"""BaseUpdater: the few hooks that an algorithm overrides; and NoPruning, which prunes nothing."""
+"""BaseUpdater has the few hooks that an algorithm overrides. NoPruning prunes nothing."""
 
 from __future__ import annotations
 
@@ -60,26 +60,26 @@ def _structured_topk(updater: BaseUpdater, scores: Any, sparsity: Any) -> Any:
 class BaseUpdater:
     """An algorithm that decides which weights to keep, as an optax transformation.
 
-    A new algorithm overrides `calculate_scores` alone: the weights of the highest scores are kept.
-    Every hook is looked up when it is called, so instances may be changed after they were made.
-    Two are equal if they are of one class and their fields are; subclasses that are dataclasses say `eq=False`, which
-    keeps that and the hash.
+    A new algorithm overrides only `calculate_scores`: the weights with the highest scores are kept.
+    Hooks are looked up when they are called, so you may change an instance after you made it.
+    Two instances are equal if they have the same class and equal fields. Subclasses that are dataclasses must say
+    `eq=False`, which keeps this equality and the hash.
 
     Attributes:
       scheduler: when masks are made and how sparse they are then.
       skip_gradients: whether a step that makes masks takes no inner step.
-      is_sparse_gradients: whether the inner optimizer sees gradients of kept weights only.
-      sparsity_type: the structure of masks: one for all leaves; a function of (path, parameter) to a
+      is_sparse_gradients: whether the inner optimizer sees only the gradients of kept weights.
+      sparsity_type: the structure of masks: one for all leaves; a function from (path, parameter) to a
         structure; or path patterns -> structure (a mapping or pairs), unstructured elsewhere.
       sparsity_distribution_fn: parameters -> tree of final sparsities, None where not pruned.
       rng_seed: an integer or a `jax.random` key.
-      use_packed_masks: whether the state keeps one bit a weight rather than one byte.
+      use_packed_masks: whether the state keeps one bit per weight rather than one byte.
       topk_fn: `fn(scores, sparsity) -> mask` in place of `sparsity_type`.
       stack_axes: which axis of a leaf is a stack of layers, as path patterns -> axis (a mapping or pairs) or a function
-        of (path, parameter) to an axis or None. Each layer keeps its own exact share and its own structure; filters
+        from (path, parameter) to an axis or None. Each layer keeps its own exact share and its own structure; filters
         and distributions see one layer's shape.
-      masks: what training starts from: a tree of boolean masks, None where a leaf starts dense; or `"from_params"`,
-        which keeps what is zero in the parameters at count 0. What they prune stays pruned.
+      masks: the masks that training starts from: a tree of boolean masks, None where a leaf starts dense; or
+        `"from_params"`, which keeps what is zero in the parameters at count 0. What they prune stays pruned.
 
     Examples:
       >>> class SmallestFirst(BaseUpdater):
@@ -107,7 +107,7 @@ class BaseUpdater:
     regrows: ClassVar[bool] = False
     # Whether dense weights are trained behind the masked ones.
     straight_through: ClassVar[bool] = False
-    # Whether one threshold is for all leaves.
+    # Whether one threshold holds for all leaves.
     is_global: ClassVar[bool] = False
     # Whether masks are made when the schedule says so; else they are what training starts with.
     follows_schedule: ClassVar[bool] = True
@@ -115,7 +115,7 @@ class BaseUpdater:
     reaches_sparsity: ClassVar[bool] = False
     # Whether training starts dense; else with a mask of the final sparsity.
     starts_dense: ClassVar[bool] = True
-    # What a configuration with a start and an end makes of them.
+    # The schedule that a configuration with a start and an end gives.
     gradual_schedule: ClassVar[type[Schedule]] = sparsity_schedules.PolynomialSchedule
     # Whether a mask update that regrows starts the optimizer statistics of all weights anew, not of those alone.
     renews_all: ClassVar[bool] = False
@@ -123,14 +123,14 @@ class BaseUpdater:
     reads_optimizer: ClassVar[bool] = False
 
     def wrap_optax(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        """The inner optimizer, made sparse. It must come last in a chain.
+        """Makes the inner optimizer sparse. The result must come last in a chain.
 
         Extra keyword arguments of its `update` reach `calculate_scores` and the inner optimizer.
         """
         return transformation.mask_params(inner, self)
 
     def sparsify_optax(self, inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-        """The inner optimizer, made such that a stock trainer sees sparse parameters only."""
+        """Makes the inner optimizer sparse, such that a stock trainer sees only sparse parameters."""
         return self.wrap_optax(inner)
 
     def calculate_scores(
@@ -141,19 +141,19 @@ class BaseUpdater:
         Args:
           params: the parameters.
           sparse_state: the state before this update; None in `instant_sparsify`.
-          grads: the gradients, where the caller has them.
+          grads: the gradients, if the caller has them.
           **kwargs: extra arguments given to the transformation's `update`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override calculate_scores.")
 
     def init_statistics(self, params: Any) -> Any:
-        """What the algorithm remembers at count 0; None, here, if it remembers nothing.
+        """What the algorithm remembers at count 0. The default is None: it remembers nothing.
 
-        They are in `sparse_state.statistics`, and everywhere that masks are: in checkpoints, shardings, loops.
+        The statistics are in `sparse_state.statistics`, and everywhere that masks are: checkpoints, shardings, loops.
 
         Args:
-          params: the parameters that are pruned, MaskedNode elsewhere, which `jax.tree.map` passes over. Only their
-            shapes count: hosts restore parameters after `init`.
+          params: the parameters that are pruned, and MaskedNode elsewhere, which `jax.tree.map` skips. Use only their
+            shapes, because hosts restore parameters after `init`.
 
         Returns:
           A tree like `params`, or a dict or tuple of such trees, with leaves of the parameters' shapes.
@@ -162,18 +162,18 @@ class BaseUpdater:
         return None
 
     def update_statistics(self, params: Any, grads: Any, statistics: Any) -> Any:
-        """The statistics after one more step; called in every step, before masks are made.
+        """The statistics after one more step. This is called in every step, before masks are made.
 
         Args:
-          params: the parameters before the step, of the pruned leaves (dense weights if straight-through).
-          grads: their gradients as they came, not masked.
-          statistics: those before the step. What is returned takes their dtypes.
+          params: the parameters of the pruned leaves before the step (dense weights if straight-through).
+          grads: their gradients, not masked.
+          statistics: the statistics before the step. The result takes their dtypes.
         """
         del params, grads
         return statistics
 
     def known_statistics(self, params: Any, sparse_state: SparseState | None, grads: Any) -> Any:
-        """The statistics to score with; without a state those of a single step from these gradients."""
+        """The statistics to score with; without a state, those of a single step with these gradients."""
         if sparse_state is not None:
             return sparse_state.statistics
         require_grads(self, grads)
@@ -184,7 +184,7 @@ class BaseUpdater:
 
         Args:
           params: the parameters that it steps from (dense weights if straight-through).
-          grads: the gradients as they came.
+          grads: the unmasked gradients.
           masks: the boolean masks in force, None where a leaf is not pruned.
           sparse_state: the state, with these masks, at the count of this step.
         """
@@ -192,7 +192,7 @@ class BaseUpdater:
         return apply_mask(grads, masks) if self.is_sparse_gradients else grads
 
     def check_inner_state(self, inner_state: Any, params: Any) -> None:
-        """Raises a ValueError if the inner optimizer lacks what the algorithm reads of it; called by `init`."""
+        """Raises a ValueError if the inner optimizer lacks what the algorithm reads from it; called by `init`."""
 
     def init_state(self, params: Any) -> SparseState:
         """The state at count 0.
@@ -221,7 +221,7 @@ class BaseUpdater:
     def chosen_sparsities(self, params: Any) -> Any:
         """The final sparsities as they are distributed, None where a leaf was not chosen to be pruned.
 
-        Masks of groups reach other leaves, too: `get_target_sparsities` has these as well.
+        Masks of groups reach other leaves too; `get_target_sparsities` includes these.
         """
         return self.sparsity_distribution_fn(self.layers(params))
 
@@ -230,9 +230,9 @@ class BaseUpdater:
         return trees.map_pruned(lambda p, _: jnp.ones_like(p, dtype=bool), params, target_sparsities)
 
     def update_state(self, sparse_state: SparseState, params: Any, grads: Any, **kwargs: Any) -> SparseState:
-        """The state with masks made anew, as of `sparse_state.count`.
+        """The state with new masks, as of `sparse_state.count`.
 
-        Towards the sparsities of this configuration, whatever the state was made with.
+        They approach the sparsities of this configuration, whatever the state was made with.
         """
         targets = self._targets_at_hand(params, sparse_state)
         sparsities = self._sparsities_at(targets, sparse_state.count)
@@ -264,7 +264,7 @@ class BaseUpdater:
         return self.scheduler.get_sparsity_at_step(target, count)
 
     def starting_masks(self, params: Any, sparse_state: SparseState) -> Any:
-        """The masks of the state, as they are stored; at count 0 those read from the parameters, where asked for."""
+        """The masks of the state, as they are stored; at count 0 those read from the parameters, if asked for."""
         if not self._reads_params:
             return sparse_state.masks
 
@@ -275,7 +275,7 @@ class BaseUpdater:
         return projection.when(sparse_state.count == 0, read, lambda: sparse_state.masks)
 
     def check_state(self, sparse_state: SparseState, params: Any) -> None:
-        """Raises a ValueError if a state is of another configuration, by the shapes of what it holds."""
+        """Raises a ValueError if the shapes in a state show that it is of another configuration."""
         fit.check_state(self, sparse_state, params)
 
     def create_masks(self, scores: Any, sparsities: Any) -> Any:
@@ -313,17 +313,17 @@ class BaseUpdater:
         return self.apply_masks(params, masks), masks
 
     def pre_forward_update(self, params: Any, opt_state: Any) -> Any:
-        """The parameters to run the model with. Masks are enforced already, so these are they."""
+        """The parameters to run the model with. Masks are already enforced, so they are returned as they are."""
         del opt_state
         return params
 
     def post_gradient_update(self, params: Any, sparse_state: SparseState) -> Any:
-        """The parameters to go on with; on their masks already after a wrapped optimizer's step."""
+        """The parameters to continue with. After a wrapped optimizer's step, they are already on their masks."""
         return self.apply_masks(params, self.current_masks(sparse_state, params))
 
     @property
     def remembers(self) -> bool:
-        """Whether it keeps statistics: whether someone overrode `init_statistics`."""
+        """Whether the algorithm keeps statistics, which is whether `init_statistics` is overridden."""
         hook = self.init_statistics
         return getattr(hook, "__func__", hook) is not BaseUpdater.init_statistics
 
@@ -346,7 +346,7 @@ class BaseUpdater:
         return mask_storage.decode_tree(self.storage, placed, params)
 
     def structure(self, path: trees.KeyPath, leaf: Any) -> sparsity_types.SparsityType:
-        """The structure of the leaf at this path; functions of (path, parameter) see its shape and dtype."""
+        """The structure of the leaf at this path; functions of (path, parameter) see the leaf's shape and dtype."""
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         return sparsity_types.for_leaf(self.sparsity_type, path, shape, self.stack_axis(path, leaf))
 
@@ -359,7 +359,7 @@ class BaseUpdater:
         return trees.most_specific(trees.pattern_pairs(self.stack_axes, "stack_axes"), path, "stack_axes")
 
     def layers(self, params: Any) -> Any:
-        """The parameters as filters and distributions see them: a stack as one layer, so many times."""
+        """The parameters as filters and distributions see them: a stack as one layer, repeated."""
         if self.stack_axes is None:
             return params
 
@@ -379,7 +379,7 @@ class BaseUpdater:
         return trees.map_named(layer, params)
 
     def random_keys(self, tree: Any, step: Any = -1) -> Any:
-        """A tree of keys: one a leaf and mask update; -1 stands for the initial masks."""
+        """A tree of keys: one per leaf and mask update; -1 stands for the initial masks."""
         seed = self.rng_seed
         key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
         key = jax.random.fold_in(key, jnp.asarray(step, jnp.int32) + 1)
@@ -434,7 +434,7 @@ class BaseUpdater:
         try:
             targets = self.get_target_sparsities(params)
         except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-            # Of a distribution that reads weights, which only `init` can do.
+            # The distribution reads weights, which only `init` can do.
             return trees.from_state(sparse_state.target_sparsities)
         fit.check_pruned(targets, sparse_state)
         return self._as_float32(params, targets)

@@ -1,4 +1,4 @@
-"""The masks of all leaves of a tree, their selections made together."""
+"""Makes the masks of all leaves of a tree, with their selections made together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxpruner import selection, trees
 
 
 def map_choosing(choose: Callable[..., selection.Choosing], tree: Any, *rest: Any) -> Any:
-    """`trees.map_named` of a generator function, the selections of all leaves made together."""
+    """`trees.map_named` of a generator function, with the selections of all leaves made together."""
     choosing: list[selection.Choosing] = []
 
     def place(*arguments):

@@ -29,14 +29,14 @@ class Coupled(SparsityType):
 
     @abc.abstractmethod
     def reach(self, targets: Any, params: Any) -> Any:
-        """The sparsity of the units of each leaf that masks reach, None elsewhere, from those that were asked for."""
+        """The sparsity of the units of each leaf that masks reach, None elsewhere, from the sparsities asked for."""
 
     @abc.abstractmethod
     def masks(self, scores: Any, sparsities: Any, updater: Any) -> Any:
-        """A tree of masks, None where no unit is, from one of scores.
+        """A tree of masks, None where no unit is, from a tree of scores.
 
         Args:
-          scores: one score a weight, a tree like the parameters.
+          scores: one score per weight, a tree like the parameters.
           sparsities: of the units, a tree as `reach` gives it.
           updater: the algorithm for trees of units; its `create_masks` says which of them stay.
         """
@@ -47,7 +47,7 @@ class Coupled(SparsityType):
 
     @abc.abstractmethod
     def share_pruned(self, masks: Any, targets: Any) -> tuple[float, float, float]:
-        """What was asked for, what boolean masks prune, and what rounding allows, as shares of the budget.
+        """The shares of the budget that were asked for, that boolean masks prune, and that rounding allows.
 
         Args:
           masks: a tree of boolean masks.
@@ -80,9 +80,9 @@ class _Part(Coupled):
 
 @dataclasses.dataclass(frozen=True)
 class AllGroups(Coupled):
-    """The groups of a model that is not known yet: what a configuration asks for by `groups`.
+    """The groups of a model that is not known yet. A configuration asks for them by `groups`.
 
-    Whoever knows the model puts `of(find_groups(...))` in its place, such as the adapters of frameworks.
+    Code that knows the model, such as the adapter of a framework, puts `of(find_groups(...))` in its place.
 
     Attributes:
       patterns: the groups that are pruned, as for `Groups.choose`; all if there are none.

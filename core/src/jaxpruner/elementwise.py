@@ -1,4 +1,4 @@
-"""Scores that are an elementwise function, which selection evaluates while it reads the weights."""
+"""Scores that are elementwise functions; selection evaluates them while it reads the weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def elementwise_scores(score: Callable[..., Any], needs_grads: bool = False) -> Callable[..., Any]:
     """A `calculate_scores` of an elementwise function of weights, or of weights and gradients.
 
-    Called, it returns arrays like any other. Mask updates take its `unevaluated` scores instead,
-    which selection evaluates while it reads the weights, so that they are never stored.
+    When called, it returns arrays like any other. Mask updates take its `unevaluated` scores instead.
+    Selection evaluates these while it reads the weights, so they are never stored.
 
     Args:
       score: `score(w)`, or `score(w, g)`.

@@ -1,4 +1,4 @@
-"""When two configurations are the same: fields compared by what they say."""
+"""When two configurations are the same: fields are compared by their contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Structures that are reached by and by: less than the final sparsity is less structured."""
+"""Structures that are reached gradually: below the final sparsity, masks are less structured."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jaxpruner.sparsity_types import NByM, Unstructured
 
 @dataclasses.dataclass(frozen=True)
 class GradualNByM(NByM):
-    r"""n:m, reached by and by: the survivors of n:m rank first, then all other weights by their scores.
+    r"""n:m, reached gradually: the survivors of n:m rank first, then all other weights by their scores.
 
-    A leaf of :math:`N` keeps as many weights as an unstructured one at the same sparsity, but no survivor is pruned,
-    until at the sparsity :math:`1 - n / m` only they are left (the paper's library has it as an extension). For
-    schedules that rise; what is sparse from the start regrows within plain n:m.
+    A leaf of :math:`N` weights keeps as many as an unstructured one at the same sparsity, but no survivor is pruned. At
+    the sparsity :math:`1 - n / m` only the survivors are left (the paper's library has this as an extension). Use it
+    with schedules that rise; methods that are sparse from the start regrow within plain n:m.
     """
 
     def mask(self, scores: Any, sparsity: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Masks from scores, by the names that scripts know."""
+"""Masks from scores, by the names that existing scripts use."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def get_topk_fn(sparsity_type: sparsity_types.SparsityType | type[sparsity_types
       sparsity_type: a structure, or a class of one that needs no arguments (`Unstructured`).
 
     Returns:
-      A function of scores of any shape and a sparsity in [0, 1), which may be traced, to a boolean
+      A function from scores of any shape and a sparsity in [0, 1), which may be traced, to a boolean
       mask that keeps the highest scores.
 
     Raises:
-      ValueError: if it is no structure.
+      ValueError: if it is not a structure.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""How a mask is kept in the optimizer state: one byte or one bit a weight.
+"""How a mask is kept in the optimizer state: one byte or one bit per weight.
 
 Everything else in the library sees boolean masks; only this module knows about bits.
 """
@@ -24,7 +24,7 @@ _BITS = 8
 
 @dataclasses.dataclass(frozen=True)
 class DenseStorage:
-    """One boolean a weight, in the parameter's own shape."""
+    """One boolean per weight, in the parameter's own shape."""
 
     def encode(self, mask: Bool[Array, "*s"]) -> Bool[Array, "*s"]:
         return jnp.asarray(mask, bool)
@@ -40,10 +40,10 @@ class DenseStorage:
 
 @dataclasses.dataclass(frozen=True)
 class PackedStorage:
-    """One bit a weight, packed along one axis, so that the packed mask shards like its parameter.
+    """One bit per weight, packed along one axis, so that the packed mask shards like its parameter.
 
-    The axis of length d that is packed becomes ceil(d / 8) long, bit i of a byte (least significant
-    first) standing for entry 8 * byte + i. The other axes stay.
+    The packed axis, of length d, becomes ceil(d / 8) long. Bit i of a byte (least significant
+    first) stands for entry 8 * byte + i. The other axes stay.
     """
 
     def encode(self, mask: Bool[Array, "*s"]) -> UInt8[Array, "*packed"]:
@@ -59,9 +59,10 @@ class PackedStorage:
 
 @dataclasses.dataclass(frozen=True)
 class AxisStorage:
-    """One bit an entry of each axis, for masks that keep whole slices along each axis.
+    """One bit per entry of each axis, for masks that keep whole slices along each axis.
 
-    Such a mask is true where all of its axes are: bits of the axes one after the other, packed like a mask of one axis.
+    Such a mask is true where all of its axes are. The bits of the axes follow one another, packed like a mask of one
+    axis.
     """
 
     def encode(self, mask: Bool[Array, "*s"]) -> UInt8[Array, " packed"]:

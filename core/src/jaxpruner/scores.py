@@ -1,6 +1,6 @@
 """Scores: which weights matter. The highest are kept.
 
-Each function takes arrays to an array of the same shape and knows nothing of masks or state.
+Each function maps arrays to an array of the same shape, and knows nothing of masks or state.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def lamp(w: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
     .. math:: s_i = w_i^2 / \sum_{j : |w_j| \ge |w_i|} w_j^2
 
-    Of equal weights the earlier is taken for the larger, so that all sums differ. 0 where w is 0.
+    Of equal weights, the earlier one counts as the larger, so that all sums differ. The score is 0 where w is 0.
     """
     wide = jnp.promote_types(w.dtype, jnp.float32)
     squares = jnp.square(w.astype(wide)).reshape(-1)

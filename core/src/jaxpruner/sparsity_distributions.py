@@ -18,7 +18,7 @@ SparsityMap = Mapping[Any, float]
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """A stack of layers as filters and distributions see it: one layer's shape, so many times."""
+    """A stack of layers as filters and distributions see it: one layer's shape, and the number of layers."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -34,13 +34,13 @@ class Layers:
 
 
 def NOT_DIM_ONE_FILTER_FN(path: trees.KeyPath, param: Any) -> bool:  # noqa: N802 (a name scripts know)
-    """Takes parameters of two or more axes: kernels and embeddings, not biases and scales."""
+    """Selects parameters with two or more axes: kernels and embeddings, not biases and scales."""
     del path
     return np.ndim(param) > 1
 
 
 def KERNEL_FILTER_FN(path: trees.KeyPath, param: Any) -> bool:  # noqa: N802 (a name scripts know)
-    """Takes parameters whose last key is `kernel`."""
+    """Selects parameters whose last key is `kernel`."""
     del param
     return bool(path) and path[-1] == "kernel"
 
@@ -56,7 +56,7 @@ def uniform(
     Args:
       params: any pytree of arrays (or of shapes that have `.ndim`).
       sparsity: fraction of zeros, in [0, 1).
-      filter_fn: `filter_fn(path, param)`, path a tuple of strings, takes the parameters to prune.
+      filter_fn: `filter_fn(path, param)`, path a tuple of strings, selects the parameters to prune.
       custom_sparsity_map: path (a tuple of strings) or slash pattern -> sparsity of its own.
 
     Returns:
@@ -121,14 +121,14 @@ def get_sparsities_erdos_renyi(
 
     .. math:: \epsilon \sum_l r_l n_l = \sum_l (n_l - \lfloor s \, n_l \rfloor)
 
-    Where :math:`\epsilon r` passes 1 the leaf stays dense and :math:`\epsilon` is solved again over
+    If :math:`\epsilon r` exceeds 1, the leaf stays dense. Then :math:`\epsilon` is solved again over
     the others, which take over its zeros.
 
     Args:
       var_shape_dict: path -> shape.
       default_sparsity: s, the fraction of zeros over all leaves outside the custom map.
-      custom_sparsity_map: path or slash pattern -> sparsity that is kept outside the budget; one that names no shape
-        is passed over.
+      custom_sparsity_map: path or slash pattern -> sparsity that is kept outside the budget; a key that names no shape
+        is ignored.
       include_kernel: whether the spatial axes of convolutions count.
       erk_power_scale: the exponent `scale`; 0 is uniform.
 

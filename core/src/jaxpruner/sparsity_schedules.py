@@ -1,7 +1,7 @@
 """Schedules: at which steps masks are made, and how sparse they are then.
 
-A step is the number of updates that the transformation has seen. Every method takes a Python
-integer or a traced one.
+A step is the number of updates that the transformation has seen. Every method takes a Python or a
+traced integer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Schedule:
     """When masks are made and how sparse they are then; the final sparsity unless overridden.
 
-    A schedule of your own overrides `should_update_mask`, or `is_mask_update_iter`, its name in scripts of the
-    paper's library.
+    Your own schedule overrides `should_update_mask`, or `is_mask_update_iter`, its name in scripts for the paper's
+    library.
     """
 
     def should_update_mask(self, step: Step) -> Decision:
@@ -113,7 +113,7 @@ class OneShotSchedule(Schedule):
 class PeriodicSchedule(Schedule):
     """Masks are made on steps with `step % update_freq == 0` and `start <= step <= end`.
 
-    They have the final sparsity from the first update on. A bound that is None does not bind.
+    They have the final sparsity from the first update on. A bound that is None is ignored.
     """
 
     update_freq: int = 1
@@ -174,8 +174,8 @@ class PolynomialSchedule(PeriodicSchedule):
               p = \mathrm{clip}(t + 1 - start,\, 0,\, end - start) / (end - start)
 
     with the initial sparsity :math:`s_i`, at most :math:`s_f`. The last update, at the largest multiple of
-    `update_freq` that is not after the end, has the final sparsity exactly. Start and end may be the same step, which
-    makes it one shot.
+    `update_freq` that is not after the end, has the final sparsity exactly. If start and end are the same step, pruning
+    happens once.
 
     Examples:
       >>> schedule = PolynomialSchedule(update_freq=10, update_start_step=0, update_end_step=30)
@@ -213,9 +213,9 @@ class PolynomialSchedule(PeriodicSchedule):
 class AlternatingSchedule(PeriodicSchedule):
     """Sparse and dense phases in turn, each of `update_freq` steps; the last one is sparse (Peste et al., 2021).
 
-    A phase begins at each update, at the final sparsity or at 0. Counted from the last update backwards every second
-    one is dense: of an even number of updates the first begins a dense phase, which is none where training is dense
-    before.
+    A phase begins at each update, at the final sparsity or at 0. Counted backwards from the last update, every second
+    phase is dense. So with an even number of updates, the first begins a dense phase, which changes nothing if training
+    is dense before.
     """
 
     update_start_step: int = 0
@@ -238,7 +238,7 @@ class CosineDecay:
 
     .. math:: f(t) = \frac{f_0}{2} (1 + \cos(\pi \min(t, end) / end))
 
-    and :math:`f_0` throughout without an end.
+    and always :math:`f_0` if there is no end.
     """
 
     drop_fraction: float = 0.1

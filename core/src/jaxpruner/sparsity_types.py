@@ -33,7 +33,7 @@ class SparsityType(abc.ABC):
         """The mask that keeps the units of the highest scores.
 
         Args:
-          scores: one score a weight; NaN ranks below everything.
+          scores: one score per weight; NaN ranks below everything.
           sparsity: fraction of the units that is pruned, in [0, 1); may be traced.
 
         Raises:
@@ -48,7 +48,7 @@ class SparsityType(abc.ABC):
         grow_scores: Float[Array, "*s"],
         drop_fraction: Sparsity,
     ) -> Bool[Array, "*s"]:
-        """Drops the lowest of the active units and grows as many of the highest of the others.
+        """Drops the lowest active units and grows as many of the highest others.
 
         A unit that was just dropped may grow again, as in RigL: candidates are all units that the
         drop did not keep. The number of active units stays exactly the same.
@@ -67,7 +67,7 @@ class SparsityType(abc.ABC):
         return self.num_units(shape)
 
     def unit_size(self, shape: tuple[int, ...]) -> int:
-        """How many weights of a leaf of this shape go with the largest unit: what a rounded number can be off by."""
+        """How many weights the largest unit of a leaf of this shape has: the possible error of a rounded number."""
         return -(-math.prod(shape) // max(1, self.num_units(shape)))
 
     @property
@@ -76,7 +76,7 @@ class SparsityType(abc.ABC):
         return self
 
     def for_leaf(self, path: trees.KeyPath, shape: tuple[int, ...]) -> SparsityType:
-        """The structure of one leaf: this one, unless it depends on what the leaf is called."""
+        """The structure of one leaf: this one, unless it depends on the leaf's name."""
         del path, shape
         return self
 
@@ -152,8 +152,8 @@ class Unstructured(_Units):
 class Block(_Units):
     """Blocks of weights that are kept or pruned together.
 
-    Two axes, by default the first, are tiled by `block_shape = (h, w)` and all other axes belong whole to
-    each block; a leaf of one axis is tiled by w. Blocks at ragged edges are smaller. The score of a
+    Two axes, by default the first two, are tiled by `block_shape = (h, w)`. Each block spans all other
+    axes. A leaf with one axis is tiled by w. Blocks at ragged edges are smaller. The score of a
     block is the average over its weights, or their maximum with `use_avg_pooling=False`.
 
     Examples:
@@ -230,7 +230,7 @@ class Block(_Units):
 class Channel(_Units):
     """Whole slices along `axis`, scored by the sum over all other axes.
 
-    The axis may be `"output"` or `"input"`: the last axis that a layer does not contract, or the last that it does
+    The axis may be `"output"` or `"input"`: the last axis that a layer does not contract, or the last one that it does
     (:func:`contracted_axes`).
 
     Examples:
@@ -270,7 +270,7 @@ class NByM(SparsityType):
     """Exactly n of every m successive weights along `axis` (Mishra et al., 2021).
 
     Several axes are folded into one, in C order. `"input"` stands for the axes that a layer contracts
-    (:func:`contracted_axes`), along which hardware wants the groups. Sparsity 0 leaves the leaf dense, any other value
+    (:func:`contracted_axes`), along which hardware needs the groups. Sparsity 0 leaves the leaf dense; any other value
     applies n:m. Ties keep the later position.
 
     Examples:
@@ -320,8 +320,8 @@ class NByM(SparsityType):
 class PerOutput(SparsityType):
     """The same number of weights for each output of a layer: constant fan-in (Lasby et al., 2024; Sun et al., 2024).
 
-    Of the k inputs of each output `max(1, round_half_even(k * (1 - sparsity)))` are kept. `axis` has the inputs;
-    several axes are folded into one, in C order, and `"input"` stands for those that a layer contracts
+    Of the k inputs of each output, `max(1, round_half_even(k * (1 - sparsity)))` are kept. The inputs are along `axis`.
+    Several axes are folded into one, in C order, and `"input"` stands for those that a layer contracts
     (:func:`contracted_axes`). Ties keep the lower index.
 
     Examples:
@@ -355,7 +355,7 @@ class PerOutput(SparsityType):
         return self._highest(scores, counts.keep_count(self.num_rivals(scores.shape), sparsity).lo)
 
     def regrow(self, mask: Any, drop_scores: Any, grow_scores: Any, drop_fraction: Sparsity) -> Any:
-        # Each output drops as many as the others, and grows as many again.
+        # Each output drops the same number of weights, and grows as many again.
         number = self._inputs_first(mask).sum(0, dtype=jnp.int32).max(initial=0)
         stay = counts.keep_count(counts.Count(None, number.astype(jnp.uint32)), drop_fraction).lo
         survivors = self._highest(Scores.of(drop_scores).filled(~mask, jnp.nan), stay)
@@ -383,7 +383,7 @@ def as_axes(axis: int | tuple[int, ...] | str, shape: tuple[int, ...]) -> tuple[
 
 @dataclasses.dataclass(frozen=True)
 class Stacked(SparsityType):
-    """A stack of layers along `axis`: each has a mask of its own, of the same structure and sparsity."""
+    """A stack of layers along `axis`: each has its own mask, of the same structure and sparsity."""
 
     structure: SparsityType
     axis: int
@@ -460,7 +460,7 @@ def contracted_axes(path: trees.KeyPath, shape: tuple[int, ...]) -> tuple[int, .
 def masking(structure: SparsityType, scores: Any, sparsity: Sparsity) -> selection.Choosing:
     """`structure.mask`, whose selection can be made together with those of other leaves.
 
-    A structure whose `mask` someone overrode is called as it is, with an array.
+    If `mask` is overridden, it is called as it is, with an array.
     """
     if not isinstance(structure, _Units) or type(structure).mask is not _Units.mask:
         return structure.mask(as_array(scores), sparsity)
@@ -472,8 +472,8 @@ def regrowing(
 ) -> selection.Choosing:
     """`structure.regrow`, whose selections can be made together with those of other leaves.
 
-    A structure whose `regrow` someone overrode is called as it is, with arrays. Scores that are not finite, as of
-    gradients that overflowed, say nothing of where to grow: the mask stays.
+    If `regrow` is overridden, it is called as it is, with arrays. Scores that are not finite, as after overflowing
+    gradients, do not say where to grow, so the mask stays.
     """
     if not isinstance(structure, _Units) or type(structure).regrow is not _Units.regrow:
         grow = as_array(grow_scores)
@@ -486,13 +486,13 @@ def for_leaf(sparsity_type: Any, path: trees.KeyPath, param: Any, stack_axis: in
 
     Args:
       sparsity_type: a structure, a class of one, a function of (path, param), or path patterns ->
-        structure as a mapping or pairs, where the most specific one holds and Unstructured is the rest.
+        structure as a mapping or pairs, where the most specific one wins and all other leaves are Unstructured.
       path: the leaf's path.
       param: the leaf, or its shape.
       stack_axis: the axis along which it is a stack of layers; functions see one layer.
 
     Raises:
-      ValueError: if that gives no structure.
+      ValueError: if the result is not a structure.
     """
     if stack_axis is not None:
         check_axis(stack_axis, param.shape)

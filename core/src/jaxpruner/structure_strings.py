@@ -16,10 +16,10 @@ _GROUPS = re.compile(r"groups(?:_([^,]+))?(?:,multiple_of=([1-9][0-9]*))?(?:,bud
 
 
 def parse_sparsity_type(value: Any) -> Any:
-    """Strings become structures, also inside a mapping or pairs of patterns; all else stays.
+    """Turns strings into structures, also inside a mapping or pairs of patterns; everything else stays.
 
     Raises:
-      ValueError: for what is no structure.
+      ValueError: for a string that is not a structure.
     """
     if isinstance(value, str):
         return _parse(value)

@@ -52,7 +52,7 @@ def unboxed(tree: Any) -> Any:
 
 
 def is_boxed(node: Any) -> bool:
-    """Whether this is a variable of flax.nnx, or alike: a node with one array as its value."""
+    """Whether this is a variable of flax.nnx, or similar: a node with one array as its value."""
     children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
     if len(children) != 1 or len(children[0][0]) != 1 or not jax.tree.leaves(node):
         return False
@@ -78,7 +78,7 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def is_number(leaf: Any) -> bool:
-    """Whether a leaf is an array, its shape, or a number, and no function, string or random key."""
+    """Whether a leaf is an array, the shape of one, or a number, and not a function, string or random key."""
     dtype = getattr(leaf, "dtype", None)
     return isinstance(leaf, numbers.Number) if dtype is None else not jnp.issubdtype(dtype, jax.dtypes.extended)
 
@@ -108,7 +108,7 @@ class Parted(NamedTuple):
 
 
 def parted(tree: Any, is_traced: Callable[[Any], bool] = is_array) -> Parted:
-    """Parts a tree; what is no array, such as the functions in a module of Equinox, is not traced."""
+    """Parts a tree; anything that is not an array, such as the functions in an Equinox module, is not traced."""
     leaves, treedef = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if is_traced(leaf)]
     paths = [path for path, leaf in named_leaves(tree) if is_traced(leaf)]
@@ -123,7 +123,7 @@ def parted(tree: Any, is_traced: Callable[[Any], bool] = is_array) -> Parted:
 
 
 def numbers_only(tree: Any) -> Any:
-    """The tree with None in place of what is no number, such as the functions in a module of Equinox."""
+    """The tree with None in place of anything that is not a number, such as the functions in an Equinox module."""
     if all(map(is_number, jax.tree.leaves(tree))):
         return tree
     return jax.tree.map(lambda leaf: leaf if is_number(leaf) else None, tree)
@@ -198,7 +198,7 @@ def matches(pattern: str | KeyPath, path: KeyPath) -> bool:
     """Whether a key of a custom map names this leaf.
 
     A tuple of strings names the leaf of exactly that path. A string is a shell pattern over the
-    slash-joined path; `*` crosses slashes, so `decoder/*` takes all that lies below `decoder`.
+    slash-joined path; `*` crosses slashes, so `decoder/*` matches everything below `decoder`.
     """
     if isinstance(pattern, str):
         return fnmatch.fnmatchcase("/".join(path), pattern)

@@ -15,8 +15,8 @@ def summarize_sparsity(param_tree: Any, only_total_sparsity: bool = False) -> di
     """The fraction of zeros, in total and of each leaf.
 
     Args:
-      param_tree: any pytree of parameters or of masks; what is neither is left out (None, random keys, strings,
-        functions, and integers beside floating numbers).
+      param_tree: any pytree of parameters or of masks; anything else is left out (None, random keys, strings,
+        functions, and integers next to floating numbers).
       only_total_sparsity: leave out the entries of the leaves.
 
     Returns:
@@ -79,7 +79,7 @@ def _is_mask(leaf: Any) -> bool:
 
 
 def _count_nonzero(leaf: Any) -> Any:
-    """An exact Python integer, or float32 under `jit` (where int32 would overflow in the sum)."""
+    """An exact Python integer, or float32 under `jit` (where an int32 sum would overflow)."""
     count = jnp.sum(jnp.asarray(leaf) != 0, dtype=jnp.uint32)
     return count.astype(jnp.float32) if isinstance(count, jax.core.Tracer) else int(count)
 

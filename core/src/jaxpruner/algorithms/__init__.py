@@ -1,4 +1,4 @@
-"""The named algorithms: short choices among scores, structures and the time masks are made."""
+"""The named algorithms. Each combines scores, structures and the times when masks are made."""
 
 from jaxpruner.algorithms.at_initialisation import SNIP, GraSP, SynFlow
 from jaxpruner.algorithms.global_pruners import GlobalMagnitudePruning, GlobalSaliencyPruning, LampPruning

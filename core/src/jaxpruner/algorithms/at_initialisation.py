@@ -1,7 +1,7 @@
-"""Pruning at initialisation: masks of scores that one or a few batches give, before anything is trained.
+"""Pruning at initialisation: masks from scores on one or a few batches, before anything is trained.
 
-In a loop of one's own the loss travels with the update, `tx.update(grads, state, params, loss_fn=..., batches=...)`. A
-stock trainer is given masks that were made before:
+In your own loop, pass the loss to the update, `tx.update(grads, state, params, loss_fn=..., batches=...)`. Give a stock
+trainer masks that you made beforehand:
 
     _, masks = updater.instant_sparsify(params, loss_fn=loss_fn, batches=batches)
     tx = sparsify(inner, StaticRandomSparse(masks=masks, ...)), or PreserveSparsity(masks=masks)
@@ -30,10 +30,10 @@ Loss = Callable[..., Any]
 
 @dataclasses.dataclass(eq=False)
 class _AtInitialisation(GlobalPruning):
-    """One global mask, made in the first step, which never changes; whatever schedule is given.
+    """One global mask, made in the first step, which never changes, whatever schedule is given.
 
-    A leaf that is zero throughout scores 0 and goes first: exclude it with `filter_fn`. Where all scores are 0, as
-    behind a last layer that starts at zero and lets no gradient pass, nothing is pruned, and `check_sparse` tells it.
+    A leaf that is zero throughout scores 0 and is pruned first: exclude it with `filter_fn`. If all scores are 0, as
+    behind a last layer that starts at zero and passes no gradient, nothing is pruned, and `check_sparse` says so.
     """
 
     is_sparse_gradients: bool = True
@@ -53,7 +53,7 @@ class _AtInitialisation(GlobalPruning):
         any_speaks = functools.reduce(jnp.logical_or, together, jnp.asarray(False))
 
         def dense_where_silent(path: trees.KeyPath, mask: Any, own: Any) -> Any:
-            # By the rule for ties zeros would keep the first layers and cut off the last.
+            # By the rule for ties, zero scores would keep the first layers and cut off the last.
             return None if trees.is_unpruned(mask) else mask | ~(own if self._competes_alone(path) else any_speaks)
 
         return trees.map_named(dense_where_silent, masks, speaks)
@@ -120,13 +120,13 @@ class SNIP(_AtInitialisation):
 
 @dataclasses.dataclass(eq=False)
 class GraSP(_AtInitialisation):
-    r"""Keeps the weights whose removal would lessen the gradient flow most (Wang et al., 2020).
+    r"""Keeps the weights whose removal would reduce the gradient flow most (Wang et al., 2020).
 
     .. math:: s = w \odot (H g)
 
     with the Hessian :math:`H` and the gradient :math:`g` of the loss. To first order, the removal of a weight changes
     :math:`g^T g` by :math:`-2 s`; the paper removes the largest :math:`-w \odot (H g)`, which are the lowest of these.
-    Its temperature, 200, is the loss's: divide logits by it.
+    The paper's temperature, 200, is part of the loss: divide the logits by it.
     """
 
     def calculate_scores(
@@ -163,14 +163,14 @@ class SynFlow(_AtInitialisation):
 
     .. math:: s = |w| \odot \partial R / \partial |w|, \qquad R = \mathbb 1^T f(\mathbb 1; |w|)
 
-    where :math:`f` is the network without what is not positively homogeneous. In round :math:`k` of :math:`n`, a share
-    :math:`(1 - sparsity)^{k/n}` of the weights stays, by the scores of those that stayed before.
+    where :math:`f` is the network without the parts that are not positively homogeneous. In round :math:`k` of
+    :math:`n`, a share :math:`(1 - sparsity)^{k/n}` of the weights stays, scored among those that stayed before.
 
     Attributes:
       rounds: the :math:`n` above.
 
     Raises:
-      ValueError: for less than one round.
+      ValueError: for fewer than one round.
     """
 
     rounds: int = 100

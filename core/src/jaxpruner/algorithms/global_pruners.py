@@ -22,8 +22,8 @@ class GlobalPruning(BaseUpdater):
     r"""Keeps the highest normalised scores of all selected leaves together.
 
     The scores of a leaf are divided by :math:`\lVert s \rVert_2 + \epsilon`, so that no layer wins
-    by its scale alone. Over N entries, `max(1, round_half_even(N * (1 - sparsity)))` are kept; a
-    leaf may lose all of its own.
+    by its scale alone. Of N entries, `max(1, round_half_even(N * (1 - sparsity)))` are kept. A
+    leaf may lose all of its weights.
 
     Attributes:
       sparsity: fraction of zeros over all selected leaves.
@@ -149,12 +149,12 @@ class LampPruning(GlobalPruning):
 
     .. math:: s_i = w_i^2 / \sum_{j : |w_j| \ge |w_i|} w_j^2
 
-    over the weights of a leaf, or of a layer in a stack of them. The largest weight of each scores 1, so that no leaf
-    vanishes before all are down to one weight. Of groups, a unit's score is the sum of those of its weights. Each mask
-    update sorts each leaf, and gathers those that are sharded.
+    over the weights of a leaf, or of a layer in a stack. The largest weight of each leaf scores 1, so no leaf vanishes
+    before all are down to one weight. With groups, a unit's score is the sum of the scores of its weights. Each mask
+    update sorts each leaf, and gathers sharded leaves.
 
     Raises:
-      ValueError: for `use_normalization=True`: the scores are normalised by what they are.
+      ValueError: for `use_normalization=True`: the scores are already normalised.
     """
 
     use_normalization: bool = False

@@ -1,4 +1,4 @@
-"""Dense and sparse in turn, and pruning with regrowth: schedules that go down as well as up."""
+"""Dense and sparse phases in turn, and pruning with regrowth: density goes up as well as down."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxpruner.base_updater import BaseUpdater
 class ACDC(MagnitudePruning):
     r"""Alternating compressed and decompressed training (Peste et al., 2021).
 
-    At each mask update a phase begins: sparse, with the largest `|w|` of each leaf, or dense, in which what was pruned
-    trains on from 0; the last one is sparse. All optimizer statistics start anew with each phase (its counts and
-    schedules of learning rates go on).
+    A phase begins at each mask update. A sparse phase keeps the largest `|w|` of each leaf. In a dense phase, pruned
+    weights train on from 0. The last phase is sparse. All optimizer statistics start anew with each phase (its counts
+    and schedules of learning rates continue).
 
     A configuration with a start, an end and a period gives an `AlternatingSchedule`, whose period is the length of a
-    phase. With a scheduler of another kind each update makes a sparse phase.
+    phase. With another kind of scheduler, each update starts a sparse phase.
     """
 
     regrows = True
@@ -32,9 +32,9 @@ class ACDC(MagnitudePruning):
 class GraNet(RigL):
     r"""Gradual pruning with regrowth (Liu et al., 2021).
 
-    Each mask update prunes to the sparsity :math:`s_t` of the schedule by `|w|`, which leaves :math:`k_t` weights of a
-    leaf, and then does what RigL does: the :math:`\mathrm{round}(k_t (1 - f))` largest of these stay, and the weights
-    of the largest `|g|` among all others take the places that are free. It starts dense, or at `initial_sparsity`.
+    Each mask update prunes by `|w|` to the sparsity :math:`s_t` of the schedule, which leaves :math:`k_t` weights of a
+    leaf. Then it does what RigL does: the :math:`\mathrm{round}(k_t (1 - f))` largest of these stay, and the weights
+    with the largest `|g|` among all others take the free places. Training starts dense, or at `initial_sparsity`.
 
     Attributes:
       drop_fraction_fn: count -> the fraction :math:`f` that is replaced.

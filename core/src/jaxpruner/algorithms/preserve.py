@@ -18,11 +18,10 @@ class PreserveSparsity(BaseUpdater):
     """Keeps what is zero in the parameters at count 0 (frameworks restore them after `init`).
 
     A leaf that is zero throughout is taken for one that starts at zero (a zero-initialised output
-    layer), and stays dense. Where parameters do not show their masks, such as a lottery ticket that was rewound to
-    them, give `masks`.
+    layer), and stays dense. If the parameters do not show their masks, as for a rewound lottery ticket, give `masks`.
 
     Attributes:
-      filter_fn: `filter_fn(path, param)` takes the leaves whose zeros are kept.
+      filter_fn: `filter_fn(path, param)` selects the leaves whose zeros are kept.
       masks: a tree of boolean masks to keep, in place of those that the parameters show.
     """
 
@@ -33,7 +32,7 @@ class PreserveSparsity(BaseUpdater):
     follows_schedule = False
 
     def get_target_sparsities(self, params: Any) -> Any:
-        # The sparsity is that of the masks, known at count 0 only.
+        # The sparsity is that of the masks, which is known only at count 0.
         targets = sparsity_distributions.uniform(self.layers(params), 0.0, self.filter_fn)
         self._check_targets(params, targets)
         return targets

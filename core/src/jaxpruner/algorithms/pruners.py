@@ -29,7 +29,7 @@ class SaliencyPruning(BaseUpdater):
 
 @dataclasses.dataclass(eq=False)
 class RandomPruning(BaseUpdater):
-    """Keeps random weights of each leaf; what was pruned stays pruned."""
+    """Keeps random weights of each leaf; pruned weights stay pruned."""
 
     def calculate_scores(self, params: Any, sparse_state: Any = None, grads: Any = None, **kwargs: Any) -> Any:
         del grads, kwargs

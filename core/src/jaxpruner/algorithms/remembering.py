@@ -1,4 +1,4 @@
-"""Pruners with a memory: scores of what every step has shown, kept in `SparseState.statistics`."""
+"""Pruners with a memory: their scores depend on all earlier steps, kept in `SparseState.statistics`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class MovementPruning(StraightThrough):
 
     .. math:: S_{t+1} = S_t - w_t \, g_t, \qquad g_t = \partial L / \partial (m_t \odot w_t)
 
-    and the highest :math:`S` of each leaf are kept, from a mask that is made in every step. As in the paper a masked
-    weight gets no gradient and stays where it was, while its score goes on: it comes back with its value when its
-    score has risen. It is a method for fine-tuning: before anything has moved, all scores are 0, and ties keep the
-    first weights, so let the schedule rise from a start after step 0.
+    and the highest :math:`S` of each leaf are kept, by a mask that is made in every step. As in the paper, a masked
+    weight gets no gradient and keeps its value, while its score still changes. When its score has risen, it comes back
+    with that value. The method is for fine-tuning. Before anything has moved, all scores are 0 and ties keep the first
+    weights, so start the schedule after step 0.
     """
 
     is_sparse_gradients: bool = True
@@ -50,12 +50,12 @@ class MovementPruning(StraightThrough):
 class SoftMovementPruning(GlobalPruning, MovementPruning):
     r"""Movement pruning with one threshold for all leaves, :math:`S > \tau` (Sanh et al., 2020, "soft").
 
-    Layers share out the sparsity among themselves. The paper fixes :math:`\tau` and tunes the strength of a
-    regulariser on :math:`S` until the sparsity is what one wants; here :math:`\tau` is, in every step, the number that
-    keeps exactly what the schedule says.
+    Layers share the sparsity among themselves. The paper fixes :math:`\tau` and tunes the strength of a regulariser on
+    :math:`S` until it reaches the wanted sparsity. Here :math:`\tau` is, in every step, the number that keeps exactly
+    as many weights as the schedule says.
 
     Raises:
-      ValueError: for `use_normalization=True`: one threshold is for the scores as they are.
+      ValueError: for `use_normalization=True`: the threshold applies to the scores themselves.
     """
 
     is_sparse_gradients: bool = True
@@ -75,13 +75,13 @@ class FisherPruning(BaseUpdater):
     .. math:: F_{t+1} = \beta F_t + (1 - \beta) g_t^2
 
     with the empirical Fisher information :math:`F` in place of the Hessian (Theis et al., 2018; Singh & Alistarh,
-    2020). The kept weights are not updated, as the full method would.
+    2020). The kept weights are not updated, unlike in the full method.
 
     Attributes:
       decay: the :math:`\beta` above, in [0, 1).
 
     Raises:
-      ValueError: for a decay outside of [0, 1).
+      ValueError: for a decay outside [0, 1).
     """
 
     decay: float = 0.9
@@ -109,12 +109,12 @@ class FisherPruning(BaseUpdater):
 class AdamFisherPruning(BaseUpdater):
     r"""Keeps the largest :math:`w^2 \nu`, with :math:`\nu` the second moment that the inner optimizer keeps anyway.
 
-    It is `fisher` without a memory of its own, for Adam, AdamW, RMSProp and others that keep `nu`, and for Adafactor
+    It is `fisher` without its own memory, for Adam, AdamW, RMSProp and others that keep `nu`, and for Adafactor
     where it does not factor. The optimizer may be wrapped in any way.
 
     Raises:
-      ValueError: by `init` for an optimizer without a second moment of each weight that is pruned, and for masks at
-        step 0, when all of them are 0.
+      ValueError: by `init`, if the optimizer has no second moment of each prunable weight, or if masks are to be made
+        at step 0, when all second moments are 0.
     """
 
     reads_optimizer = True

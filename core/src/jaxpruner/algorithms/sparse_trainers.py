@@ -47,10 +47,10 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     r"""Drops the smallest active weights and grows as many others.
 
     Of the :math:`k` active weights of a leaf, the :math:`\mathrm{round}(k (1 - f))` largest in
-    :math:`|w|` survive, with :math:`f` = `drop_fraction_fn(count)`; the others are replaced by the
-    weights of the highest grow score among all that did not survive. :math:`k` never changes.
-    Weights that come newly into the mask start at 0 with fresh optimizer statistics; one that is
-    dropped and grows back at once keeps both.
+    :math:`|w|` survive, with :math:`f` = `drop_fraction_fn(count)`. The others are replaced by the
+    weights with the highest grow scores among all that did not survive. :math:`k` never changes.
+    Weights that newly enter the mask start at 0 with fresh optimizer statistics. A weight that is
+    dropped and grows back at once keeps its value and its statistics.
 
     Attributes:
       drop_fraction_fn: count -> fraction of the active weights that is dropped.
@@ -74,7 +74,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
     def grow_scores(self, params: Any, grads: Any, step: Any) -> Any:
         """A tree of scores; the highest of the inactive weights grow."""
 
-    # By |w| active weights are dropped.
+    # Active weights are dropped by |w|.
     calculate_scores = elementwise_scores(scores.magnitude)
 
     def drop_scores(self, params: Any, grads: Any, sparse_state: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class SET(_DropAndGrow):
 
 @dataclasses.dataclass(eq=False)
 class MEST(SET):
-    r"""SET that drops the smallest :math:`|w| + \lambda |g|` (Yuan et al., 2021): what is small, but moves, stays.
+    r"""SET that drops the smallest :math:`|w| + \lambda |g|` (Yuan et al., 2021): small weights that move stay.
 
     Attributes:
       gradient_weight: the :math:`\lambda` above; 0 is SET.
@@ -151,7 +151,7 @@ class RigL(_DropAndGrow):
     """Grows where the dense gradient is largest (Evci et al., 2020).
 
     Attributes:
-      is_debug: accepted for scripts of the paper's library; nothing depends on it.
+      is_debug: accepted for scripts of the paper's library; it has no effect.
     """
 
     is_debug: bool = False

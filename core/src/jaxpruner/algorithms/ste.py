@@ -19,8 +19,8 @@ from jaxpruner.training import projection, transformation
 class StraightThrough(BaseUpdater):
     """Gradients at the masked weights move the dense weights (Bengio et al., 2013).
 
-    A mask is made in every step, from the weights as they are then, at the sparsity that the schedule has for that
-    step: 0 before its first update; its period does not matter.
+    A mask is made in every step, from the current weights, at the sparsity that the schedule has for that step. This is
+    0 before the schedule's first update; its period has no effect.
 
     With `wrap_optax` the parameters are the dense weights and the training loop runs the model with
     `pre_forward_update(params, opt_state)`. With `jaxpruner.sparsify` the dense weights live in the
@@ -69,11 +69,11 @@ class SteRandomPruning(StraightThrough):
 
 @dataclasses.dataclass(eq=False)
 class SrSte(SteMagnitudePruning):
-    r"""Straight-through training with decay of what is masked (Zhou et al., 2021), made for n:m from scratch.
+    r"""Straight-through training with decay of masked weights (Zhou et al., 2021), made for n:m from scratch.
 
     .. math:: \tilde g = g + \lambda \, (1 - m) \odot w
 
-    is what the inner optimizer steps the dense weights with, so that masked ones shrink and masks settle.
+    is the gradient that the inner optimizer steps the dense weights with. So masked weights shrink and masks settle.
 
     Attributes:
       decay: the :math:`\lambda` above, the paper's 2e-4 by default; 0 is `magnitude_ste`.
@@ -100,21 +100,21 @@ class SrSte(SteMagnitudePruning):
 class TopKast(SteMagnitudePruning):
     r"""The model runs with the top k of the dense weights, and a larger set of them trains (Jayakumar et al., 2020).
 
-    With :math:`A` the weights of the mask, a share :math:`D` of the leaf, and :math:`B` the largest :math:`D + M`,
+    With :math:`A` the weights on the mask, a share :math:`D` of the leaf, and :math:`B` the largest :math:`D + M`,
 
     .. math:: \tilde g = \mathbb 1_B \odot (g + \lambda \, w \odot c), \qquad c = 1 \text{ in } A, \; 1 / D
         \text{ in } B \setminus A
 
-    is what the inner optimizer steps with: weights outside of :math:`B` stay as they are, and those that are explored
-    but not in use shrink faster. Two masks are made in every step, the second one is not stored.
+    is the gradient that the inner optimizer steps with. Weights outside :math:`B` stay as they are, and weights that
+    train but are not in use shrink faster. Two masks are made in every step; the second one is not stored.
 
     Attributes:
-      extra_density: the :math:`M` above, the share of a leaf that trains beside what is in use, in (0, 1].
+      extra_density: the :math:`M` above, the share of a leaf that trains besides the weights in use, in (0, 1].
       decay: the :math:`\lambda` above.
 
     Raises:
-      ValueError: for an `extra_density` that explores nothing, a negative decay, and n:m, which has one number of
-        weights only.
+      ValueError: for an `extra_density` that explores nothing, a negative decay, and n:m, whose number of weights is
+        fixed.
     """
 
     extra_density: float = 0.1

@@ -1,4 +1,4 @@
-"""RigL with the same number of inputs at each output."""
+"""RigL with the same number of inputs for each output."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from jaxpruner.selection.score_reading import as_array, where_finite
 
 @dataclasses.dataclass(eq=False)
 class SRigL(RigL):
-    r"""RigL with a constant fan-in, whose idle neurons go (Lasby et al., 2024).
+    r"""RigL with a constant fan-in that removes idle neurons (Lasby et al., 2024).
 
-    With :math:`c_o` the inputs that RigL would give an output :math:`o` of the layer, and :math:`k` its inputs now,
-    outputs with :math:`c_o < \gamma k` lose all of theirs, for good (never the last one), and each of the others, of
-    :math:`n`, has
+    Let :math:`c_o` be the number of inputs that RigL would give an output :math:`o` of the layer, and :math:`k` its
+    number now. Outputs with :math:`c_o < \gamma k` lose all inputs for good (but one output always stays). Each of the
+    :math:`n` remaining outputs has
 
     .. math:: k' = \min(\mathrm{inputs}, \lfloor k_0 \, \mathrm{outputs} / n \rfloor)
 
-    with :math:`k_0` the inputs at the start: first those that RigL keeps, then those of the largest `|g|`. By the
-    rounding the leaf may have up to :math:`n - 1` weights less than at the start.
+    inputs, with :math:`k_0` their number at the start: first those that RigL keeps, then those with the largest `|g|`.
+    Because of rounding, the leaf may have up to :math:`n - 1` weights fewer than at the start.
 
     Attributes:
       sparsity_type: `PerOutput`, for all leaves, or one for each.
       min_share: the :math:`\gamma` above, the paper's 0.3 by default; 0 keeps all neurons.
 
     Raises:
-      ValueError: for another structure, and a share outside of [0, 1].
+      ValueError: for another structure, and a share outside [0, 1].
     """
 
     sparsity_type: Any = sparsity_types.PerOutput()

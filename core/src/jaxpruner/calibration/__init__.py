@@ -1,1 +1,1 @@
-"""Pruning networks that are trained already, with a few batches of data."""
+"""Pruning pretrained networks with a few batches of data."""

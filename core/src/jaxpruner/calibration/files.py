@@ -1,4 +1,4 @@
-"""What is finished of a calibration, in a folder, so that one that was interrupted goes on."""
+"""Keeps the finished layers of a calibration in a folder, so that an interrupted one can continue."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Finished:
     """Layers that are done, one file each.
 
     Args:
-      folder: where they are; made if it is not there. None keeps nothing.
-      describe: gives what the calibration is of, equal if it may go on; not called without a folder, as it reads all
-        parameters.
+      folder: where they are; it is created if needed. None keeps nothing.
+      describe: describes the calibration; an equal description may continue. It is not called without a folder,
+        because it reads all parameters.
 
     Raises:
       ValueError: if the folder is of another calibration.

@@ -1,4 +1,4 @@
-"""Prunes a network that is trained already, with a few batches of data and no training."""
+"""Prunes a pretrained network with a few batches of data and no training."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def prune_oneshot(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> tuple[Any, Any]:
-    r"""Prunes trained parameters by what the inputs of their layers are like in a few batches.
+    r"""Prunes trained parameters by statistics of their layers' inputs over a few batches.
 
-    One forward pass over all batches: at each product with a parameter, the statistics of what it is multiplied with
-    are summed over all tokens, the parameter is pruned, and the pass goes on with what is left, so that each layer is
-    calibrated on what the layers before it really give. Read from the jaxpr of `forward`, whatever framework it is
-    written in; layers that are run through by `scan` are pruned one by one. With X the inputs of a layer, one token a
-    column, and W its weights:
+    One forward pass goes over all batches. At each product with a parameter, it sums the statistics of the product's
+    inputs over all tokens, prunes the parameter, and continues with the pruned one. So each layer is calibrated on the
+    actual outputs of the layers before it. The pass is read from the jaxpr of `forward`, whatever framework it is
+    written in. Layers under `scan` are pruned one by one. With X the inputs of a layer, one token per column, and W its
+    weights:
 
     | `algorithm` | what goes | what becomes of the others |
     |---|---|---|
@@ -63,28 +63,28 @@ def prune_oneshot(
     Afterwards `sparsify(tx, algorithm="preserve")` trains on with these zeros, and :func:`compact` removes units.
 
     Args:
-      forward: `forward(params, batch)`, as in inference. What it returns does not matter.
+      forward: `forward(params, batch)`, as in inference. Its result does not matter.
       params: any pytree.
-      batches: of calibration data, any pytrees of arrays of one structure and shape. Arrays that are sharded over their
-        examples stay so; sums are added across devices.
+      batches: calibration data, any pytrees of arrays of one structure and shape. Arrays that are sharded over their
+        examples stay sharded; sums are added across devices.
       algorithm: see above; `flap` prunes units.
       sparsity: the share of zeros, in [0, 1); may be left out for n:m.
       sparsity_type: as for `sparsify`, by default `per_output` for `wanda` and `unstructured` for the others. n:m and
         `per_output` run along the inputs of a layer, whatever its layout and whatever axis they have. With groups
-        (:func:`find_groups`) whole units go, in one go at the end of a dense pass, scored by the products with them:
-        what is looked up or added has no score.
+        (:func:`find_groups`), whole units are pruned, all at once at the end of a dense pass. They are scored by the
+        products with them: what is looked up or added has no score.
       dist_type: how sparsities are spread: `uniform`, `erk`, `owl` (blocks with more outliers stay denser, Yin et al.,
-        2024; not for n:m, nor for groups); with groups also `global`, where units of all groups compete.
-      filter_fn: `filter_fn(path, param)` takes the parameters to prune.
+        2024; neither for n:m nor for groups); with groups also `global`, where units of all groups compete.
+      filter_fn: `filter_fn(path, param)` selects the parameters to prune.
       custom_sparsity_map: path or pattern -> sparsity of its own.
-      damping: of SparseGPT's Hessian, a share of its mean diagonal.
-      block_size: inputs for which SparseGPT chooses masks together.
-      checkpoint: a folder for finished layers; the same call goes on from there. Not for groups.
+      damping: damping of SparseGPT's Hessian, as a share of its mean diagonal.
+      block_size: the number of inputs for which SparseGPT chooses masks together.
+      checkpoint: a folder for finished layers; the same call continues from there. Not for groups.
       progress: whether to draw a bar with the layer and the time left.
 
     Returns:
-      The pruned parameters and their boolean masks, None where a parameter is not pruned; in the dtypes of the
-        parameters and on their devices.
+      The pruned parameters, in their dtypes and on their devices, and their boolean masks, None where a parameter is
+        not pruned.
 
     Raises:
       ValueError: if `forward` multiplies with none of the parameters, batches differ in structure or shape, the inputs
@@ -330,7 +330,7 @@ def _tell_of_dense(task: Task, weights: Weights) -> None:
 
 
 def _bar(layers: Iterator[Layer], weights: Weights, task: Task, progress: bool, title: str) -> Iterator[Layer]:
-    """The layers, with a bar that names the one at hand."""
+    """The layers, with a bar that names the current one."""
     number = len({use.part for use in weights.uses})
     with tqdm(total=number, desc=title, unit="layer", disable=not progress) as bar:
         for layer in layers:

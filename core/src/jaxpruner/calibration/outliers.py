@@ -23,7 +23,7 @@ def blocks(
 ) -> Callable[[Leaf], tuple[str | int, ...]]:
     """Which block a leaf belongs to: names up to the first with a number, `layers_3`; of a stack a turn of its loop.
 
-    Names that all parameters begin with do not count. Where names have no numbers, each leaf is a block.
+    Names that all parameters begin with do not count. If names have no numbers, each leaf is a block.
     """
     together = list(zip(*paths, strict=False))
     common = next((i for i, names in enumerate(together) if len(set(names)) > 1), len(together))
@@ -86,7 +86,7 @@ def sparsities(
         for block, parts in shares.items()
     }
     low, high = min(ratio.values()), max(ratio.values())
-    # Of blocks that are alike, none is denser.
+    # If all blocks are alike, none is denser.
     extra = {block: 2 * spread * (each - low) / (high - low) if high > low else 0.0 for block, each in ratio.items()}
     size_of = {block: sum(sizes[leaf] for leaf in leaves) for block, leaves in leaves_of.items()}
     mean = sum(extra[block] * size for block, size in size_of.items()) / math.fsum(size_of.values())

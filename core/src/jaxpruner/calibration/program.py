@@ -1,7 +1,7 @@
 """A function as a list of operations: calls are inlined, and loops over layers unrolled.
 
-The jaxpr of a function is its whole data flow, the same for every framework. What calibration needs of it is an order:
-each product of a parameter after all that comes before it, one after the other.
+The jaxpr of a function is its whole data flow, the same for every framework. Calibration needs an order: the products
+with parameters one after the other, each after everything that it depends on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """A value of the program: what it is depends on its operation, or it is given."""
+    """A value of the program: the result of an operation, or given."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -81,7 +81,7 @@ class Program:
       operations: the operations.
       leaves: what is read of the parameters.
       arguments: the values of the other arguments, in order.
-      turns: of each layer of a stack, the loop that runs through it, by number, and the turn of it.
+      turns: for each layer of a stack, the number of the loop that runs through it, and the turn of that loop.
     """
 
     operations: list[Operation]
@@ -90,7 +90,7 @@ class Program:
     turns: dict[Leaf, tuple[int, int]]
 
     def fingerprint(self) -> str:
-        """Equal for programs that compute the same of the same parameters, in whatever process."""
+        """Equal for programs that compute the same from the same parameters, in whatever process."""
         numbers: dict[Any, Any] = {value: tuple(leaf) for leaf, value in self.leaves.items()}
         numbers |= {value: f"argument {i}" for i, value in enumerate(self.arguments)}
         text = hashlib.sha256()
@@ -110,8 +110,8 @@ def program_of(closed: Any, parameters: int, prunable: set[int]) -> Program:
     Args:
       closed: the jaxpr.
       parameters: how many of its first arguments are parameters.
-      prunable: the numbers of those that may be pruned. Loops that multiply with them are unrolled, others are one
-        operation each.
+      prunable: the numbers of those that may be pruned. Loops that multiply with them are unrolled; any other loop is
+        one operation.
     """
     return _Writer(prunable).write(closed, parameters)
 

@@ -21,7 +21,7 @@ class Layer(NamedTuple):
     Attributes:
       use: the product.
       weights: its matrices, as they are.
-      statistics: `Statistics` of their inputs, over all uses; None if it was asked to do without.
+      statistics: `Statistics` of their inputs, over all uses; None if the caller skipped them.
     """
 
     use: Use
@@ -34,10 +34,10 @@ class Calibration:
 
     Args:
       program: the function.
-      weights: what becomes of its parameters.
+      weights: where the program uses its parameters.
       leaves: their values, which `run` changes.
       batches: the values of the other arguments, for each batch.
-      known: the value of what depends on no argument.
+      known: the value of anything that depends on no argument.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Calibration:
     ) -> Iterator[Layer]:
         """Yields each part of each leaf at its last use.
 
-        What is done to `self.leaves` until the next is asked for is what the pass goes on with.
+        The pass continues with whatever the caller made of `self.leaves` before it asked for the next part.
 
         Args:
-          name_of: what a leaf is called.
+          name_of: the name of a leaf.
           with_gram: whether statistics have Gram matrices.
           skips: the uses whose statistics are not needed.
 
@@ -120,7 +120,7 @@ class Calibration:
         return kept[::-1]
 
     def _reads(self, operation: Operation) -> list[Value]:
-        # In order, since a set's would be another for each layer, and so would be what is compiled.
+        # In order: a set has another order for each layer, and then each layer would be compiled anew.
         return [
             operand
             for operand in operation.inputs

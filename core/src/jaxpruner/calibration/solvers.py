@@ -1,4 +1,4 @@
-"""Which weights of a layer go, and what the others become, from what its inputs are like."""
+"""Which weights of a layer are pruned, and what the others become, from statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def inverse_factor(gram: Float[Array, "i i"], name: str, damping: float = DAMPIN
     r"""The upper triangular U of :math:`(H + \lambda I)^{-1} = U^T U`, with H the Gram matrix.
 
     :math:`\lambda` is `damping` times the mean of H's diagonal. Inputs that are always zero get that mean as their
-    entry. A matrix that is not positive definite gets ten times the damping, and again, which is told.
+    entry. If the matrix is not positive definite, the damping is increased tenfold, repeatedly, with a message.
 
     Args:
       gram: H.
@@ -53,7 +53,7 @@ def inverse_factor(gram: Float[Array, "i i"], name: str, damping: float = DAMPIN
       damping: the share of the mean.
 
     Raises:
-      ValueError: if none of them helps.
+      ValueError: if no damping helps.
     """
     for i in range(_DAMPINGS):
         factor = _inverse_factor(gram, damping * 10**i)
@@ -94,8 +94,8 @@ def sparsegpt(
 ) -> tuple[Float[Array, "i o"], Bool[Array, "i o"]]:
     r"""SparseGPT (Frantar & Alistarh, 2023): inputs one after the other, errors spread over those that follow.
 
-    With U of :func:`inverse_factor`, the score of a weight is :math:`(w_{ij} / U_{ii})^2`; masks are chosen for `block`
-    inputs at a time (n:m: for each m of them), and where weight (i, j) goes, all :math:`k > i` change by
+    With U of :func:`inverse_factor`, the score of a weight is :math:`(w_{ij} / U_{ii})^2`. Masks are chosen for `block`
+    inputs at a time (for n:m, for m inputs at a time). If weight (i, j) is pruned, all :math:`k > i` change by
     :math:`w_{kj} \mathrel{-}= U_{ik} \, w_{ij} / U_{ii}`.
 
     Args:
@@ -105,11 +105,11 @@ def sparsegpt(
       keep: how many weights stay, of the matrix or of each output; n:m has its own number.
       name: of the parameter, for messages.
       damping: see :func:`inverse_factor`.
-      block: inputs a block.
+      block: inputs per block.
 
     Returns:
-      The weights that stay, changed, and the mask. Of an input that is always zero all weights become zero, those that
-      the mask keeps for the number's sake too.
+      The updated weights that stay, and the mask. All weights of an input that is always zero become zero, even those
+      that the mask keeps to reach its number.
     """
     inputs = len(weights)
     factor = inverse_factor(gram, name, damping)
@@ -119,7 +119,7 @@ def sparsegpt(
     masks, chosen = [], 0
     for start in range(0, inputs, block):
         size = min(block, inputs - start)
-        # So many of all blocks until here, rounded, less what they have: exact in the end, and even between.
+        # The rounded number for all blocks so far, minus what they have: exact at the end, and even in between.
         until = round(keep * (start + size) / inputs)
         result, mask = _block(result, factor, start, until - chosen, structure=structure, size=size)
         chosen = until
@@ -148,7 +148,7 @@ def _block(
     def step(g, carry):
         kept, mask, errors = carry
         at = g * group
-        # What earlier inputs of the block have left of these.
+        # These weights after the updates from earlier inputs of the block.
         left = jax.lax.dynamic_slice_in_dim(within, at, group, axis=1)
         current = jax.lax.dynamic_slice_in_dim(rows, at, group) - left.T @ errors
         pivots = jax.lax.dynamic_slice_in_dim(diagonal, at, group)

@@ -24,7 +24,7 @@ class Statistics(NamedTuple):
       tokens: their number.
       sums: of x.
       squares: of x².
-      gram: of x xᵀ, where a method asks for it.
+      gram: of x xᵀ, if a method needs it.
     """
 
     tokens: Float[Array, ""]

@@ -1,4 +1,4 @@
-"""Whole units of a network that is trained already: which of them matter to the layers that read them."""
+"""Whole units of a pretrained network: which of them matter to the layers that read them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prune(
       updater: an algorithm with groups as its structure.
       params: arrays, any pytree of them.
       paths: their paths.
-      weights: what becomes of them on the way to products.
+      weights: what happens to them on the way to products.
       values: of the leaves.
       layers: all of them, dense.
 

@@ -1,4 +1,4 @@
-"""Where a program multiplies with its parameters, and what of them it multiplies with."""
+"""Where a program multiplies with its parameters, and with which of their entries."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def layout(operation: Operation, side: int) -> Layout:
 
 
 class Weights:
-    """What becomes of the parameters on the way to products.
+    """What happens to the parameters on the way to products.
 
     Args:
       program: the program.

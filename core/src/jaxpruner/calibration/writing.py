@@ -21,7 +21,7 @@ def write(leaves: Leaves, weights: Weights, masks: dict[Leaf, Any], use: Use, ch
 
     Args:
       leaves: the values, which this changes.
-      weights: what becomes of them on the way to products.
+      weights: what happens to them on the way to products.
       masks: of the leaves, which this changes.
       use: the product.
       changed: the matrices. None if no weight changed: what stays is as it was then, to the bit, whatever casts and

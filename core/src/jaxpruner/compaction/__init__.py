@@ -1,1 +1,1 @@
-"""Compaction: units that are pruned leave, in any function of JAX."""
+"""Compaction removes pruned units from any JAX function."""

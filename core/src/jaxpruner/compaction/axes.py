@@ -1,8 +1,8 @@
-"""What axes are made of: units that stand and fall together, in products and sums.
+"""What axes are made of: units that must be removed together, in products and sums.
 
-An axis of a flattened `(heads, head_dim)` is a product of two factors, row-major; one of concatenated values is a sum
-of parts. While a function is read, axes are `Dim`s, and two that an equation ties are bound together: where one is a
-product or a sum, the other becomes the same. What is then known is an `Axis`, which does not change any more.
+An axis of a flattened `(heads, head_dim)` is a product of two factors, row-major. An axis of concatenated values is a
+sum of parts. While a function is read, axes are `Dim`s, and two that an equation ties are bound together: if one is a
+product or a sum, the other becomes the same. The result is an `Axis`, which no longer changes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Dim:
 
     @property
     def atoms(self) -> tuple[Dim, ...]:
-        """What it consists of in the end."""
+        """The parts that it finally consists of."""
         root = self.root
         return tuple(atom for part in root._parts for atom in part.atoms) if root._kind else (root,)
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why this atom cannot be shortened; none if it can."""
+        """The reasons why this atom cannot be shortened; none if it can."""
         return tuple(self.root._reasons)
 
     def freeze(self, reason: str) -> None:
@@ -271,7 +271,7 @@ def _children(axis: Axis) -> tuple[Axis, ...]:
 
 
 def spread(axis: Axis, masks: Mapping[str, Any], xp: Any = np) -> Any:
-    """Which entries of an axis stay, from which units of its groups do: boolean, `[size]`.
+    """Which entries of an axis stay, given which units of its groups stay: boolean, `[size]`.
 
     Args:
       axis: the axis.

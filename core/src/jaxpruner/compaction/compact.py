@@ -28,11 +28,11 @@ class Compact:
     """A function without its dead units; see :func:`compact`.
 
     Attributes:
-      params: the parameters that are left, a tree like those of the whole function.
-      kept: the units that are left, by group: sorted indices. `compact(..., keep=small.kept)` of the whole function
-        makes the same small function again, for parameters that were saved.
-      constant_units: how many units of a group stay only because they give a constant, such as a bias behind a kernel
-        of zeros; by group.
+      params: the remaining parameters, a tree like those of the whole function.
+      kept: the remaining units, by group: sorted indices. `compact(..., keep=small.kept)` of the whole function
+        makes the same small function again, for saved parameters.
+      constant_units: how many units of each group stay only because their output is a constant, such as a bias behind a
+        kernel of zeros.
     """
 
     params: Any
@@ -46,11 +46,11 @@ class Compact:
     _groups: tuple[Group, ...] = dataclasses.field(repr=False)
 
     def fn(self, params: Any, *args: Any) -> Any:
-        """The small function: what the whole one gives, from the small parameters.
+        """The small function computes the results of the whole one from the small parameters.
 
-        For arguments of any shapes that the whole function takes; `jit`, `grad`, `vmap` and `jax.export` take it as
-        any other function. The whole function is traced for the shapes of the parameters that it knows, and evaluated
-        with the small ones.
+        It takes arguments of any shapes that the whole function takes. `jit`, `grad`, `vmap` and `jax.export` take it
+        like any other function. The whole function is traced for the parameter shapes that it knows, and evaluated with
+        the small ones.
 
         Raises:
           ValueError: for parameters of other shapes than `self.params`.
@@ -95,17 +95,17 @@ class Compact:
         return kept
 
     def cut(self, tree: Any) -> Any:
-        """Any tree of what belongs to the parameters, such as an optimizer state, without what was removed.
+        """Cuts any tree that belongs to the parameters, such as an optimizer state, to the remaining units.
 
-        A leaf belongs to the parameter whose path its own ends with; of statistics that lack one axis (factored second
-        moments of Adafactor) the other axes are cut. Masks of a sparse state are cut as they are stored.
+        A leaf belongs to the parameter whose path its own path ends with. If statistics lack one axis (factored second
+        moments of Adafactor), their other axes are cut. Masks of a sparse state are cut as they are stored.
 
         Args:
           tree: a tree for the whole parameters.
 
         Raises:
-          ValueError: for a leaf of a parameter whose shape does not tell its axes, or a tree that may be of several
-            parts of the parameters.
+          ValueError: if the shape of a leaf does not determine its axes of the parameter, or if the tree may belong to
+            several parts of the parameters.
         """
         states = find_states(tree)
         shapes = {path: jnp.shape(leaf) for path, leaf in trees.named_leaves(self._whole) if path in self._masks}
@@ -133,7 +133,7 @@ class Compact:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many units of each group are left, for who builds a smaller module by its configuration."""
+        """How many units of each group are left. Use it to configure a smaller module."""
         return {name: len(units) for name, units in self.kept.items()}
 
     def report(self) -> Report:
@@ -248,29 +248,28 @@ def compact(
 ) -> Compact:
     """Removes the units that are dead from a function and its parameters.
 
-    A unit is dead if in the parameters all that it feeds is zero, or all that feeds it is zero and it gives zero. They
-    are found in networks that were pruned in any way, by `sparsity_type=groups` or weight by weight. The
-    result computes what `fn` does, with smaller products: nothing is masked. Derivatives that someone wrote
-    (`jax.custom_vjp`) are kept, but whether a unit is dead is judged by what the function computes.
+    A unit is dead if all weights that read it are zero, or if all weights into it are zero and its output is zero. Dead
+    units are found in networks that were pruned in any way, by `sparsity_type=groups` or weight by weight. The result
+    computes the same as `fn`, with smaller products and without masks. User-defined derivatives (`jax.custom_vjp`) are
+    kept, but only what the function computes decides whether a unit is dead.
 
     Args:
       fn: the forward pass, of any framework.
-      params: its parameters, as for :func:`find_groups`; arrays, or with `keep` their shapes, too.
-      *args: an example of what else it takes.
-      keep: the units to keep, by the name of their group, as indices or as a boolean vector; groups that are not named
-        stay whole. In place of those that are not dead.
-      sparse_above: parameters that are sparser than this when dead units have left, and are multiplied with as they
-        are, become sparse matrices (`jax.experimental.sparse.BCSR`), which the report names. On a CPU that is faster
-        from 90 % zeros on, for batches of 16 and more.
+      params: its parameters, as for :func:`find_groups`: arrays, or with `keep` also their shapes.
+      *args: an example of the other arguments.
+      keep: the units to keep instead of those that are not dead, by the name of their group, as indices or as a boolean
+        vector. Groups that are not named stay whole.
+      sparse_above: after dead units are removed, parameters that are sparser than this and are multiplied with directly
+        become sparse matrices (`jax.experimental.sparse.BCSR`), which the report names. On a CPU this is faster from
+        90 % zeros on, for batches of 16 and more.
       check: whether both functions are run on the example and compared.
 
     Returns:
       The small function `fn`, its `params`, `cut` for optimizer states, `report`.
 
     Raises:
-      ValueError: for a function that multiplies with none of the parameters, for units to keep of groups that are
-        frozen (with the reason) or not there, for `sparse_above` on an accelerator, and if the results differ beyond
-        rounding.
+      ValueError: if the function multiplies with none of the parameters, if `keep` names groups that are frozen (with
+        the reason) or do not exist, for `sparse_above` on an accelerator, and if the results differ beyond rounding.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxpruner
@@ -315,7 +314,7 @@ def compact(
     )
     is_example = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
     if check and is_known and is_example:
-        # What was found to be dead is still there, or a wrong finding would be on both sides.
+        # Units that were found dead are still there; otherwise a wrong finding would be on both sides.
         chosen = {} if keep is None else units
         masked = iter(
             liveness.kept_entries(leaf, found.axes_of(dims), chosen)

@@ -1,4 +1,4 @@
-"""Which parameter a leaf of another tree belongs to, and which of its axes it has."""
+"""Which parameter a leaf of another tree belongs to, and which axes of the parameter the leaf has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def owner(path: trees.KeyPath, front: trees.KeyPath, shapes: Mapping[trees.KeyPa
 
 
 def front(paths: Sequence[trees.KeyPath], shapes: Mapping[trees.KeyPath, Any]) -> trees.KeyPath:
-    """What the paths of the parameters have in front of those in a tree, such as the `params` of Flax; mostly nothing.
+    """The prefix of the parameters' paths that a tree lacks, such as the `params` of Flax; usually empty.
 
     Raises:
       ValueError: if the tree may be one of several parts of the parameters.

@@ -1,4 +1,4 @@
-"""Evaluates a function that was read, with fewer units: every equation with the lengths that its axes have now."""
+"""Evaluates a function that was read, with fewer units: every equation runs with the new lengths of its axes."""
 
 from __future__ import annotations
 

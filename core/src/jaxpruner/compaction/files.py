@@ -1,4 +1,4 @@
-"""Small functions in files: the parameters that are left and the units that they are of, as NumPy's `.npz`."""
+"""Small functions in files: the remaining parameters and their units, as NumPy's `.npz`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _KEPT, _PARAMS = "kept:", "params:"
 
 
 def save_compact(path: str | os.PathLike[str], small: Compact, params: Any = None) -> None:
-    """Writes the small parameters, and what makes the small function of the whole one again.
+    """Writes the small parameters, and what is needed to make the small function from the whole one again.
 
     Args:
-      path: the file, whole or absent however the program ends.
-      small: of :func:`jaxpruner.compact`.
-      params: what was trained from `small.params`; by default these.
+      path: the file; it is whole or absent, however the program ends.
+      small: the result of :func:`jaxpruner.compact`.
+      params: the parameters after further training from `small.params`; by default `small.params`.
     """
     params = small.params if params is None else params
     arrays: dict[str, Any] = {f"{_PARAMS}{_name(path)}": np.asarray(leaf) for path, leaf in _arrays(params)}
@@ -36,13 +36,13 @@ def save_compact(path: str | os.PathLike[str], small: Compact, params: Any = Non
 
 
 def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: Any, *args: Any) -> Compact:
-    """The small function of a file, with its parameters.
+    """Loads the small function from a file, with its parameters.
 
     Args:
       path: the file.
       fn: the whole function that was compacted.
       params: its whole parameters, or their shapes.
-      *args: an example of what else it takes, or shapes.
+      *args: an example of the other arguments, or shapes.
 
     Raises:
       FileNotFoundError: if there is no such file.

@@ -1,4 +1,4 @@
-"""Finds the groups of a function: reads it, and says of each atom where it is and why it must stay."""
+"""Finds the groups of a function: reads it, and says for each atom where it is and why it must stay."""
 
 from __future__ import annotations
 
@@ -141,22 +141,22 @@ def _products(read: reading.Reading, found: Found) -> Iterable[tuple[Axis, ...]]
 
 
 def find_groups(fn: Callable[..., Any], params: Any, *args: Any) -> Groups:
-    """Which axes of which parameters stand and fall together in a function.
+    """Finds which axes of which parameters must be removed together in a function.
 
-    A unit of a hidden layer is a column of its kernel, an entry of its bias, a row of the next kernel; a channel that
-    residual connections tie is in every block of its stage. Read from the jaxpr of `fn(params, *args)`, whatever
-    framework it is written in; nothing is run. As the structure of masks, `sparsity_type=groups`, whole units are
-    pruned, which :func:`compact` then removes.
+    A unit of a hidden layer is a column of its kernel, an entry of its bias and a row of the next kernel. A channel
+    that residual connections tie is in every block of its stage. The groups are read from the jaxpr of
+    `fn(params, *args)`, whatever framework it is written in; nothing is run. As a mask structure,
+    `sparsity_type=groups`, they prune whole units, which :func:`compact` then removes.
 
     Args:
       fn: the forward pass.
-      params: all parameters, trained or not (statistics of batch norm too): what is not among them cannot be cut.
-        Arrays or `jax.ShapeDtypeStruct`.
-      *args: what else it takes, as in training or inference.
+      params: all parameters, trained or not (also statistics of batch norm): anything that is not among them cannot be
+        cut. Arrays or `jax.ShapeDtypeStruct`.
+      *args: the other arguments, as in training or inference.
 
     Returns:
-      The groups. `print(groups)` shows them with the parameters and FLOPs that go with a unit, and the reasons why
-      others must stay whole.
+      The groups. `print(groups)` shows them with the parameters and FLOPs of each unit, and the reasons why other
+      groups must stay whole.
 
     Raises:
       ValueError: if the parameters are in no product.

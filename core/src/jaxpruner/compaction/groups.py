@@ -1,4 +1,4 @@
-"""Groups: units of several parameters that stand and fall together, and a structure of masks that prunes them whole."""
+"""Groups: units of several parameters that must be removed together, and a mask structure that prunes them whole."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Group:
     """Units that can be removed one by one, each from all its places at once.
 
     Attributes:
-      name: the first place whose layer gives the units, `mlp/wi/kernel[1]`; a factor of a flattened axis has its number
-        behind it, `query/kernel[1.0]`.
+      name: the first place whose layer produces the units, `mlp/wi/kernel[1]`; a factor of a flattened axis has its
+        number after the axis, `query/kernel[1.0]`.
       size: the number of units.
       places: where they are.
       owner: the parameter whose sparsity is that of the group.
-      params: the parameters that go with one unit.
-      flops: the FLOPs of the example that go with one unit.
+      params: the number of parameters of one unit.
+      flops: the FLOPs of one unit, for the example.
       reasons: why it must stay whole; none if it is removable.
     """
 
@@ -57,18 +57,18 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Groups(coupled_structures.Coupled):
-    """What :func:`find_groups` found: a structure for `sparsity_type`, and what `compact` removes by.
+    """The groups from :func:`find_groups`: a structure for `sparsity_type`, which also tells `compact` what to remove.
 
     Masks keep whole units: a unit's score is the sum of the scores of all its entries. Each group keeps
-    `max(1, round_half_even(n * (1 - sparsity)))` of its n units; global algorithms rank the units of all groups
-    together, the scores of a group divided by their norm, and keep one of each at least.
+    `max(1, round_half_even(n * (1 - sparsity)))` of its n units. Global algorithms rank the units of all groups
+    together, with the scores of a group divided by their norm, and keep at least one of each group.
 
     Attributes:
       removable: the groups that can lose units.
       frozen: those that cannot, with the reasons.
-      multiple_of: numbers of units that stay are rounded up to a multiple of this, where hardware wants it.
-      budget: what `sparsity` is a share of, for global algorithms: `units`, or `flops`, where units compete by score
-        per FLOP that goes with them and as many go as the FLOPs of the products ask for.
+      multiple_of: the number of remaining units is rounded up to a multiple of this, for hardware that needs it.
+      budget: what `sparsity` is a share of, for global algorithms: `units` or `flops`. With `flops`, units compete by
+        score per FLOP, and pruning continues until the FLOPs of the products meet the budget.
       chosen: the names of the groups that are pruned; None stands for all.
     """
 
@@ -81,7 +81,7 @@ class Groups(coupled_structures.Coupled):
     chosen: tuple[str, ...] | None = None
 
     def choose(self, *patterns: str, multiple_of: int = 1, budget: Literal["units", "flops"] = "units") -> Groups:
-        """The same groups, of which only some are pruned.
+        """The same groups, but only some of them are pruned.
 
         Args:
           *patterns: shell patterns over names, such as `*/mlp/*`; all groups if none is given.
@@ -89,7 +89,7 @@ class Groups(coupled_structures.Coupled):
           budget: see the class.
 
         Raises:
-          ValueError: for a pattern that names no group, or only such as cannot be removed, with the reason.
+          ValueError: for a pattern that names no group, or only groups that cannot be removed, with the reason.
         """
         if multiple_of < 1:
             raise ValueError(f"multiple_of: {multiple_of} is not 1 or more.")
@@ -259,7 +259,7 @@ class Groups(coupled_structures.Coupled):
         return jnp.zeros(mask.size, bool).at[jnp.argsort(-best, stable=True)].set(jnp.arange(mask.size) < wanted)
 
     def flops(self, kept: Mapping[str, Any]) -> Any:
-        """The FLOPs of the example's products with so many units of each group."""
+        """The FLOPs of the example's products with this many units of each group."""
         return sum(2.0 * math.prod(axes.count(axis, kept) for axis in product) for product in self.products)
 
     def _check_budget(self, sparsity: float) -> None:
@@ -277,14 +277,14 @@ class Groups(coupled_structures.Coupled):
         for name, scores in units.items():
             norm = jnp.sqrt(jnp.sum(scores * scores)) + 1e-8
             each = jnp.nan_to_num(scores / norm, nan=-jnp.inf) / max(pruned[name].flops, 1)
-            # The best unit of a group goes never.
+            # The best unit of a group always stays.
             per_flop[name] = jnp.where(jnp.arange(each.size) == jnp.argmax(each), jnp.inf, each)
         order = jnp.sort(jnp.concatenate([each.astype(jnp.float32) for each in per_flop.values()]))
         budget = (1 - jnp.asarray(sparsity, jnp.float32)) * self.flops({})
 
         def kept(gone):
             bar = jnp.where(gone > 0, order[jnp.maximum(gone - 1, 0)], -jnp.inf)
-            # Never all of the infinite ones.
+            # At least one of the infinite ones stays.
             return {name: (each > bar) | (each == jnp.inf) for name, each in per_flop.items()}
 
         def halve(_, bounds):

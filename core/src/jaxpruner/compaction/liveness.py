@@ -1,8 +1,8 @@
 """Which units a function needs, read off the zeros of its parameters.
 
-A unit reaches others only through products that sum over it: every other way to sum freezes its group. It is dead if in
-each of them its entries are zero on one side. Zeros are followed through the function unit by unit: an array is zero
-where one of its units is, however it got there.
+A unit reaches others only through products that sum over it: every other way to sum freezes its group. It is dead if
+its entries are zero on one side of each of these products. Zeros are followed through the function unit by unit: an
+array is zero where one of its units is, however it got there.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Live(NamedTuple):
 
 
 def needed_units(found: Found, leaves: Sequence[Any]) -> dict[str, np.ndarray]:
-    """The units of each group that are not dead in these parameters, one of each at least.
+    """The units of each group that are not dead in these parameters, at least one per group.
 
-    What goes with a dead unit may leave others without use: asked until nothing more is dead.
+    Removing a dead unit may leave other units without use, so this is repeated until no more units are dead.
     """
     nonzero = [np.asarray(leaf) != 0 for leaf in leaves]
     along = [found.axes_of(dims) for _, dims in found.parameters]
@@ -125,13 +125,13 @@ def _meet(a: Alive, b: Alive) -> Alive:
     return {name: a[name] & b[name] if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
 
 
-# What moves entries, or sums or chooses among those that are zero together.
+# Primitives that move entries, or sum or choose among entries that are zero together.
 _MOVES = frozenset([
     "reshape", "transpose", "broadcast_in_dim", "tile", "squeeze", "slice", "split", "rev", "dynamic_slice", "gather",
     "cumsum", "cummax", "cummin", "cumprod", "reduce_sum", "reduce_max", "reduce_min", "reduce_window_max",
     "reduce_window_min", "reduce_window_sum", "sort", "optimization_barrier", "device_put", "unstack",
 ])  # fmt: skip
-# What puts together entries of some of its operands: of which, all if None.
+# Primitives that combine entries of some of their operands: which operands; all if None.
 _JOINS = {"concatenate": None, "stack": None, "pad": None, "dynamic_update_slice": [0, 1], "select_n": None}
 
 
@@ -338,7 +338,7 @@ def _value_at_zero(primitive: Any, literals: tuple[Any, ...], key: _Equation) ->
 
 
 def constant_units(found: Found, leaves: Sequence[Any], kept: Alive) -> dict[str, int]:
-    """How many of the kept units of each group have a layer of zeros before them, and so give a constant."""
+    """How many of the kept units of each group have only zero weights before them, so that their output is constant."""
     constant: dict[str, int] = {}
     owners = {group.name: group for group in found.groups.removable}
     for leaf, (path, dims) in zip(leaves, found.parameters, strict=True):

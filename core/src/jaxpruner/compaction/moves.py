@@ -1,4 +1,4 @@
-"""The rules of what moves entries: reshapes, slices, concatenations, indices."""
+"""The rules for primitives that move entries: reshapes, slices, concatenations, indices."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _of_constant(value: Any) -> Dims:
     return tuple(Dim(size, None if same else CONSTANT) for size, same in zip(shape, is_uniform, strict=True))
 
 
-# What calls other jaxprs.
+# Primitives that call other jaxprs.
 
 
 @rule(*jaxprs.CALLS)
@@ -99,8 +99,8 @@ def _call(step: Step) -> list[Dims]:
     return step.inner[0].outputs
 
 
-# How many derivatives of functions that have one of their own are read, one of the other. (Those of TensorFlow
-# Probability have derivatives without an end.) Beyond it they are differentiated as what they compute.
+# How many nested custom derivatives are read. (Those of TensorFlow Probability have derivatives without end.) Beyond
+# this number, functions are differentiated as what they compute.
 _ORDERS = contextvars.ContextVar("_ORDERS", default=2)
 
 

@@ -1,7 +1,7 @@
-"""The rules of compaction, one a primitive: which axes of operands and results are the same.
+"""The rules of compaction, one per primitive: which axes of operands and results are the same.
 
-What a primitive does to an axis that may not lose entries is said as a reason. A primitive without a rule freezes all
-that it touches: unknown is never wrong.
+If a primitive does something that does not allow an axis to lose entries, the rule says so as a reason. A primitive
+without a rule freezes everything that it touches, so an unknown primitive never gives a wrong result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Step:
       inputs: the axes of its operands.
       outputs: the axes of its results.
       inner: what it calls.
-      derivative: of what has a derivative of its own, that; of `conv_general_dilated` nothing.
+      derivative: the custom derivative of what it calls, if there is one; for `conv_general_dilated` nothing.
       feature_groups: the groups of channels of a convolution.
     """
 
@@ -50,7 +50,7 @@ class Step:
 
 
 def fresh(shape: Sequence[int], reason: str | None = None) -> Dims:
-    """Axes that nothing is known of."""
+    """Axes of which nothing is known."""
     return tuple(Dim(size, reason) for size in shape)
 
 
@@ -93,7 +93,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def unknown(step: Step) -> list[Dims]:
-    """The rule of all that has none: nothing that it touches may be shortened."""
+    """The rule of primitives that have none: nothing that they touch may be shortened."""
     reason = f"meets {step.name}, which there is no rule for"
     for dims in step.inputs:
         freeze(dims, reason)

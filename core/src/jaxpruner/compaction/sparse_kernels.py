@@ -1,4 +1,4 @@
-"""Kernels that are kept as sparse matrices: for what is very sparse and cannot be removed."""
+"""Kernels that are kept as sparse matrices, for very sparse weights that cannot be removed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from jaxpruner.inspection import jaxprs
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["shape", "contracted"])
 @dataclasses.dataclass(frozen=True)
 class SparseKernel:
-    """A kernel as a matrix in compressed rows, one row an output.
+    """A kernel as a matrix in compressed rows, one row per output.
 
-    The kernel times activations is the matrix times them as columns: what the CPU kernel of
+    The kernel times activations is the matrix times the activations as columns, which is what the CPU kernel of
     `jax.experimental.sparse.BCSR` computes.
 
     Attributes:

@@ -1,1 +1,1 @@
-"""What a network costs and whether it is as sparse as it should be: read from jaxprs, parameters and states."""
+"""What a network costs, and whether it is as sparse as it should be, read from jaxprs, parameters and states."""

@@ -1,4 +1,4 @@
-"""Is a training as sparse as it should be? Asked before its first step, and of what it has made."""
+"""Checks that a training is as sparse as it should be, before its first step and afterwards."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ _INSIDE = (
 def check_schedule(updater: BaseUpdater, num_steps: int | None = None) -> None:
     """Raises a ValueError for a schedule that would not make a training sparse.
 
-    That is one that makes no masks; a gradual one whose only update would prune all at once; and of RigL and SET one
-    where every step replaces weights and none trains them, or none replaces any. Schedules of your own are not judged.
+    Such a schedule makes no masks, or is gradual but has a single update, which would do all the pruning at once. For
+    RigL and SET, it replaces weights in every step, so that no step trains them, or never replaces any. Your own
+    schedules are not checked.
 
     Args:
       updater: the algorithm.
-      num_steps: the steps of the training, which are counted from 0; the schedule must then start and end before.
+      num_steps: the number of steps of the training, which are counted from 0. If given, the schedule must start and
+        end within it.
 
     Examples:
       >>> import jaxpruner
@@ -134,7 +136,7 @@ def _number(fn: Any, *arguments: Any) -> float | None:
 
 
 def check_targets(updater: BaseUpdater, params: Any) -> None:
-    """Raises a ValueError if leaves would not get the sparsity that is asked for, and tells of zeros that rank alike.
+    """Raises a ValueError if leaves would not get the sparsity that is asked for, and warns of zeros that rank alike.
 
     Args:
       updater: the algorithm.
@@ -165,7 +167,7 @@ def _asked_of_structures(updater: BaseUpdater, params: Any, targets: Any) -> Ite
 
 
 def structure_disagreement(updater: BaseUpdater, params: Any, targets: Any) -> str | None:
-    """What is wrong where n:m keeps another share than the sparsity that was asked for; None if nothing is."""
+    """What is wrong if n:m keeps another share than the sparsity that was asked for; None if nothing is."""
     for path, target, _, of_leaf in _asked_of_structures(updater, params, targets):
         structure = of_leaf.of_layer
         if not isinstance(structure, sparsity_types.NByM) or target == 0:
@@ -190,11 +192,11 @@ SILENT = (
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """A warning that a process sees once."""
+    """Warns once per process."""
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-# Shares of a leaf: how far the sparsity of whole units may be from what was asked for before it is told.
+# Shares of a leaf: how far the sparsity of whole units may differ from what was asked for without a message.
 _FAR = 0.1
 
 
@@ -233,18 +235,18 @@ def _tell_of_zeros(updater: BaseUpdater, params: Any, targets: Any) -> None:
 
 
 def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None) -> None:
-    """Raises a ValueError if parameters do not lie on the masks of their optimizer, or these are not as asked.
+    """Raises a ValueError if parameters do not lie on the masks of their optimizer, or the masks are not as asked.
 
-    For the time of a first summary: it reads the arrays, and costs the step nothing.
+    Call it at the first summary. It reads the arrays, and costs the step nothing.
 
     Args:
       params: the parameters after an update, concrete arrays.
-      opt_state: the state of the optimizer, however it is wrapped. At count 0 nothing is asked of it.
-      updater: the algorithm. With it, masks must have the sparsity that was asked for once the schedule is over. The
-        parameters of a straight-through method with `wrap_optax` are dense, and are passed over.
+      opt_state: the state of the optimizer, however it is wrapped. At count 0 nothing is checked.
+      updater: the algorithm. If given, masks must have the sparsity that was asked for once the schedule is over. The
+        parameters of a straight-through method with `wrap_optax` are dense, and are skipped.
 
     Raises:
-      ValueError: naming the leaf, how many weights are not zero that should be, and the likely causes.
+      ValueError: it names the leaf, how many weights should be zero but are not, and the likely causes.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpruner, optax
@@ -319,7 +321,7 @@ def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseU
 
 
 def shares_pruned(params: Any, state: projection.SparseState, updater: BaseUpdater) -> tuple[float, float, float]:
-    """What was asked for, what masks prune and what rounding allows: shares of the weights, of groups of their budget.
+    """The shares that were asked for, that masks prune, and that rounding allows: of the weights, or of groups' budget.
 
     Args:
       params: the parameters.

@@ -1,4 +1,4 @@
-"""A configuration in words that a checkpoint can hold, and what differs from it when a training is resumed."""
+"""A configuration in a form that a checkpoint can hold, and what differs from it when a training is resumed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from jaxpruner.base_updater import BaseUpdater
 
 DENSE = "no_prune"
-# What the state of a checkpoint is laid out by.
+# The keys that determine the layout of a checkpoint's state.
 _LAYOUT = ("algorithm", "use_packed_masks")
-# What does not change a training.
+# Keys that do not change a training.
 _FREE = ("is_debug", "scheduler")
 
 
 def describe(updater: BaseUpdater | None) -> dict[str, Any]:
-    """The configuration of an algorithm as JSON has it: strings, numbers, booleans and None, by the keys of `sparsify`.
+    """The configuration of an algorithm as JSON: strings, numbers, booleans and None, by the keys of `sparsify`.
 
     Args:
       updater: the algorithm; None stands for a dense training.
@@ -49,19 +49,19 @@ def describe(updater: BaseUpdater | None) -> dict[str, Any]:
 
 
 def check_resumed(saved: Mapping[str, Any], updater: BaseUpdater | None, where: str) -> list[str]:
-    """Compares the configuration of a checkpoint with the one at hand.
+    """Compares the configuration of a checkpoint with the current one.
 
     Args:
-      saved: what `describe` gave for the run that wrote it.
-      updater: the algorithm at hand; None if the training is dense.
+      saved: the result of `describe` for the run that wrote the checkpoint.
+      updater: the current algorithm; None if the training is dense.
       where: the checkpoint, for messages.
 
     Returns:
-      A line for each other key that differs, for the log: the configuration at hand holds from here.
+      A line for the log for each other key that differs: from here on, the current configuration holds.
 
     Raises:
-      ValueError: if the state of the checkpoint is one of another algorithm or storage, naming the key, both values
-        and the remedy.
+      ValueError: if the state of the checkpoint is of another algorithm or storage. It names the key, both values and
+        the remedy.
 
     Examples:
       >>> import jaxpruner
@@ -106,7 +106,7 @@ def _schedule(schedule: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> Any:
-    """A value as JSON has it; functions by their names, which are the same in the next process."""
+    """A value as JSON; functions by their names, which are the same in the next process."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, functools.partial):

@@ -1,4 +1,4 @@
-"""What a sparse network would cost where zeros cost nothing: parameters, and FLOPs of inference and training."""
+"""What a sparse network would cost if zeros cost nothing: parameters, and FLOPs of inference and training."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ def summarize_flops(
 ) -> dict[str, Any]:
     r"""Counts parameters and FLOPs, dense and without what zeros save.
 
-    Read from the jaxpr of `fn(params, *args)`: matrix products and convolutions, two FLOPs a multiply-add; what is done
-    element by element is left out, and so are kernels of Pallas. A product with a parameter counts by the share
-    :math:`d` of its entries that are not zero, also if it was cast, reshaped, masked or scaled before; products among
-    activations are dense. With :math:`f_p` the FLOPs of parameter :math:`p`:
+    Reads the jaxpr of `fn(params, *args)` and counts matrix products and convolutions, with two FLOPs per multiply-add.
+    Elementwise operations and Pallas kernels are left out. A product with a parameter counts by the share :math:`d` of
+    its entries that are not zero, even if it was cast, reshaped, masked or scaled before. Products among activations
+    are dense. With :math:`f_p` the FLOPs of parameter :math:`p`:
 
     .. math:: \text{inference} = f_{other} + \sum_p d_p f_p, \quad
               \text{training} = 3 T f_{other} + \sum_t \sum_p (2 d_p^t + w_p^t) f_p
 
-    A training step is the forward pass, the gradient of the activations and that of the weights, each as dear as the
-    forward pass (Evci et al., 2020, appendix H). The gradient of the weights is that of kept weights, :math:`w = d`,
-    but dense, :math:`w = 1`, for straight-through methods and in steps that make masks, whatever they are made from.
-    Densities within the training rise along the updater's schedule to what they are in `params`.
+    A training step is the forward pass, the gradient of the activations and that of the weights. Each costs as much as
+    the forward pass (Evci et al., 2020, appendix H). The gradient of the weights is that of kept weights,
+    :math:`w = d`. It is dense, :math:`w = 1`, for straight-through methods and in steps that make masks, whatever they
+    are made from.
+    Sparsities within the training rise along the updater's schedule to those in `params`.
 
     Args:
       fn: the forward pass, traced once and not run; its arguments may be `jax.ShapeDtypeStruct`. Loops count by their
-        length, or once where that depends on data; of branches the dearest counts, of a `shard_map` one shard.
+        length, or once if that depends on data. Of branches, the most expensive counts; of a `shard_map`, one shard.
       params: any pytree of trained parameters, zeros in place.
-      *args: what else it takes; one example gives FLOPs of one example.
+      *args: the other arguments; one example gives the FLOPs of one example.
       updater: the algorithm that made the zeros, for the cost of training; without it training is dense.
-      steps: those of the training.
+      steps: the number of training steps.
 
     Returns:
       `_nparams` and `_nparams_nnz` (entries, and those that are not zero), `_inference_flops` and
-      `_inference_flops_nnz`, with `steps` also `_training_flops` and `_training_flops_nnz` of all of them, and under
-      its slash path the dense FLOPs of each parameter that is multiplied with. Where zeros are lost on the way to a
-      product, as by weight standardisation, the product counts as dense and `_shifted_parameters` names the pruned
-      parameters (see :func:`shifted_parameters`).
+      `_inference_flops_nnz`, with `steps` also `_training_flops` and `_training_flops_nnz` of all steps, and the dense
+      FLOPs of each parameter that is multiplied with, under its slash path. If zeros are lost on the way to a product,
+      as by weight standardisation, the product counts as dense and `_shifted_parameters` names the pruned parameters
+      (see :func:`shifted_parameters`).
 
     Raises:
       ValueError: if the forward pass multiplies with none of the parameters.
@@ -91,7 +92,7 @@ def summarize_flops(
     }
     if steps:
         level, is_dense = _course(updater, trees.numbers_only(params), steps)
-        # Of three passes, forward, to the activations and to the weights, zeros make two cheaper, or all.
+        # Of the three passes (forward, to the activations, to the weights), zeros make two cheaper, or all three.
         saved = float(np.mean(level * np.where(is_dense, 2, 3)))
         cost = sum((3 - (1 - density[key]) * saved) * flops for key, flops in counts.items())
         summary["_training_flops"] = steps * 3 * summary["_inference_flops"]
@@ -150,15 +151,15 @@ def _dearest(counts: _Counts, branches: Sequence[provenance.Branch]) -> list[pro
 
 
 def shifted_parameters(fn: Callable[..., Any], params: Any, *args: Any) -> tuple[str, ...]:
-    """The parameters whose zeros are zeros no more where `fn` multiplies with them.
+    """The parameters whose zeros are no longer zero when `fn` multiplies with them.
 
-    Weight standardisation, :math:`(w - \\bar w) / \\sigma`, is the usual case: of 80 % zeros in the parameter none is
-    left in what is multiplied. Read from the jaxpr of `fn(params, *args)`; nothing is run.
+    Weight standardisation, :math:`(w - \\bar w) / \\sigma`, is the usual case: with 80 % zeros in the parameter, no
+    zero is left in the product. This is read from the jaxpr of `fn(params, *args)`; nothing is run.
 
     Args:
       fn: the forward pass, or a whole train step.
       params: its first argument, any pytree.
-      *args: what else it takes; arrays, or `jax.ShapeDtypeStruct`.
+      *args: the other arguments: arrays, or `jax.ShapeDtypeStruct`.
 
     Returns:
       Their slash paths, in the order of the parameters.

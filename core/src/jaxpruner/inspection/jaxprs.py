@@ -1,8 +1,8 @@
-"""The walker of jaxprs: what reads a function goes through its equations here, each reader with its own rules.
+"""The walker of jaxprs. Everything that reads a function goes through its equations here, with its own rules.
 
 The jaxpr of a function is its whole data flow with every shape in it, the same for every framework. Readers differ in
 what stands for a value: where it comes from (`provenance`), what its axes are (`compaction.reading`), which of its
-entries are zero (`compaction.liveness`), which operation makes it (`calibration.program`).
+entries are zero (`compaction.liveness`), or which operation makes it (`calibration.program`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-# What only moves entries.
+# Primitives that only move entries.
 MOVES = frozenset({
     "broadcast_in_dim", "copy", "copy_p", "dynamic_slice", "expand_dims", "gather", "name", "optimization_barrier",
     "pvary", "reshape", "rev", "sharding_constraint", "slice", "squeeze", "stop_gradient", "transpose", "unstack",
 })  # fmt: skip
 CASTS = frozenset({"convert_element_type", "reduce_precision"})
-# What calls a jaxpr with its own operands; and what has a derivative of its own beside.
+# Primitives that call a jaxpr with their own operands, and those that also have a custom derivative.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_lin")
 CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
@@ -36,7 +36,7 @@ def go_through(
     Args:
       jaxpr: the jaxpr.
       inputs: the values of its constants, then of its arguments.
-      rule: an equation and the values of its operands to those of its results.
+      rule: maps an equation and the values of its operands to the values of its results.
       of_literal: the value of an atom that is written into the equation.
       equations: those to go through, by default all.
 

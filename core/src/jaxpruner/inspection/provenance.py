@@ -1,6 +1,6 @@
-"""Which parameters a value holds the entries of, on the way to the products that use them.
+"""Which parameters' entries a value holds, on the way to the products that use them.
 
-One walk follows the parameters through casts, reshapes, masks and scalings, into loops, branches and calls, and tells
+One walk follows the parameters through casts, reshapes, masks and scalings, into loops, branches and calls, and reports
 each product with them.
 """
 
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from jaxpruner.inspection import jaxprs
 
 _MOVES = jaxprs.MOVES | jaxprs.CASTS | {"all_gather", "pad"}
-# What keeps zeros at zero, entry by entry.
+# Primitives that keep zeros at zero, entry by entry.
 _SCALES = {
     "abs", "asinh", "atan", "cbrt", "ceil", "div", "erf", "expm1", "floor", "integer_pow", "log1p", "mul", "neg",
     "round", "select_n", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
 }  # fmt: skip
-# What adds something to entries, so that zeros are zeros no more.
+# Primitives that add something to entries, so that zeros are no longer zero.
 _SHIFTS = {"add", "add_any", "cos", "cosh", "exp", "exp2", "logistic", "max", "min", "pow", "rsqrt", "sub"}
 
 
@@ -26,8 +26,8 @@ class Value(NamedTuple):
 
     Attributes:
       parameters: those whose entries it has, by number; none if it is something else.
-      is_data: whether it depends on arguments that are no parameters.
-      is_shifted: whether zeros of the parameters are zeros no more, as after weight standardisation.
+      is_data: whether it depends on arguments that are not parameters.
+      is_shifted: whether zeros of the parameters are no longer zero, as after weight standardisation.
     """
 
     parameters: tuple[int, ...] = ()

@@ -11,7 +11,7 @@ import jax
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], repeats: int = 15) -> dict[str, float]:
-    """The median seconds of each function, which are called in turn, so that what else runs meets all of them alike.
+    """The median seconds of each function. They are called in turn, so that other load affects all of them alike.
 
     Args:
       functions: what to time; each is called once before, to be compiled.

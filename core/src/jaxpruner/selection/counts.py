@@ -28,7 +28,8 @@ _FRACTION_LIMBS = 3  # 48-bit fixed point: every float32 of [2**-24, 1] is a mul
 class Count(NamedTuple):
     """A number of entries, ``hi * 2**32 + lo``.
 
-    ``hi`` is None where no number can reach ``2**32``: half the arithmetic. The two of an operation are of one kind.
+    ``hi`` is None where no number can reach ``2**32``, which halves the arithmetic. Both operands of an operation are
+    of one kind.
     """
 
     hi: Any  # UInt32[Array, "*shape"] or None
@@ -36,7 +37,7 @@ class Count(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a sparsity keeps of a number of entries, :func:`keep_count` of the two, before it is counted."""
+    """What a sparsity keeps of a number of entries: :func:`keep_count` of the two, not yet evaluated."""
 
     size: int | Count
     sparsity: float | Float[Array, ""]
@@ -65,7 +66,7 @@ def to_int(count: Count) -> int:
 
 
 def to_float(count: Count, dtype: Any = jnp.float32) -> Float[Array, "*shape"]:
-    """The count as a float, as a float32 rounded: for estimates, never for decisions."""
+    """The count as a float, rounded to float32: for estimates, never for decisions."""
     low = count.lo.astype(dtype)
     return low if count.hi is None else count.hi.astype(dtype) * 2.0**32 + low
 
@@ -109,7 +110,7 @@ def take(count: Count, index: Any) -> Count:
 def chosen(values: Any, index: Sequence[int] | np.ndarray) -> Any:
     """``values[index]`` of an array or a count, for a static index.
 
-    It is a gather, which XLA takes many rounds to simplify, only where it has to be one.
+    It is a gather only if it has to be, because XLA takes many rounds to simplify a gather.
     """
     places = np.asarray(index)
 
@@ -220,7 +221,7 @@ def float32_sparsity(size: int, sparsity: float) -> np.float32:
     """The float32 that stands for a float64 sparsity of a leaf of ``size`` entries.
 
     Optimizer state holds sparsities as float32, whose exact value may keep another number of entries
-    than the float64 formula does: 25 entries at 0.9 keep 2, at float32(0.9) they keep 3.
+    than the float64 formula: 25 entries keep 2 at 0.9, but 3 at float32(0.9).
 
     Args:
       size: the number of entries of the leaf.
@@ -228,7 +229,7 @@ def float32_sparsity(size: int, sparsity: float) -> np.float32:
 
     Returns:
       The float32 nearest to ``sparsity`` for which a traced :func:`keep_count` agrees with the float64
-      one. Where float32 cannot resolve one entry (past ``2**24`` entries) and none is found, plain
+      one. If float32 cannot resolve one entry (past ``2**24`` entries) and none is found, it is plain
       ``float32(sparsity)``. 0 stays 0 and a positive sparsity stays positive.
     """
     if sparsity <= 0:

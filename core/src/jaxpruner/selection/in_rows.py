@@ -26,7 +26,7 @@ _BLOCK, _LANES = 1 << 18, 128
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -> Bool[Array, "*s"]:
-    """The n highest of each group of m, of equal ones the later, without XLA's sort."""
+    """The n highest of each group of m, without XLA's sort; of equal scores, the later one."""
     axis = min(axes)
     together = tuple(range(axis, axis + len(axes)))
     moved = jnp.moveaxis(scores, axes, together)
@@ -82,7 +82,7 @@ def _sorting_network(size: int) -> Iterator[tuple[int, int]]:
 
 
 def highest(scores: Float[Array, "*s"], n: int, axis: int) -> Bool[Array, "*s"]:
-    """The n highest along an axis, of equal ones the later: all are compared with each, elementwise."""
+    """The n highest along an axis, by comparing each score with all others; of equal scores, the later one."""
     keys = order_preserving_keys(scores)
     position = jax.lax.broadcasted_iota(keys.dtype, keys.shape, axis)
     better = jnp.zeros(keys.shape, jnp.int32)
@@ -98,9 +98,10 @@ def highest(scores: Float[Array, "*s"], n: int, axis: int) -> Bool[Array, "*s"]:
 
 
 def highest_of_each(scores: Float[Array, "n rows"], keep: int | Int[Array, ""]) -> Bool[Array, "n rows"]:
-    """The `keep` highest of the n scores of each row, of equal ones the first; may be traced.
+    """The `keep` highest of the n scores of each row, of equal scores the first; `keep` may be traced.
 
-    The threshold of each row is searched by halving the range of keys: so many reads as a key has bits, whatever n is.
+    The threshold of each row is searched by halving the range of keys. This takes as many reads as a key has bits,
+    whatever n is.
     """
     keys = order_preserving_keys(scores)
     low, high = (jnp.full(keys.shape[1:], end, keys.dtype) for end in key_range(scores.dtype))

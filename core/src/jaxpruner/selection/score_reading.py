@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 # A leaf whose reads take longer than their compilation.
 _LARGE = 1 << 19
-# Of a read: the number of entries that a row has if any divides those of the leaf, else the number of rows.
+# For one read: the entries per row, if one of these divides the leaf's entries; else the number of rows.
 _LONGEST_ROW, _SHORTEST_ROW, _ROWS = 2048, 512, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores of one leaf that are evaluated as they are read, so that they are never stored.
+    """Scores of one leaf that are evaluated while they are read, so that they are never stored.
 
     ``Scores(jnp.abs, (w,))`` ranks by magnitude without an array of magnitudes.
 
@@ -226,7 +226,7 @@ def count_leaf(
         found = count(lax.select(row[Column.IS_TIED] != 0, indices, keys), row[len(Column) :], leaf.method)
         return found, pinned if skips else row[Column.NUMBER].astype(jnp.int32)
 
-    # Any numbers, that are at hand.
+    # Any numbers will do; these are at hand.
     words = rows[0, len(Column) :].astype(jnp.uint32)
     anything = tuple(_split(words, _parts(leaf.size, words.size, leaf.method)))
     if not skips:

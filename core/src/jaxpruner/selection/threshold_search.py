@@ -219,7 +219,7 @@ def interpolate(field: Field, count: Counter, searches: Searches, first: Int[Arr
 
 
 def is_open(field: Field, searches: Searches) -> Bool[Array, " searches"]:
-    """Whether a search goes on: several thresholds are possible, and ``lo`` has not just the entries wanted."""
+    """Whether a search continues: several thresholds are possible, and ``lo`` has not exactly the entries wanted."""
     return ~counts.equal(field.total(searches.at_least), searches.wanted) & (searches.lo != searches.last)
 
 

@@ -65,8 +65,8 @@ class Competition:
 
     Attributes:
       leaves: the scores, arrays or :class:`Scores`, of fewer than ``2**32`` entries each.
-      keep: how many entries to keep, between 0 and the number of all entries, or the share of a number that gives it;
-        may be traced.
+      keep: how many entries to keep, between 0 and the number of all entries, or a `Share` that gives it; may be
+        traced.
       scales: a divisor per leaf, or None; a leaf is ranked by ``leaf * (1 / scale)``, evaluated as it is read.
 
     Raises:
@@ -88,13 +88,13 @@ class Competition:
 
 @dataclasses.dataclass(frozen=True)
 class Regrowth:
-    """A mask whose entries compete to stay in it, and all that did not stay for the places that are left.
+    """A mask whose entries compete to stay in it; all others then compete for the free places.
 
     Attributes:
       mask: the mask.
-      drop: scores, of which the highest of the mask stay.
-      grow: scores, of which the highest of all others join them, until there are as many as before. Where some are not
-        finite they say nothing of where to grow, and the mask stays as it is.
+      drop: scores; the highest within the mask stay.
+      grow: scores; the highest of all others join them, until there are as many as before. If some are not finite, they
+        do not say where to grow, and the mask stays as it is.
       fraction: the share of the mask's entries that do not stay; may be traced.
     """
 
@@ -104,7 +104,7 @@ class Regrowth:
     fraction: float | Float[Array, ""]
 
 
-# What asks for masks and makes something of them.
+# A generator that asks for masks and returns a result.
 Choosing = Generator["Competition | Regrowth", "list[Bool[Array, '...']]", T]
 
 
@@ -127,10 +127,10 @@ def top_k_masks(
 
 
 def together(choosing: Sequence[Choosing[T]]) -> list[T]:
-    """What each of these makes of the masks it asks for, their searches made together.
+    """Runs generators that ask for masks, with their searches made together, and returns their results.
 
-    Each is a generator that yields a :class:`Competition` or a :class:`Regrowth`, is sent its masks, and returns a
-    result: leaves that are chosen in the same way take part in the same few searches.
+    Each generator yields a :class:`Competition` or a :class:`Regrowth`, is sent its masks, and returns a result. Leaves
+    that are chosen in the same way take part in the same few searches.
     """
     results: dict[int, T] = {}
     asked: dict[int, Competition | Regrowth] = {}
@@ -302,7 +302,7 @@ def _count_true(mask: Bool[Array, "*shape"], method: Method) -> UInt32[Array, ""
 
 
 def is_one_cpu() -> bool:
-    """Whether there is one device, and it is a CPU: rows and blocks of an array are then at hand where they lie."""
+    """Whether there is one device, and it is a CPU: rows and blocks of an array can then be read in place."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
@@ -385,7 +385,7 @@ def _first_thresholds(field: Field, leaves: list[Leaf], keep: Count) -> Int[Arra
     """Those around the quantiles of samples."""
     number = field.search[-1] + 1
     totals = np.bincount(field.search, weights=field.sizes)
-    # Together no more than a part of the largest search, however many there are.
+    # All samples together are no more than a part of the largest search, however many there are.
     most = np.clip(totals.max() / (_ALL_SAMPLES * number), _MIN_SAMPLE, _MAX_SAMPLE)
     strides = np.maximum(1, totals // np.clip(totals / _SAMPLED_SHARE, _MIN_SAMPLE, most)).astype(int)
     groups = [np.flatnonzero(np.asarray(field.search) == search) for search in range(number)]

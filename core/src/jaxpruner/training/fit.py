@@ -1,4 +1,4 @@
-"""Does a state fit the configuration at hand, and the masks that training starts from?"""
+"""Checks that a state fits the current configuration, and finds the masks that training starts from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FROM_PARAMS = "from_params"
 
 
 def check_state(updater: Algorithm, state: SparseState, params: Any) -> None:
-    """Raises a ValueError if a state is of another configuration, by the shapes of what it holds."""
+    """Raises a ValueError if the shapes in a state show that it is of another configuration."""
     name = type(updater).__name__
     if isinstance(state.inner_state, StraightThroughState) and not updater.straight_through:
         raise ValueError(
@@ -66,7 +66,7 @@ def check_pruned(targets: Any, state: SparseState) -> None:
 
 
 def check_masks_field(updater: Any) -> None:
-    """Raises a ValueError if `masks` is nothing that the algorithm can start from."""
+    """Raises a ValueError if the algorithm cannot start from `masks`."""
     masks, name = updater.masks, type(updater).__name__
     if isinstance(masks, str) and masks != FROM_PARAMS:
         raise ValueError(f"masks: {masks!r} is not known; give a tree of masks, or {FROM_PARAMS!r}.")
@@ -86,7 +86,7 @@ def reached(updater: Any, targets: Any, params: Any) -> Any:
 
 
 def _check_coupled(updater: Any) -> None:
-    """Raises a ValueError for what units of several parameters cannot be combined with."""
+    """Raises a ValueError for settings that cannot be combined with units of several parameters."""
     name = type(updater).__name__
     if updater.regrows:
         raise ValueError(
@@ -113,7 +113,7 @@ def _check_coupled(updater: Any) -> None:
 
 
 def given_masks(masks: Any, params: Any, targets: Any) -> Any:
-    """Masks that a user gives, for the leaves that are pruned; ones where they say nothing.
+    """The user's masks for the leaves that are pruned; ones where the user gives none.
 
     Raises:
       ValueError: for masks of other leaves or shapes.

@@ -1,4 +1,4 @@
-"""The statistics that an inner optimizer keeps of single weights."""
+"""The statistics that an inner optimizer keeps for single weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxpruner import trees
 def reset_moments(inner: optax.GradientTransformation, inner_state: Any, params: Any, regrown: Any) -> Any:
     """Gives regrown weights the optimizer statistics that a new weight would have.
 
-    Factored statistics have none for a single weight and stay.
+    Factored statistics have no entries for single weights, and stay as they are.
 
     Args:
       inner: the optimizer.
@@ -24,7 +24,7 @@ def reset_moments(inner: optax.GradientTransformation, inner_state: Any, params:
       regrown: boolean masks of the regrown weights, None where a leaf is not pruned.
 
     Returns:
-      The state, with what `inner.init(params)` gives at the regrown weights.
+      The state, with the values of `inner.init(params)` at the regrown weights.
     """
     grown = {trees.leaf_name(path): mask for path, mask in trees.named_leaves(regrown)}
 

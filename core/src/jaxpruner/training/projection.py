@@ -1,7 +1,7 @@
 """One sparse step without any optimizer library, and the states that sparse training keeps.
 
-One step goes one way: masks (where the schedule asks) -> gradients -> inner optimizer -> masks
-enforced -> count + 1. `begin_step` and `end_step` are what comes before and after the inner optimizer.
+One step goes one way: masks (if the schedule asks) -> gradients -> inner optimizer -> masks
+enforced -> count + 1. `begin_step` and `end_step` do what comes before and after the inner optimizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SparseState(NamedTuple):
       inner_state: the state of the wrapped optimizer.
       target_sparsities: the final sparsity of each leaf, float32 scalars.
       count: the number of updates seen, int32.
-      statistics: what an algorithm remembers of steps, in a `RememberingState`; None here.
+      statistics: what an algorithm remembers of earlier steps, in a `RememberingState`; None here.
     """
 
     masks: Any
@@ -50,10 +50,10 @@ class _FiveFields(NamedTuple):
 
 
 class RememberingState(_FiveFields, SparseState):  # type: ignore[misc]  # tuples of different lengths, on purpose
-    """A `SparseState` of an algorithm that remembers, with a fifth field.
+    """A `SparseState` of an algorithm with a memory, with a fifth field.
 
-    A class of its own, since checkpoints (flax, orbax) name the fields of a state and restore into the same names only:
-    states of algorithms that remember nothing are what they always were.
+    It is a separate class because checkpoints (flax, orbax) name the fields of a state and restore only into the same
+    names. So states of algorithms without a memory are unchanged.
 
     Attributes:
       statistics: a tree like the parameters, or a dict or tuple of such trees, with MaskedNode where a leaf is not
@@ -76,16 +76,16 @@ class StraightThroughState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step between the making of its masks and their enforcement.
+    """One step, after its masks are made and before they are enforced.
 
     Attributes:
       params: the parameters that the inner optimizer steps from (dense weights if straight-through).
       grads: the gradients that it steps with.
       masks: boolean masks in force from now on, None where a leaf is not pruned.
-      previous_masks: those in force before.
+      previous_masks: the masks in force before.
       is_mask_update: whether masks were made before the optimizer's step.
       state: the sparse state with the new masks and count, its inner state as it was.
-      remask: for straight-through methods, makes the masks of stepped weights: (state, weights) to state.
+      remask: for straight-through methods, makes the masks of the stepped weights: maps (state, weights) to a state.
     """
 
     params: Any
@@ -106,7 +106,7 @@ def init_state(updater: Algorithm, params: Any) -> SparseState:
 def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, **extra_args: Any) -> Step:
     """Makes masks if the schedule asks for them, and masks the gradients if the updater does.
 
-    Straight-through methods make theirs from the weights after the step, when it ends.
+    Straight-through methods make their masks when the step ends, from the weights after it.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpruner
@@ -172,9 +172,9 @@ def project(
 ) -> tuple[Any, SparseState]:
     """One sparse step for optimizers that are not optax transformations.
 
-    `proposed` is what any optimizer makes of `params`; the result lies on the masks. An optimizer
-    that should see masked gradients, or step from straight-through weights, is called between
-    `begin_step` and `end_step` instead.
+    `proposed` is the result of any optimizer's step from `params`; the returned parameters lie on the
+    masks. If the optimizer should see masked gradients, or step from straight-through weights, call
+    it between `begin_step` and `end_step` instead.
 
     Args:
       updater: the algorithm.
@@ -182,7 +182,7 @@ def project(
       proposed: parameters that the optimizer proposes.
       grads: gradients at `params`, for the algorithms that score with them.
       state: from `init_projection(updater, params)`.
-      **extra_args: handed to `calculate_scores`.
+      **extra_args: passed to `calculate_scores`.
 
     Returns:
       The new parameters and the new state.
@@ -250,7 +250,7 @@ def remembered(updater: Algorithm, params: Any, grads: Any, state: SparseState) 
     """The state with the statistics of this step; the same where the algorithm remembers nothing.
 
     Raises:
-      ValueError: if `update_statistics` gives another tree than it was given.
+      ValueError: if `update_statistics` returns another tree than it was given.
     """
     old = state.statistics
     if old is None:
@@ -285,7 +285,7 @@ def apply_mask(params: Any, masks: Any, is_packed: bool = False) -> Any:
     Args:
       params: a tree of arrays, or one array.
       masks: its masks, boolean or 0 and 1.
-      is_packed: whether the masks are packed, one bit a weight.
+      is_packed: whether the masks are packed, one bit per weight.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpruner
@@ -318,10 +318,11 @@ def _masked(storage: mask_storage.MaskStorage, param: Any, stored: Any) -> Any:
 
 
 def apply_state_masks(tree: Any, opt_state: Any) -> Any:
-    """A tree shaped like the parameters, put on the masks of an optimizer state.
+    """Applies the masks of an optimizer state to a tree shaped like the parameters.
 
-    For what is evaluated in place of the parameters and dense where one of its parts was: averages over steps (EMA,
-    Polyak), `optax.contrib.schedule_free_eval_params`, slow weights of lookahead, means of checkpoints.
+    Use it for trees that are evaluated in place of the parameters and are dense where one of their parts was: averages
+    over steps (EMA, Polyak), `optax.contrib.schedule_free_eval_params`, slow weights of lookahead and means of
+    checkpoints.
 
     Args:
       tree: any tree whose leaves have the paths of the parameters.
@@ -382,7 +383,7 @@ def _storage(mask: Any, param: Any) -> mask_storage.MaskStorage:
 def find_states(opt_state: Any) -> list[SparseState]:
     """All `SparseState`s inside an optimizer state, however it is wrapped.
 
-    Also those that checkpoints and `flax.nnx.state` make of them, mappings of their fields.
+    It also finds the mappings of their fields that checkpoints and `flax.nnx.state` make.
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=_is_state)
     states = [_as_state(node) for node in leaves if _is_state(node)]

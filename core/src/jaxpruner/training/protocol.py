@@ -1,4 +1,4 @@
-"""What a sparse step needs of an algorithm. `jaxpruner.BaseUpdater` is one; this room knows no class."""
+"""What a sparse step needs from an algorithm. `jaxpruner.BaseUpdater` provides it; this package knows no class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the state of an optimizer lies when the parameters are spread over many devices."""
+"""The shardings of an optimizer's state when the parameters are spread over many devices."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from jaxpruner.training.optimizer_state import owner_of
 def state_shardings(tx: optax.GradientTransformation, params: Any, shardings: Any = None) -> Any:
     """The shardings of `tx.init(params)`: what belongs to a parameter lies where the parameter does.
 
-    Statistics, masks and hidden weights of a parameter's shape take its sharding. A packed mask takes its
-    `PartitionSpec`, but the packed axis is whole where the number of its bytes is not divisible by the
-    devices along it. All the rest (counts, target sparsities, factored statistics) is on every device.
-    Nothing is run, and `tx` may be any optax transformation, sparse or not, however it is wrapped.
+    Statistics, masks and hidden weights with a parameter's shape take its sharding. A packed mask takes its
+    `PartitionSpec`, but the packed axis is whole if its number of bytes is not divisible by the devices
+    along it. Everything else (counts, target sparsities, factored statistics) is on every device.
+    Nothing is run. `tx` may be any optax transformation, sparse or not, however it is wrapped.
 
     Args:
       tx: the transformation.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      shardings: a tree like `params` of `NamedSharding`, all on one mesh. None takes those that the
-        parameters have.
+      shardings: a tree of `NamedSharding` like `params`, all on one mesh. None takes the shardings of the
+        parameters.
 
     Returns:
-      A tree like `tx.init(params)` with a `NamedSharding` for each array. It serves as `out_shardings` of
-      a jitted `init` or train step, and to restore a checkpoint.
+      A tree like `tx.init(params)` with a `NamedSharding` for each array. Use it as `out_shardings` of a
+      jitted `init` or train step, and to restore a checkpoint.
 
     Raises:
       ValueError: if a parameter has no `NamedSharding`, or if there are several meshes.

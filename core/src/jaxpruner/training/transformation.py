@@ -1,7 +1,7 @@
 """The optax transformations: they step an inner optimizer and keep parameters on their masks.
 
-Their functions are objects that compare by the optimizer and the algorithm they are made of, so that one that was made
-anew is, to `jax.jit`, the one from before.
+Their functions are objects that compare by their optimizer and algorithm. So `jax.jit` takes a transformation that was
+made again for the one from before.
 """
 
 from __future__ import annotations

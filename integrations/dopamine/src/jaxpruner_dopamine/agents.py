@@ -1,4 +1,4 @@
-"""Dopamine's JAX agents, sparse, and the way to make one of yours sparse."""
+"""Sparse versions of Dopamine's JAX agents, and a function that makes your own agent sparse."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SparseJaxRainbowAgent(SparseAgent, rainbow_agent.JaxRainbowAgent):
 
 
 class SparseJaxFullRainbowAgent(SparseAgent, full_rainbow_agent.JaxFullRainbowAgent):
-    """Sparse Rainbow in full. Of noisy layers, means and deviations are pruned, each as a kernel of its own.
+    """Sparse full Rainbow. In noisy layers, means and deviations are pruned, each as its own kernel.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -70,7 +70,7 @@ class SparseJaxFullRainbowAgent(SparseAgent, full_rainbow_agent.JaxFullRainbowAg
         return {"support": self._support, "key": self._rng}
 
     def _acting(self) -> dict[str, Any]:
-        # Without noise, as where it is evaluated.
+        # Without noise, as in evaluation.
         return self._arguments() | {"eval_mode": True}
 
 
@@ -104,7 +104,7 @@ class SparseJaxImplicitQuantileAgent(SparseAgent, implicit_quantile_agent.JaxImp
 
 
 class _SparseActorCritic(SparseAgent):
-    """What agents of continuous actions share: one network, whose actor chooses the actions."""
+    """Shared by agents with continuous actions: one network, whose actor chooses the actions."""
 
     _params_attribute = "network_params"
     _optimizer_attribute = "network_optimizer"
@@ -122,8 +122,8 @@ class _SparseActorCritic(SparseAgent):
 class SparseSACAgent(_SparseActorCritic, sac_agent.SACAgent):
     """Sparse soft actor-critic (Haarnoja et al., 2018): actor and critics share one budget; the temperature is dense.
 
-    It acts with the sparse network. Its target network is an average of sparse networks, which is dense wherever one of
-    them was in the past, as soft actor-critic has it; it serves for targets alone. To use it elsewhere:
+    It acts with the sparse network. Its target network is an average of past sparse networks, as in soft actor-critic,
+    so it is dense wherever one of them was. It only serves for targets. To use it elsewhere:
     `jaxpruner.apply_state_masks(agent.target_params, agent.optimizer_state)`.
 
     Examples:
@@ -174,10 +174,10 @@ _SPARSE = {
 
 @functools.cache
 def sparse_agent(agent: type) -> type[SparseAgent]:
-    """A sparse subclass of a JAX agent of Dopamine or of your own.
+    """A sparse subclass of a JAX agent, Dopamine's or your own.
 
     Raises:
-      ValueError: for a class that is none.
+      ValueError: for a class that is not a JAX agent.
 
     Examples:
       >>> from dopamine.jax.agents.dqn import dqn_agent

@@ -1,4 +1,4 @@
-"""Which optimizer states of checkpoints a run can go on from, and what to say of the others."""
+"""Which optimizer states of checkpoints a run can continue from, and what to say about the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def continued(
     fresh: jaxpruner.SparseState,
     where: str,
 ) -> tuple[jaxpruner.SparseState, list[str]]:
-    """The state of a sparse checkpoint to go on from, and what differs from its configuration."""
+    """The state of a sparse checkpoint to continue from, and what differs from its configuration."""
     described = described or jaxpruner.describe(updater)  # of a version that stored none
     if updater is None:
         raise ValueError(
@@ -31,7 +31,7 @@ def continued(
         if isinstance(saved.inner_state, jaxpruner.StraightThroughState):
             saved = saved._replace(inner_state=saved.inner_state.inner_state)
         saved = jaxpruner.SparseState(*saved[:4])  # without what another algorithm remembered
-        # It goes on from any algorithm's zeros.
+        # It can continue from any algorithm's zeros.
         described = jaxpruner.describe(updater) | {"use_packed_masks": described["use_packed_masks"]}
     try:
         changes = jaxpruner.check_resumed(described, updater, where)

@@ -1,12 +1,12 @@
-"""Makes a compact agent of a sparse one: dead units leave its network.
+"""Makes a compact agent from a sparse one: removes the dead units of its network.
 
     python -m jaxpruner_dopamine.compact --base_dir=runs/cartpole \
         --gin_files=jaxpruner_dopamine/configs/dqn_cartpole.gin \
         --gin_files=jaxpruner_dopamine/configs/sparse_groups.gin
 
-Give the gin files and bindings of the training. It takes the latest checkpoint, writes `compact/agent.npz` and
-`compact/report.json` into the base directory, and plays both agents in turn, the same games:
-`jaxpruner_dopamine.play --compact` shows the compact one.
+Give the gin files and bindings of the training. The command takes the latest checkpoint, writes `compact/agent.npz` and
+`compact/report.json` into the base directory, and plays the same games with both agents in turn.
+`jaxpruner_dopamine.play --compact` shows the compact agent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def file_of(base_dir: str) -> pathlib.Path:
 
 
 def restored(argv: list[str]) -> Reproducible:
-    """The runner of the flags with its latest checkpoint; leaves with a message where there is none."""
+    """The runner of the flags with its latest checkpoint; exits with a message if there is none."""
     runner = train.create_runner_from_flags(argv)
     if not runner.iterations_done:
         raise SystemExit(
@@ -60,9 +60,9 @@ class Played:
     """What an agent did in a number of games.
 
     Attributes:
-      actions: one a step.
-      returns: one a game.
-      seconds: what all that took, environment included, but for what is compiled.
+      actions: one per step.
+      returns: one per game.
+      seconds: the time of all this, environment included, but without compilation.
     """
 
     actions: list[Any] = dataclasses.field(default_factory=list)
@@ -85,7 +85,7 @@ class Played:
 
 
 def played_in_turn(runner: Reproducible, network: compaction.CompactNetwork, steps: int) -> dict[str, Played]:
-    """Both agents at the same games, one after the other, until each has so many steps."""
+    """Plays the same games with both agents, in turn, until each has this many steps."""
     with compaction.acting_with(runner.agent, network):
         next(runner.moves())  # compiles
     next(runner.moves())
@@ -100,7 +100,7 @@ def played_in_turn(runner: Reproducible, network: compaction.CompactNetwork, ste
 
 
 def forward_seconds(agent: Any, network: compaction.CompactNetwork) -> dict[int, dict[str, float]]:
-    """Seconds of one forward pass, dense and compact in turn, of one state and of a batch by `vmap`."""
+    """Seconds of one forward pass, dense and compact in turn, for one state and for a batch by `vmap`."""
     fn, ((state,), arrays) = compaction.acting_function(agent)
     measured = {}
     for batch in (1, BATCH):
@@ -114,7 +114,7 @@ def forward_seconds(agent: Any, network: compaction.CompactNetwork) -> dict[int,
 
 
 def main(argv: list[str]) -> None:
-    """Compacts, saves, tells and measures."""
+    """Compacts, saves, reports and measures."""
     logging.set_verbosity(logging.ERROR)
     runner = restored(argv)
     path = file_of(FLAGS.base_dir)

@@ -1,4 +1,4 @@
-"""Agents without their dead units: the network that is left, in place of the one that an agent acts with."""
+"""Agents without their dead units: the compact network, in place of the one that an agent acts with."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxpruner_dopamine.mixin import SparseAgent
 
 
 class CompactNetwork:
-    """What is left of a Dopamine network, called as its agents call the network: `apply(params, state, ...)`.
+    """A compact Dopamine network, called as agents call their network: `apply(params, state, ...)`.
 
     Attributes:
-      small: the compact function that the agent acts by, its parameters and its report.
+      small: the compact function that the agent acts with, its parameters and its report.
     """
 
     def __init__(self, network_def: Any, whole: Any, small: jaxpruner.Compact):
@@ -55,7 +55,7 @@ def _call(network_def: Any, settings: dict[str, Any], params: Any, args: Any, ar
 
 
 def acting_function(agent: SparseAgent) -> tuple[Any, tuple[Any, Any]]:
-    """`fn(params, (state,), arrays)` that an agent acts by, and an example of what it takes beside the parameters."""
+    """`fn(params, (state,), arrays)` that an agent acts with, and an example of the arguments after the parameters."""
     arrays, settings = _parted(agent._acting())
     rng = np.random.default_rng(0)
     is_picture = np.issubdtype(np.dtype(getattr(agent, "observation_dtype", float)), np.integer)
@@ -75,7 +75,7 @@ def load(agent: SparseAgent, path: str | os.PathLike[str]) -> CompactNetwork:
     """The network of `jaxpruner.compaction.files.save_compact(path, network.small)`, for an agent like it.
 
     Raises:
-      FileNotFoundError: if there is none.
+      FileNotFoundError: if there is no such file.
       ValueError: if it is of another network.
     """
     fn, example = acting_function(agent)
@@ -84,7 +84,7 @@ def load(agent: SparseAgent, path: str | os.PathLike[str]) -> CompactNetwork:
 
 @contextlib.contextmanager
 def acting_with(agent: SparseAgent, network: CompactNetwork) -> Iterator[SparseAgent]:
-    """Lets an agent act with a compact network, by its own code, for a while."""
+    """Within this context, an agent acts with a compact network, by its own code."""
     where = agent._params_attribute
     before = {name: getattr(agent, name) for name in ("network_def", where)}
     agent.network_def = network

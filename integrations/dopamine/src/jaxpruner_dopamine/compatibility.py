@@ -18,11 +18,11 @@ WRAPPERS = "baselines.common.atari_wrappers"
 
 
 def stand_in() -> bool:
-    """Lets `dopamine.discrete_domains.atari_lib` import OpenAI's baselines where they are not installed.
+    """Lets `dopamine.discrete_domains.atari_lib` import OpenAI's baselines if they are not installed.
 
-    Dopamine needs them for `use_ppo_preprocessing` alone, declares no dependency on them, and they do not install
-    today. The stand-in raises an ImportError when something of it is used. Where the real module can be found, nothing
-    is done. A folder called `baselines` on the path, such as that of this repository, is not it.
+    Dopamine needs them only for `use_ppo_preprocessing` and declares no dependency on them, and they do not install
+    today. The stand-in raises an ImportError when it is used. If the real module can be found, nothing is done. A
+    folder called `baselines` on the path, such as that of this repository, does not count as the module.
 
     Returns:
       Whether a stand-in was made.
@@ -58,7 +58,7 @@ class _Missing(types.ModuleType):
 
 
 def load() -> None:
-    """Imports Dopamine, without what it and its dependencies tell of one another on the way.
+    """Imports Dopamine, without the warnings that it and its dependencies print on import.
 
     Raises:
       ImportError: if TensorFlow Probability does not fit this JAX; it names the remedy.
@@ -74,7 +74,7 @@ def load() -> None:
 
 
 def check_tensorflow_probability() -> None:
-    """Raises an ImportError that names the remedy where TensorFlow Probability does not fit this JAX."""
+    """Raises an ImportError that names the remedy if TensorFlow Probability does not fit this JAX."""
     try:
         importlib.import_module("tensorflow_probability.substrates.jax")
     except Exception as error:  # its failures are of many types

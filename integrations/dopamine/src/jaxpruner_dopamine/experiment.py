@@ -37,18 +37,18 @@ def create_sparse_agent(
     agent_name: str | type | None = None,
     debug_mode: bool | None = None,
 ) -> agents.SparseAgent:
-    """Makes the sparse version of an agent of Dopamine.
+    """Makes the sparse version of a Dopamine agent.
 
     Args:
       environment: a Dopamine environment.
       summary_writer: a folder or a writer, for TensorBoard.
       agent_name: one of Dopamine's names: `jax_dqn`, `jax_rainbow`, `full_rainbow`, `jax_quantile`,
-        `jax_implicit_quantile`, `ppo`, `sac`; or an agent of your own, `"module:Class"` or the class (`@MyAgent` in
+        `jax_implicit_quantile`, `ppo`, `sac`; or your own agent, as `"module:Class"` or as the class (`@MyAgent` in
         gin), which need not be sparse itself. By default what gin binds to the stock `create_agent.agent_name`.
       debug_mode: whether to write losses and sparsity while training; by default `create_agent.debug_mode`.
 
     Raises:
-      ValueError: for an agent that is not known, or does not fit the environment's actions.
+      ValueError: for an unknown agent, or one that does not fit the environment's actions.
 
     Examples:
       >>> import gin
@@ -94,7 +94,7 @@ def _agent(name: Any) -> type[agents.SparseAgent]:
 
 
 def _arguments(agent: type, name: Any, environment: Any) -> dict[str, Any]:
-    """What the agent has to know of its environment."""
+    """What the agent has to know about its environment."""
     space = environment.action_space
     acts_continuously = issubclass(agent, ppo_agent.PPOAgent | sac_agent.SACAgent)
     if acts_continuously != isinstance(space, gymnasium.spaces.Box):
@@ -132,18 +132,18 @@ class ScalarWriter:
             tf.summary.scalar(name, value, step=step)
 
 
-# What it is mixed into has the rest, for the type checker, too.
+# The class that it is mixed into has the rest; this tells the type checker so.
 _Runner: Any = object
 
 
 class Reproducible(_Runner):
-    """Mixin for Dopamine's runners: what an environment draws in an iteration depends on seed and iteration alone.
+    """Mixin for Dopamine's runners: an environment's draws in an iteration depend only on seed and iteration.
 
     Dopamine's checkpoints do not hold the state of the environment's generator. Each iteration begins with a new
-    episode, so with this a run that is resumed is the run that went through, and a run with a seed can be repeated.
+    episode. So with this mixin, a resumed run equals an uninterrupted one, and a run with a seed can be repeated.
     Environments that are not gymnasium's stay as they are.
 
-    A training that is over before the schedule of its masks is refused, and so is a checkpoint that is not sparse.
+    A training that ends before the schedule of its masks is refused, and so is a checkpoint that is not sparse.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -176,11 +176,11 @@ class Reproducible(_Runner):
 
     @property
     def iterations_done(self) -> int:
-        """How many iterations the checkpoint had that this runner continues; 0 without one."""
+        """How many iterations the continued checkpoint had; 0 without a checkpoint."""
         return self._start_iteration
 
     def iterations(self, checkpoint_every: int = 1) -> Iterator[int]:
-        """Runs what is left, as `run_experiment` does, with a checkpoint each so many iterations (0: without).
+        """Runs the remaining iterations, as `run_experiment` does, with a checkpoint every so many (0: none).
 
         Yields:
           How many iterations are done.
@@ -193,12 +193,12 @@ class Reproducible(_Runner):
             yield iteration + 1
 
     def train_returns(self) -> list[float]:
-        """The mean return of the training episodes of each iteration so far, those before a checkpoint included."""
+        """The mean return of the training episodes of each iteration so far, including those before a checkpoint."""
         logs = self._logger.data
         return [float(logs[f"iteration_{i}"]["train_average_return"][0]) for i in range(len(logs))]
 
     def close(self) -> None:
-        """Ends logs, and lets go of the replay buffer, to which Dopamine's cache of checkpoint managers holds on."""
+        """Closes logs, and releases the replay buffer, which Dopamine's cache of checkpoint managers keeps."""
         self._collector_dispatcher.close()
         self._agent._replay.clear()
 
@@ -206,9 +206,9 @@ class Reproducible(_Runner):
         """Plays one episode as in evaluation, without learning.
 
         Args:
-          number: which episode; another one is another game.
+          number: which episode; another number gives another game.
           frame: called with the picture of every step, an array of shape (height, width, 3).
-          seed: if given, the game and the agent's draws depend on it and on `number` alone, so that agents of
+          seed: if given, the game and the agent's draws depend only on it and on `number`, so that agents with
             different seeds play the same games.
 
         Returns:
@@ -260,8 +260,8 @@ def create_runner(base_dir: str) -> Reproducible:
     It continues the latest checkpoint in `base_dir`.
 
     Raises:
-      ValueError: for an unknown schedule, for what the agent cannot be, and for a training that is too short for the
-        schedule of its masks.
+      ValueError: for an unknown schedule, for an agent that cannot be made, and for a training that is too short for
+        the schedule of its masks.
 
     Examples:
       >>> import gin, tempfile
@@ -284,7 +284,7 @@ def create_runner(base_dir: str) -> Reproducible:
 
 
 def _create(*arguments: Any, summary_writer: Any) -> agents.SparseAgent:
-    """As Dopamine's runners call it: with a session that is None and the environment, or with the environment."""
+    """Called as Dopamine's runners do: with a session that is None and the environment, or with the environment."""
     return create_sparse_agent(arguments[-1], summary_writer)
 
 
@@ -302,6 +302,6 @@ def _continuous_runners() -> dict[str, type]:
 
 
 def _continuous_bindings(name: str) -> dict[str, Any]:
-    """What gin binds to a function of continuous control; nothing where no gin file imports that."""
+    """What gin binds to a function of continuous control; nothing if no gin file imports it."""
     module = sys.modules.get("dopamine.continuous_domains.run_experiment")
     return {} if module is None else gin.get_bindings(getattr(module, name))

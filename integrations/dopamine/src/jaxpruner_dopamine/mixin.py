@@ -1,7 +1,7 @@
-"""The mixin that makes a JAX agent of Dopamine sparse. Its train step, networks and replay are the stock ones.
+"""The mixin that makes a Dopamine JAX agent sparse. Its train step, networks and replay are the stock ones.
 
-A Dopamine agent makes an optimizer with its networks and hands it, with the parameters, to a jitted train step.
-`SparseAgent` puts JaxPruner's transformation around that optimizer, and that is all that makes the agent sparse.
+A Dopamine agent makes an optimizer with its networks and passes it, with the parameters, to a jitted train step.
+`SparseAgent` puts JaxPruner's transformation around that optimizer. Nothing else makes the agent sparse.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxpruner.training.projection import pruned_only
 from jaxpruner_dopamine import checkpoints
 from jaxpruner_dopamine.sparsity import Clock, in_gin, sparsify
 
-# Agents of Dopamine's labs whose own code does not go together with a transformation around their optimizer.
+# Agents of Dopamine's labs whose own code does not work with a transformation around their optimizer.
 _REFUSED = {
     "SPRAgent": "its train step gives the optimizer no parameters, and pruning needs them",
     "TandemDQNAgent": "its train steps give the optimizer no parameters, and pruning needs them",
@@ -30,20 +30,20 @@ _REFUSED = {
 }
 
 
-# What it is mixed into has the rest, for the type checker, too.
+# The class that it is mixed into has the rest; this tells the type checker so.
 _Agent: Any = object
 
 
 class SparseAgent(_Agent):
-    """Mixin that makes a Dopamine agent sparse as `sparsify` says in gin. It comes first among the bases.
+    """Mixin that makes a Dopamine agent sparse as gin's `sparsify` says. It comes first among the bases.
 
-    After every train step the parameters lie on their masks exactly, so acting, target networks and checkpoints need
+    After every train step the parameters lie exactly on their masks, so acting, target networks and checkpoints need
     no change. Bindings of the stock class, such as `JaxDQNAgent.gamma`, hold. With `sparsify.algorithm = 'no_prune'`
     the agent is the stock one.
 
     A checkpoint of a dense agent may be continued: its optimizer's statistics are kept, and masks start at all ones
-    (or as the algorithm initialises them). A sparse checkpoint is refused by a dense agent. Beside what
-    Dopamine stores, a checkpoint holds the random state, so that a run that is resumed is the run that went through.
+    (or as the algorithm initialises them). A dense agent refuses a sparse checkpoint. Besides what Dopamine stores, a
+    checkpoint holds the random state, so that a resumed run equals an uninterrupted one.
 
     Examples:
       >>> import gin
@@ -105,11 +105,11 @@ class SparseAgent(_Agent):
         return {"total": summary.pop("_total_sparsity")} | {k: v for k, v in summary.items() if not k.startswith("_")}
 
     def check_length(self, agent_steps: int) -> None:
-        """Raises a ValueError if a training of so many agent steps is over before the schedule of the masks."""
+        """Raises a ValueError if a training of this many agent steps ends before the schedule of the masks."""
         self._asked.check_length(self._clock(self._sparse_from), agent_steps)
 
     def check_sparse(self) -> None:
-        """Raises a ValueError if weights are not zero that masks prune, or masks not what was asked for."""
+        """Raises a ValueError if pruned weights are not zero, or masks are not what was asked for."""
         if self.updater is not None:
             try:
                 jaxpruner.check_sparse(self._params, self.optimizer_state, self.updater)
@@ -117,7 +117,7 @@ class SparseAgent(_Agent):
                 raise ValueError(in_gin(error)) from error
 
     def shortfall(self) -> str | None:
-        """What to tell of an agent that has not become as sparse as asked; None if it has."""
+        """A message if the agent has not become as sparse as asked; None if it has."""
         try:
             self.check_sparse()
         except ValueError as error:
@@ -140,11 +140,11 @@ class SparseAgent(_Agent):
         return jaxpruner.find_groups(self._forward, self._params, self._seen(self.state))
 
     def _acting(self) -> dict[str, Any]:
-        """What the network is given where the agent acts, beside a state."""
+        """What the network is given besides a state, when the agent acts."""
         return self._arguments()
 
     def _arguments(self) -> dict[str, Any]:
-        """What the network is given in training beside a state."""
+        """What the network is given besides a state, in training."""
         return {}
 
     def _seen(self, state: Any) -> Any:
@@ -152,16 +152,16 @@ class SparseAgent(_Agent):
         return jnp.asarray(self.preprocess_fn(state))
 
     def _forward(self, params: Any, state: Any) -> Any:
-        """The network's outputs for one state, from which is read how it uses its parameters."""
+        """The network's outputs for one state; they show how it uses its parameters."""
         return self.network_def.apply(params, state, **self._arguments())
 
     def _tell_of_shifted(self) -> None:
-        """Warns of pruned parameters whose zeros are none where the network multiplies with them."""
+        """Warns of pruned parameters whose zeros are no longer zero when the network multiplies with them."""
         if self.updater is None:
             return
         try:
             shifted = jaxpruner.shifted_parameters(self._forward, self._params, self._seen(self.state))
-        except Exception:  # an agent of one's own, whose network takes other arguments
+        except Exception:  # a custom agent, whose network takes other arguments
             logging.debug("parameters that are shifted are not told", exc_info=True)
             return
         if names := [name for name in shifted if name in self.sparsity()]:
@@ -222,10 +222,10 @@ class SparseAgent(_Agent):
     def unbundle(self, checkpoint_dir: str, iteration_number: int, bundle_dictionary: dict[str, Any] | None) -> bool:
         """Restores a checkpoint, sparse or dense, of this agent.
 
-        Of a sparse one whose configuration is another, the one at hand holds from here where its state can go on.
+        If a sparse checkpoint has another configuration, the current one holds from here, if it can continue the state.
 
         Raises:
-          ValueError: for the checkpoint of a sparse run where this one is dense, or of another algorithm, storage of
+          ValueError: for the checkpoint of a sparse run if this one is dense, or of another algorithm, storage of
             masks, network or optimizer; it names what differs. Nothing has been changed then.
         """
         optimizer, fresh_state = getattr(self, self._optimizer_attribute), self.optimizer_state

@@ -3,8 +3,8 @@
     python -m jaxpruner_dopamine.play --base_dir=runs/cartpole --output=cartpole.gif \
         --gin_files=jaxpruner_dopamine/configs/dqn_cartpole.gin
 
-Give the gin files and bindings of the training. It plays as in evaluation, with the latest checkpoint, or with
-`--compact` the agent that `jaxpruner_dopamine.compact` made of it.
+Give the gin files and bindings of the training. The agent of the latest checkpoint plays as in evaluation; with
+`--compact`, the agent that `jaxpruner_dopamine.compact` made from it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from jaxpruner.structure_strings import parse_sparsity_type
 DENSE = "no_prune"
 # A branch of the seed's keys for masks. The agent splits its own keys from the same seed, by small numbers.
 _MASKS = 2**31 - 1
-# The core's keys, which count gradient steps, and what they are called here.
+# The core's keys, which count gradient steps, and their names here.
 _IN_AGENT_STEPS = {
     "update_start_step": "update_start_agent_step",
     "update_end_step": "update_end_agent_step",
@@ -29,7 +29,7 @@ _IN_AGENT_STEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """When an agent takes gradient steps, which is what the core's schedules count.
+    """When an agent takes gradient steps. The core's schedules count these.
 
     Attributes:
       first: the agent step of the first gradient step, `min_replay_history` of most agents.
@@ -46,7 +46,7 @@ class Clock:
         return max(0, math.ceil((agent_step - self.first) / self.period)) * self.per_update
 
     def gradient_period(self, agent_steps: int) -> int:
-        """As many gradient steps as are taken within these agent steps, to the nearest; at least 1."""
+        """The number of gradient steps within these agent steps, rounded; at least 1."""
         return max(1, round(agent_steps * self.per_update / self.period))
 
     def agent_step(self, gradient_step: int) -> int:
@@ -54,16 +54,16 @@ class Clock:
         return self.first + gradient_step // self.per_update * self.period
 
     def reachable(self, agent_steps: int) -> int:
-        """The gradient steps that a training of so many agent steps takes for certain if its episodes are long.
+        """The gradient steps that a training of this many agent steps surely takes if its episodes are long.
 
-        One update less than `gradient_steps`: more than `first` transitions have to be stored.
+        This is one update less than `gradient_steps`, because more than `first` transitions must be stored.
         """
         return max(0, self.gradient_steps(agent_steps) - self.per_update)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sparsity:
-    """What gin asks for. Called with an agent's clock and seed, it is the updater.
+    """What gin asks for. Called with an agent's clock and seed, it returns the updater.
 
     Attributes:
       config: keys of `jaxpruner.create_updater_from_config`, without its schedule.
@@ -88,7 +88,7 @@ class Sparsity:
           groups: finds what `sparsity_type='groups'` stands for.
 
         Raises:
-          ValueError: for what is not valid, or would not make the agent sparse.
+          ValueError: if the configuration is not valid, or would not make the agent sparse.
         """
         if self.config["algorithm"] == DENSE:
             return None
@@ -123,7 +123,7 @@ class Sparsity:
         return gradient_schedule(clock, self.start, self.end, self.freq)
 
     def check_length(self, clock: Clock, agent_steps: int) -> None:
-        """Raises a ValueError if a training of so many agent steps is over before the last masks."""
+        """Raises a ValueError if a training of this many agent steps ends before the last masks."""
         schedule = {} if self.config["algorithm"] == DENSE else self.schedule(clock)
         if not schedule:
             return
@@ -147,7 +147,7 @@ class Sparsity:
 
 
 def in_gin(error: ValueError) -> str:
-    """A message of the core with the names that gin has for its keys."""
+    """A message of the core, with gin's names for its keys."""
     return re.sub("|".join(rf"\b{name}\b" for name in _IN_AGENT_STEPS), lambda m: _IN_AGENT_STEPS[m[0]], str(error))
 
 
@@ -163,20 +163,20 @@ def sparsify(
 ) -> Sparsity:
     """The sparsity that gin asks for.
 
-    Masks are made at multiples of the period, not before the start, and not after the end; the last ones have the
-    final sparsity exactly. Agent steps are those of Dopamine's `training_steps`: a network update happens every
-    `update_period` of them once more than `min_replay_history` transitions are stored, so gradient step 0 is taken for
-    agent step `min_replay_history`. (It is up to an update later, and more where episodes are short: Dopamine stores
-    one transition less than an episode has steps.)
+    Masks are made at multiples of the period, not before the start, and not after the end; the last ones have exactly
+    the final sparsity. Agent steps are those of Dopamine's `training_steps`. The network is updated every
+    `update_period` of them, once more than `min_replay_history` transitions are stored. So gradient step 0 counts as
+    agent step `min_replay_history`. (It is up to one update later, and more if episodes are short: Dopamine stores one
+    transition less than an episode has steps.)
 
     Args:
       algorithm: a name of `jaxpruner.all_algorithm_names()`; `no_prune` leaves the agent dense.
       sparsity: final fraction of zeros over the pruned weights.
       dist_type: `erk` as in the paper's experiments, or `uniform`.
       update_start_agent_step: when the first masks are made. Pruners, RigL and SET need it.
-      update_end_agent_step: when the last ones are made; the same as the start prunes at once.
-      update_freq_agent_steps: from one mask to the next; by default masks are made in every gradient step.
-      **more: what `jaxpruner.create_updater_from_config` takes: `sparsity_type`, which may be
+      update_end_agent_step: when the last masks are made; if it equals the start, pruning happens at once.
+      update_freq_agent_steps: agent steps from one mask to the next; by default masks are made in every gradient step.
+      **more: other keys of `jaxpruner.create_updater_from_config`: `sparsity_type`, which may be
         `'groups'` here (whole units of the agent's network), `drop_fraction`, `custom_sparsity_map`, `filter_fn`,
         `use_packed_masks`, `rng_seed`, ...
 
@@ -213,8 +213,8 @@ def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: in
     The end is a multiple of the period, so it is the step of the last masks.
 
     Raises:
-      ValueError: for a schedule that lacks a start or an end, ends before it starts, is over before the first gradient
-        step, or is gradual and has room for less than two masks.
+      ValueError: for a schedule that lacks a start or an end, ends before it starts, ends before the first gradient
+        step, or is gradual and has room for fewer than two masks.
     """
     named = {"update_start_agent_step": start, "update_end_agent_step": end, "update_freq_agent_steps": freq}
     given = {name: value for name, value in named.items() if value is not None}
@@ -245,7 +245,7 @@ def gradient_schedule(clock: Clock, start: int | None, end: int | None, freq: in
         at_once = clock.gradient_steps(start)
         return {"update_start_step": at_once, "update_end_step": at_once, "update_freq": 1}
     period = clock.gradient_period(freq or 1)
-    # A start of 1 or more never means the very first gradient step: masks by weights that have not been trained.
+    # A start of 1 or more never means the first gradient step, whose masks would come from untrained weights.
     first = math.ceil(max(clock.gradient_steps(start), min(start, 1)) / period) * period
     last = clock.gradient_steps(end) // period * period
     if last <= first:

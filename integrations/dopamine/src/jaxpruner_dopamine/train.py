@@ -16,7 +16,7 @@ from dopamine.discrete_domains import run_experiment
 from jaxpruner_dopamine import experiment
 
 FLAGS = flags.FLAGS
-# What a mistake in flags, gin files and bindings ends in.
+# The errors that mistakes in flags, gin files and bindings raise.
 _MISTAKES = (ValueError, TypeError, OSError, ImportError, SyntaxError, gymnasium.error.Error)
 
 
@@ -32,7 +32,7 @@ def define_flags() -> None:
 
 
 def create_runner_from_flags(argv: list[str]) -> experiment.Reproducible:
-    """The runner that the flags ask for; leaves with a message where they cannot be met."""
+    """The runner that the flags ask for; exits with a message if they cannot be met."""
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag.")
     tf.config.set_visible_devices([], "GPU")  # TensorFlow writes summaries only; JAX gets the memory
@@ -45,7 +45,7 @@ def create_runner_from_flags(argv: list[str]) -> experiment.Reproducible:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without the chain of gin's calls."""
+    """The message of an error, without the chain of gin's calls."""
     text = str(error).partition("\n  In call to configurable")[0]
     return " ".join(text.split()) or type(error).__name__
 
@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 def main(argv: list[str]) -> None:
     """Trains."""
     logging.set_verbosity(logging.INFO)
-    # Orbax tells a dozen lines a checkpoint.
+    # Orbax logs a dozen lines per checkpoint.
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     runner = create_runner_from_flags(argv)
     runner.run_experiment()

@@ -1,7 +1,7 @@
 """Sparse federated learning with FedJAX: a sparse server in one call, sparse clients, counted bytes.
 
-Importing it mends FedJAX where today's JAX breaks it (`compatibility`), so import it before algorithms
-are built.
+Importing it repairs FedJAX where today's JAX breaks it (`compatibility`), so import it before you build
+algorithms.
 """
 
 from jaxpruner_fedjax import compatibility, server

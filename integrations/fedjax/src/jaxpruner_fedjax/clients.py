@@ -1,10 +1,10 @@
 """Clients that stay on the server's masks, and that send only their largest changes.
 
-`federated_averaging` is FedJAX's, with two more ideas; its server state is FedJAX's own, so evaluation and
+`federated_averaging` is FedJAX's, with these two additions. Its server state is FedJAX's own, so evaluation and
 checkpoints stay as they are.
 
-A trap to know: the stock clients train dense. Even if they start on the masks, their gradients move pruned
-weights, and a client optimizer with momentum goes on moving them after a gradient was masked. So masked
+A trap: the stock clients train dense. Even if they start on the masks, their gradients move pruned
+weights, and a client optimizer with momentum keeps moving them after a gradient was masked. So masked
 clients mask each gradient (no statistics are gathered for pruned weights) and each step's result.
 """
 
@@ -37,12 +37,12 @@ def federated_averaging(
     With :math:`w` the server's parameters on their mask :math:`m`, a masked client takes steps
     :math:`v \leftarrow m \odot \mathrm{step}(v, m \odot g)` from :math:`v = m \odot w`, and sends
     :math:`\delta = w - v`, which is exactly 0 outside the mask. With `updates.top_k` the largest :math:`|\delta|` of
-    each leaf are sent and the rest counts as 0.
+    each leaf are sent, and the rest counts as 0.
 
     Args:
       grad_fn: (params, batch, rng) -> gradients, such as `fedjax.model_grad(model)`.
-      client_optimizer: steps the clients; any optimizer, but no sparse one.
-      server_optimizer: of `jaxpruner_fedjax.server_optimizer`.
+      client_optimizer: steps the clients; any optimizer except a sparse one.
+      server_optimizer: from `jaxpruner_fedjax.server_optimizer`.
       client_batch_hparams: how clients batch their data.
       updates: what clients send.
 
@@ -51,7 +51,7 @@ def federated_averaging(
       the parameters on the algorithm's initial masks.
 
     Raises:
-      ValueError: for optimizers and algorithms that cannot be combined so.
+      ValueError: for optimizers and algorithms that cannot be combined in this way.
     """
     client_optimizer = dense_client(client_optimizer, "federated_averaging")
     check_combination(server_optimizer, updates)
@@ -83,7 +83,7 @@ def federated_averaging(
 def round_input(server_optimizer: SparseOptimizer, state: fed_avg.ServerState, updates: ClientUpdates) -> Any:
     """What all clients of a round share: parameters, masks, and how many changes of each leaf they send.
 
-    `masks` is None at leaves that clients train whole, `top_k` at leaves that they send whole.
+    `masks` is None at leaves that clients train whole; `top_k` is None at leaves that they send whole.
     """
     masks = server_optimizer.masks(state)
     leaves = leaf_traffic(state.params, masks)
@@ -131,7 +131,7 @@ def _largest(delta: Any, k: Any, mask: Any) -> Any:
 
 
 def check_combination(server_optimizer: Any, updates: ClientUpdates) -> None:
-    """Raises a ValueError for what clients cannot send to such a server."""
+    """Raises a ValueError for updates that clients cannot send to such a server."""
     if not isinstance(server_optimizer, SparseOptimizer):
         raise ValueError(
             "federated_averaging: server_optimizer has no masks that clients could respect; make it with "

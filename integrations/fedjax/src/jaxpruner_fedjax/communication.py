@@ -1,14 +1,14 @@
 r"""What clients send, and how many bytes travel in a round.
 
-A message has the values that the receiver cannot know, and a mask only where the receiver does not hold
-it yet. With :math:`n` weights in a leaf, :math:`k` of them on its mask and :math:`b` bytes a value (4 for float32):
+A message has the values that the receiver cannot know, and a mask only if the receiver does not hold
+it yet. With :math:`n` weights in a leaf, :math:`k` of them on its mask and :math:`b` bytes per value (4 for float32):
 
 - server to client: :math:`k b`, and :math:`\lceil n / 8 \rceil` if the mask of this leaf is not the one that this
   client had last;
 - client to server, stock: :math:`n b`;
 - client to server, masked: :math:`k b`;
 - client to server, the largest j changes of c candidates (:math:`c = k` if masked, else :math:`n`):
-  :math:`j b` and where they stand, :math:`\min(4 j, \lceil c / 8 \rceil)`, a list or a bitmap.
+  :math:`j b`, and :math:`\min(4 j, \lceil c / 8 \rceil)` for their positions, as a list or a bitmap.
 
 Before the first round all clients hold the mask of ones. Leaves that are not pruned have :math:`k = n` and no
 mask. The few bytes of a message that do not grow with the model (shapes, the number of examples) are left out.
@@ -37,7 +37,7 @@ class ClientUpdates:
     Attributes:
       masked: whether clients train and send only the weights on the server's masks.
       top_k: the share of the candidate weights (those on the mask if masked, else all) whose change is
-        sent, the largest by magnitude of each leaf of two or more axes; None sends all.
+        sent: the largest by magnitude in each leaf of two or more axes; None sends all.
 
     Raises:
       ValueError: if `top_k` is not in (0, 1].
@@ -59,7 +59,7 @@ class LeafTraffic(NamedTuple):
       kept: entries on the mask.
       value_bytes: bytes of one entry.
       is_pruned: whether it has a mask.
-      is_vector: whether it has fewer than two axes, and is never thinned out by `top_k`.
+      is_vector: whether it has fewer than two axes; then it is always sent whole, whatever `top_k` is.
     """
 
     size: int
@@ -102,7 +102,7 @@ def leaf_traffic(params: Any, masks: Any) -> list[LeafTraffic]:
 
     Args:
       params: the server's parameters.
-      masks: their masks, None where a leaf is not pruned; of ones where everything is sent.
+      masks: their masks, None where a leaf is not pruned; all ones where everything is sent.
     """
     leaves = jax.tree.leaves(params)
     return [
@@ -118,7 +118,7 @@ def leaf_traffic(params: Any, masks: Any) -> list[LeafTraffic]:
 
 
 def masks_on_wire(params: Any, masks: Any) -> Any:
-    """The masks that describe `params` as they are: of ones where a leaf does not lie on its mask yet.
+    """The masks that describe `params` as they are: all ones where a leaf does not lie on its mask yet.
 
     `static_sparse`, `set` and `rigl` have masks before the first round, but the stock algorithms hold dense
     parameters until its end.
@@ -142,13 +142,13 @@ class Ledger:
     """Counts the bytes of each round, and knows which mask each client holds.
 
     Args:
-      client_ids: all clients there are.
+      client_ids: all clients.
       params: parameters like the server's, or their shapes; only their number of leaves counts.
       updates: what clients send; the default is that of the stock algorithms.
 
     Attributes:
       held: digests of the masks that each client holds, int64 of shape (clients, leaves), clients in the order of
-        `client_ids`; save it with a checkpoint and put it back to resume.
+        `client_ids`; save it with a checkpoint and restore it to resume.
     """
 
     def __init__(self, client_ids: Iterable[Hashable], params: Any, updates: ClientUpdates = ClientUpdates()):
@@ -157,7 +157,7 @@ class Ledger:
         self.held = np.full((len(self._places), len(jax.tree.leaves(params))), DENSE, np.int64)
 
     def record(self, client_ids: Sequence[Hashable], params: Any, masks: Any) -> Traffic:
-        """The bytes of a round, to be called with what the server holds before it.
+        """The bytes of a round. Call it with what the server holds before the round.
 
         Args:
           client_ids: the clients that take part.

@@ -1,9 +1,10 @@
-"""Makes a compact model of a sparse server's: dead units leave it, and with them their bytes in each round.
+"""Makes a compact model from a sparse server's: it removes dead units, and so their bytes in each round.
 
     python -m jaxpruner_fedjax.compact --task EMNIST_CONV --root_dir runs/emnist --sparsity_type groups ...
 
-Give the flags of the training. It takes the last checkpoint, writes `compact/model.npz` and `compact/report.json` into
-the root directory, and tells what a round sends before and after. `--further_rounds 10` goes on with the small model.
+Give the flags of the training. The command takes the last checkpoint, writes `compact/model.npz` and
+`compact/report.json` into the root directory, and prints what a round sends before and after. `--further_rounds 10`
+continues with the small model.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ FLAGS = flags.FLAGS
 
 
 def bytes_of_a_round(experiment: Experiment, compacted: CompactModel) -> dict[str, Traffic]:
-    """What the next round sends: of the dense model, of the sparse one as it was trained, and of the compact one.
+    """What the next round sends, for the dense model, for the sparse one as it was trained, and for the compact one.
 
-    Clients of the sparse model hold its masks, those of the compact one the units that are left.
+    Clients of the sparse model hold its masks, and those of the compact model know the remaining units.
     """
     config = experiment.config
     clients = sample_clients(experiment.train, config.num_clients_per_round, config.seed, experiment.rounds)
@@ -79,11 +80,11 @@ def metrics(experiment: Experiment, model: fedjax.Model, params: Any) -> dict[st
 
 
 def compact(config: Config, rounds: int = 0) -> CompactModel:
-    """Compacts the last checkpoint of a training, saves what is left, and prints and returns it.
+    """Compacts the last checkpoint of a training, and saves, prints and returns the result.
 
     Args:
       config: of the training.
-      rounds: how many to go on for with the small model, which is saved as it is then.
+      rounds: how many further rounds to train the small model for; it is saved as it is after them.
 
     Raises:
       ValueError: if there is no checkpoint, or one of other settings.

@@ -15,7 +15,7 @@ from jaxpruner.training.projection import find_states
 
 
 def find_groups(model: fedjax.Model, params: Any, batch: Any) -> jaxpruner.Groups:
-    """The units of a model that can be pruned whole: what to give as `sparsity_type` of `server_optimizer`.
+    """The units of a model that can be pruned whole. Pass them as `sparsity_type` to `server_optimizer`.
 
     Args:
       model: the model.
@@ -30,9 +30,9 @@ class CompactModel:
     """A model without its dead units.
 
     Attributes:
-      model: for FedJAX's algorithms and evaluation; `init` gives `params`.
-      params: the parameters that are left.
-      small: the small function of evaluation, its report and what is kept.
+      model: for FedJAX's algorithms and evaluation; `init` returns `params`.
+      params: the remaining parameters.
+      small: the small function of evaluation, its report and the remaining units.
     """
 
     model: fedjax.Model
@@ -40,7 +40,7 @@ class CompactModel:
     small: jaxpruner.Compact
 
     def server_state(self, state: fed_avg.ServerState) -> fed_avg.ServerState:
-        """The state of a server of `fed_avg` to go on with: its parameters, and its optimizer's without masks.
+        """The state of a `fed_avg` server to continue with: its parameters, and its optimizer's state without masks.
 
         The rounds that follow take the dense optimizer that was inside the sparse one.
         """
@@ -57,15 +57,15 @@ def compact_model(model: fedjax.Model, params: Any, batch: Any, small: jaxpruner
 
     Args:
       model: the model.
-      params: what it was trained to, as `state.params` of a server.
+      params: its trained parameters, such as `state.params` of a server.
       batch: an example of a batch, `{"x": ..., "y": ...}`.
-      small: what was compacted before, such as `jaxpruner.compaction.files.load_compact(path, model.apply_for_eval,
-        params, batch)`; in place of what is dead in `params`.
+      small: an earlier result to use in place of what is dead in `params`, such as
+        `jaxpruner.compaction.files.load_compact(path, model.apply_for_eval, params, batch)`.
     """
     if small is None:
         small = jaxpruner.compact(model.apply_for_eval, params, batch)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    # With dropout, of the units that are left.
+    # With dropout on the remaining units.
     train = jaxpruner.compact(model.apply_for_train, shapes, batch, jax.random.PRNGKey(0), keep=small.kept)
     compacted = fedjax.Model(
         init=lambda rng: small.params,

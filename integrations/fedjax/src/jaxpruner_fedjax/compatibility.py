@@ -1,9 +1,9 @@
 """Lets FedJAX 0.0.17 run on today's JAX and NumPy.
 
-FedJAX calls what JAX and NumPy have removed, or narrowed, since. `mend` puts them back where FedJAX looks
-for them, inside FedJAX's own modules; `jax` and `numpy` stay as they are for everyone else. Where
+FedJAX calls functions that JAX and NumPy have since removed or narrowed. `mend` puts them back where FedJAX looks
+for them, inside FedJAX's own modules; `jax` and `numpy` stay as they are for everyone else. If
 FedJAX's source no longer has the call that broke, or a removed name exists, nothing is done. The pmap backend is
-replaced where its source has one of the calls that broke it, removed (`device_put_sharded`) or changed
+replaced if its source has one of the calls that broke it: a removed one (`device_put_sharded`) or a changed one
 (`addressable_data`).
 """
 
@@ -24,14 +24,14 @@ import numpy as np
 
 
 def mend() -> tuple[str, ...]:
-    """Mends FedJAX's modules.
+    """Repairs FedJAX's modules.
 
-    Backends are bound when a FedJAX algorithm is built, so this comes first; importing
+    Backends are bound when a FedJAX algorithm is built, so this must come first. Importing
     `jaxpruner_fedjax` does it.
 
     Returns:
-      What was mended by this call, such as `fedjax.core.tree_util: jax.tree_map`; empty if nothing was
-      broken, as it is for a second call.
+      What this call repaired, such as `fedjax.core.tree_util: jax.tree_map`; empty if nothing was
+      broken, as in a second call.
     """
     mended = []
     for module_name, library, name, call, replacement in _BROKEN:
@@ -54,8 +54,8 @@ def mend() -> tuple[str, ...]:
 class PmapBackend(fedjax.ForEachClientBackend):
     """FedJAX's pmap backend: as many clients at once as there are devices.
 
-    The stock one places arrays by calls that JAX has removed, and reads results in a way that gives
-    them one axis too many now.
+    The stock one places arrays by calls that JAX has removed, and reads results in a way that now gives
+    them one axis too many.
 
     Args:
       devices: the devices to use, by default all local ones.
@@ -111,11 +111,11 @@ def _is_scalar_type(kind: Any) -> bool:
 
 
 def _ones_like(values: Any, *args: Any, **kwargs: Any) -> Any:
-    """What `jax.numpy.ones_like` did, also of a list of numbers."""
+    """What `jax.numpy.ones_like` did, also for a list of numbers."""
     return jnp.ones_like(jnp.asarray(values), *args, **kwargs)
 
 
-# Where FedJAX looks, the library, the name that it calls, the call as its source has it, and what stands in for it.
+# Where FedJAX looks, the library, the name that it calls, the call in FedJAX's source, and the replacement.
 _BROKEN = (
     ("fedjax.core.tree_util", "jax", "tree_map", "jax.tree_map(", jax.tree_util.tree_map),
     ("fedjax.core.regularizers", "jax", "tree_map", "jax.tree_map(", jax.tree_util.tree_map),

@@ -36,7 +36,7 @@ from jaxpruner_fedjax.tasks import load_task
 
 @dataclasses.dataclass
 class Experiment:
-    """All parts of a training, and where it stands."""
+    """All parts of a training, and its progress."""
 
     config: Config
     train: fedjax.FederatedData
@@ -146,10 +146,10 @@ class Reached(NamedTuple):
     """The sparsity of the parameters that are pruned, all together.
 
     Attributes:
-      weights: how many they are.
+      weights: how many there are.
       asked: the final sparsity.
       sparsity: the share that is zero.
-      of: what these are shares of, where it is not weights.
+      of: what these are shares of, if not of weights.
     """
 
     weights: int
@@ -159,7 +159,7 @@ class Reached(NamedTuple):
 
     @property
     def falls_short(self) -> bool:
-        """Whether more was asked, beyond what whole weights of small parameters round away."""
+        """Whether more was asked, beyond the rounding to whole weights of small parameters."""
         return self.sparsity < self.asked - 0.005
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ class Reached(NamedTuple):
 
 
 def reached(server: SparseOptimizer, state: Any) -> Reached:
-    """What was asked of a server, and what its parameters are."""
+    """The sparsity that was asked of a server, and that of its parameters."""
     targets = jax.tree.leaves(server.updater.get_target_sparsities(state.params), is_leaf=trees.is_unpruned)
     leaves = zip(jax.tree.leaves(state.params), targets, strict=True)
     pruned = [(param, target) for param, target in leaves if not trees.is_unpruned(target)]
@@ -194,7 +194,7 @@ def _tell_lost_rounds(experiment: Experiment) -> None:
 
 
 def _tell_shifted(experiment: Experiment) -> None:
-    """Names pruned parameters whose zeros the model does away with before it multiplies."""
+    """Names pruned parameters whose zeros the model removes before it multiplies with them."""
     params, state = experiment.state.params, experiment.state
     client = next(experiment.train.shuffled_clients(buffer_size=1, seed=0))[1]
     batch = next(iter(client.batch(batch_size=1)))

@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 
 
 def save_checkpoint(root_dir: str | Path, config: Mapping[str, Any], saved: Saved) -> None:
-    """Writes a checkpoint and then removes older ones; a kill at any time leaves one that is whole."""
+    """Writes a checkpoint and then removes older ones; an interruption at any time leaves one that is whole."""
     root = Path(root_dir)
     path = root / f"checkpoint_{saved.rounds:08d}"
     partial = path.with_suffix(".partial")
@@ -49,7 +49,7 @@ def save_checkpoint(root_dir: str | Path, config: Mapping[str, Any], saved: Save
 
 
 def load_checkpoint(root_dir: str | Path, config: Mapping[str, Any]) -> Saved | None:
-    """The last checkpoint, or None where there is none.
+    """The last checkpoint, or None if there is none.
 
     It is a pickle: load none that you did not write.
 
@@ -85,8 +85,8 @@ class Recorder:
     Args:
       root_dir: where to.
       columns: names of the scalars; a row may leave some out.
-      rounds: how many were done; what was written of later ones before an interruption is dropped, and the events
-        of those that are kept are written again.
+      rounds: how many were done. Rows of later rounds, written before an interruption, are dropped, and the events
+        of the rows that are kept are written again.
     """
 
     def __init__(self, root_dir: str | Path, columns: Sequence[str], rounds: int):

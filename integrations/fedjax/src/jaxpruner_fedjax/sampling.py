@@ -1,4 +1,4 @@
-"""Who takes part in a round, as a pure function of seed and round: what a bit-exact resume needs."""
+"""Who takes part in a round, as a pure function of seed and round. A bit-exact resume needs this."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ PARAMS, CLIENTS = 2**31 - 1, 2**31 - 2
 
 
 class SeededDataset(fedjax.ClientDataset):
-    """A client's data with a shuffling seed of its own.
+    """A client's data with its own shuffling seed.
 
-    FedJAX takes the seed from the batch hyperparameters, which are the same in all rounds and, by default,
+    FedJAX takes the seed from the batch hyperparameters. There it is the same in all rounds or, by default,
     a new one from the system at each call.
     """
 
@@ -44,7 +44,7 @@ def sample_clients(
       data: all clients.
       num_clients: how many take part.
       seed: of the whole training.
-      round_num: which round; with `seed` it decides who takes part, the keys and how data are shuffled.
+      round_num: which round; together with `seed` it decides who takes part, the keys and how data are shuffled.
 
     Returns:
       (client id, data, key) of each.

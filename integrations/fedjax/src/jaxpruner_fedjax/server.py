@@ -35,7 +35,7 @@ class SparseOptimizer(fedjax.optimizers.Optimizer):
     def masks(self, server_state: Any) -> Any:
         """The boolean masks of a server state, shaped like its parameters; None where not pruned.
 
-        Of `hyp_cluster`, whose state has parameters for each cluster: a list of them.
+        For `hyp_cluster`, whose state has parameters for each cluster, it is a list of them.
         """
         if hasattr(server_state, "cluster_params"):
             clusters = zip(server_state.opt_states, server_state.cluster_params, strict=True)
@@ -51,8 +51,8 @@ def server_optimizer(
 ) -> SparseOptimizer:
     r"""A server optimizer for `fed_avg`, `fed_prox` and `agnostic_fed_avg` that keeps the server sparse.
 
-    The server of FedJAX takes the mean :math:`\Delta` of the clients' `server params - client params`,
-    weighted by their examples, for the gradient:
+    FedJAX's server takes the mean :math:`\Delta` of the clients' `server params - client params`,
+    weighted by their examples, as the gradient:
 
     .. math:: w_{t+1} = m_t \odot \mathrm{inner}(w_t, \Delta_t), \quad m_t \in \{0, 1\}
 
@@ -108,7 +108,7 @@ _USUAL_PERIOD = 10
 
 
 def _dropping_period(updater: jaxpruner.BaseUpdater) -> int | None:
-    """How often a round is lost, where that is oftener than usual."""
+    """How often a round is lost, if that is more often than usual."""
     period = getattr(updater.scheduler, "update_freq", None)
     return period if updater.skip_gradients and period is not None and period < _USUAL_PERIOD else None
 
@@ -146,7 +146,7 @@ _REFUSED = (
 def guard() -> None:
     """Makes FedJAX's algorithms refuse a sparse optimizer where it would not keep anything sparse.
 
-    They are the stock functions in all else. Importing `jaxpruner_fedjax` does it.
+    In everything else they are the stock functions. Importing `jaxpruner_fedjax` does it.
     """
     for module_name, path, argument, reason in _REFUSED:
         *classes, name = path.split(".")
@@ -167,9 +167,9 @@ def dense_client(optimizer: Any, algorithm: str) -> fedjax.optimizers.Optimizer:
 def dense_only(optimizer: Any, where: str, reason: str) -> fedjax.optimizers.Optimizer:
     """The optimizer, with a ValueError as soon as it is, or turns out to be, a sparse one.
 
-    What an optimizer is shows in its state, however it was made and whatever it was wrapped in
-    (`fedjax.optimizers.create_optimizer_from_optax(jaxpruner.sparsify(...))`): a sparse one keeps masks there. Clients
-    make their states where JAX traces them, before anything is trained.
+    A sparse optimizer is recognised by the masks in its state, however it was made and whatever it was wrapped in
+    (`fedjax.optimizers.create_optimizer_from_optax(jaxpruner.sparsify(...))`). Clients make their states while JAX
+    traces them, before anything is trained.
     """
     refusal = f"{where}: cannot be sparse, because {reason}"
     if isinstance(optimizer, SparseOptimizer):

@@ -20,8 +20,8 @@ class Rule(NamedTuple):
     """What a setting must be.
 
     Attributes:
-      holds: whether a value is.
-      words: what to call it.
+      holds: whether a value follows the rule.
+      words: the rule in words.
     """
 
     holds: Callable[[Any], bool]
@@ -33,7 +33,7 @@ def _whole(least: int, below: float = math.inf) -> Callable[[Any], bool]:
 
 
 def _number(inside: Callable[[float], bool]) -> Callable[[Any], bool]:
-    # NaN is inside of nothing.
+    # NaN is never inside.
     return lambda value: isinstance(value, numbers.Real) and inside(float(value))
 
 
@@ -114,10 +114,10 @@ class Config:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """What decides the numbers of a round, so that a checkpoint is not continued with something else.
+        """The settings that decide the numbers of a round, so that a checkpoint is not continued with others.
 
-        Not `backend`: it changes no number but by rounding, and may change with the machine. To the same bits a
-        training continues only with the same one.
+        They exclude `backend`, which changes numbers only by rounding, and may change with the machine. A training
+        continues to the same bits only with the same backend.
         """
         free = ("cache_dir", "root_dir", "num_rounds", "checkpoint_frequency", "eval_frequency", "backend")
         deciding = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -130,7 +130,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Excluding:
-    """A `filter_fn` that takes parameters of two or more axes, but for those that a path or pattern names."""
+    """A `filter_fn` that selects parameters with two or more axes, except those that a path or pattern names."""
 
     patterns: tuple[str, ...]
 
@@ -161,7 +161,7 @@ def _check_folder(root: Path) -> None:
         raise ValueError(f"root_dir: {nearest} cannot be written to; give another folder, which need not exist.")
 
 
-# What each optimizer of the server has, beyond a step size.
+# The settings of each server optimizer besides the step size.
 _SERVERS: dict[str, tuple[str, ...]] = {
     "adam": ("server_beta1", "server_beta2", "server_epsilon"),
     "yogi": ("server_beta1", "server_beta2", "server_epsilon"),
@@ -195,7 +195,7 @@ def check_excluded(config: Config, params: Any) -> None:
             raise ValueError(f"exclude: {pattern!r} names no parameter of two or more axes, which are {names}.")
 
 
-# Keys of the core and how settings of this trainer are called.
+# Keys of the core, and the names of this trainer's settings for them.
 _ROUNDS = {"update_start_step": "update_start_round", "update_end_step": "update_end_round"}
 _IN_SETTINGS = _ROUNDS | {
     "mask update is at step": "mask update is at round",
@@ -218,7 +218,7 @@ def sparsity_config(config: Config) -> dict[str, Any]:
     """The configuration of JaxPruner. A step of the server is a round.
 
     Raises:
-      ValueError: for an option of the algorithm that has a setting of its own.
+      ValueError: for an option of the algorithm that has its own setting.
     """
     same = (
         "algorithm", "sparsity", "dist_type", "sparsity_type", "custom_sparsity_map", "update_freq", "skip_gradients",
@@ -230,7 +230,7 @@ def sparsity_config(config: Config) -> dict[str, Any]:
         "filter_fn": Excluding(tuple(config.exclude)) if config.exclude else None,
         "rng_seed": config.seed,
     }
-    # Flags are all floats; some options are numbers of something.
+    # Flags are all floats; some options are whole numbers.
     options = {k: int(v) if float(v).is_integer() else v for k, v in (config.algorithm_options or {}).items()}
     if twice := sorted(set(options) & (set(settings) | set(_ROUNDS.values()) | {"seed"})):
         raise ValueError(f"algorithm_options: {twice[0]} has a setting of its own; give that.")

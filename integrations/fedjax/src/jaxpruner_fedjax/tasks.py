@@ -1,4 +1,4 @@
-"""The data and model of a training: FedJAX's own tasks, or a function of yours."""
+"""The data and model of a training: FedJAX's own tasks, or your own function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_task(name: str, cache_dir: str | None = None) -> Task:
     """The (training data, test data, model) of a task.
 
     Args:
-      name: one of `fedjax.training.ALL_TASKS`, or `module:function` of a function that returns the three.
+      name: one of `fedjax.training.ALL_TASKS`, or `module:function` for a function that returns the three.
       cache_dir: where FedJAX keeps what it downloads; by default `~/.cache/fedjax`.
 
     Raises:
@@ -69,7 +69,7 @@ def _check_task(name: str, made: Any) -> Task:
 
 
 def require_emnist(cache_dir: str | None = None) -> None:
-    """Finds out in seconds whether federated EMNIST is there, or FedJAX will be able to fetch it.
+    """Checks in seconds that federated EMNIST is there, or that FedJAX will be able to fetch it.
 
     Raises:
       FileNotFoundError: if not; it says what to download and where to put it.
@@ -78,7 +78,7 @@ def require_emnist(cache_dir: str | None = None) -> None:
     missing = [name for name in EMNIST_FILES if not os.path.exists(os.path.join(folder, name))]
     try:
         for name in missing:
-            # By the library that FedJAX downloads with, so that proxies and certificates count as they will.
+            # By the library that FedJAX downloads with, so that proxies and certificates apply as they will then.
             requests.head(EMNIST_URL + name, timeout=TIMEOUT, allow_redirects=True).raise_for_status()
     except requests.RequestException as error:
         urls = "\n".join(f"  {EMNIST_URL}{name}" for name in missing)

@@ -4,8 +4,8 @@
         --num_clients_per_round 50 --algorithm magnitude --sparsity 0.8 \
         --update_start_round 250 --update_end_round 750 --update_freq 10
 
-The root directory gets `metrics.csv`, TensorBoard events and checkpoints. The same command continues from the last
-checkpoint, bit for bit, however it was stopped.
+The root directory gets `metrics.csv`, TensorBoard events and checkpoints. However it was stopped, the same command
+continues from the last checkpoint, to the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SparsitiesParser(flags.ArgumentParser):
     syntactic_help = "path or pattern=sparsity, with commas between"
 
     def parse(self, argument: Any) -> dict[str, float]:
-        """The mapping; absl tells a ValueError with the name of the flag."""
+        """The mapping; absl reports a ValueError with the name of the flag."""
         sparsities = {}
         for part in argument.split(","):
             pattern, is_pair, sparsity = part.rpartition("=")

@@ -1,4 +1,4 @@
-"""How sparse a model is while it trains, in Keras's logs."""
+"""Logs how sparse a model is while it trains."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _WIDTH = 20  # characters of the bar
 
 
 class SparsityLogger(keras.callbacks.Callback):
-    """Adds `sparsity` to the logs of each epoch, for `History` and the callbacks after it, and draws it.
+    """Adds `sparsity` to the logs of each epoch, for `History` and later callbacks, and draws it.
 
-    It also refuses a schedule that would not end within the training, before the first step.
+    Before the first step, it also refuses a schedule that would not end within the training.
 
     Args:
       verbose: whether a line with a bar is printed after each epoch.

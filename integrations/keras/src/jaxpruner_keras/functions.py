@@ -1,4 +1,4 @@
-"""A Keras model as a pure function of its weights: what `jaxpruner.find_groups`, `compact` and `jax.export` work on."""
+"""A Keras model as a pure function of its weights, for `jaxpruner.find_groups`, `compact` and `jax.export`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxpruner_keras.parameters import as_list, as_tree, paths_of
 def weights_of(model: keras.Model) -> dict[str, Any]:
     """The weights of a model by their paths, as nested dicts: trained ones, frozen ones, and statistics of norms.
 
-    A copy, since Keras donates its variables to the steps of `fit`.
+    They are copies, since Keras donates its variables to the steps of `fit`.
 
     Examples:
       >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="out")], name="net")
@@ -27,12 +27,12 @@ def weights_of(model: keras.Model) -> dict[str, Any]:
 
 
 def pure_function(model: keras.Model) -> Callable[..., Any]:
-    """The forward pass of a model, as in `predict`: `fn(weights, *inputs)`, with weights as of `weights_of`.
+    """The forward pass of a model, as in `predict`: `fn(weights, *inputs)`, with weights as from `weights_of`.
 
         fn, weights = pure_function(model), weights_of(model)
         small = jaxpruner.compact(fn, weights, images)
 
-    Seeds of random layers are constants in it, since nothing is random when a model predicts.
+    Seeds of random layers are constants in it, since prediction is not random.
 
     Examples:
       >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="out")], name="net")

@@ -33,22 +33,22 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         model.fit(...)
 
     After each step, pruned weights are exactly 0, and kept ones are what the inner optimizer gives them. Masks, counts
-    and what else the algorithm keeps are variables of the optimizer: Keras saves, loads and donates them. The steps of
-    the schedule are steps of the optimizer: with `gradient_accumulation_steps` of the inner one, one in so many
-    batches. Averages of weights (`use_ema` of the inner one) are averages of the sparse weights, on the masks.
+    and whatever else the algorithm keeps are variables of the optimizer: Keras saves, loads and donates them. The steps
+    of the schedule are steps of the optimizer. If the inner one has `gradient_accumulation_steps`, a step takes this
+    many batches. Averages of weights (`use_ema` of the inner one) are averages of the sparse weights, on the masks.
 
-    Parameters are named by their path in the model, such as `sequential/dense/kernel`, split at slashes where a
-    `filter_fn` gets them. By default all with two or more axes are pruned, embeddings and the last layer, too.
+    Parameters are named by their path in the model, such as `sequential/dense/kernel`; a `filter_fn` gets the path
+    split at slashes. By default all with two or more axes are pruned, including embeddings and the last layer.
 
     Args:
-      inner: the optimizer. A `LossScaleOptimizer` goes outside, around this one, as mixed precision puts it.
+      inner: the optimizer. A `LossScaleOptimizer` goes outside, around this one, as Keras does for mixed precision.
       updater: an algorithm, or a configuration of `jaxpruner.create_updater_from_config` as a mapping.
       name: the name of the optimizer.
       **config: the configuration as keyword arguments, in place of `updater`.
 
     Raises:
-      ValueError: if the configuration is not valid, or `inner` is no Keras optimizer that can be made sparse.
-      RuntimeError: with another backend of Keras than JAX.
+      ValueError: if the configuration is not valid, or `inner` is not a Keras optimizer that can be made sparse.
+      RuntimeError: with a Keras backend other than JAX.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._taken_over = {key: getattr(inner, key) for key in _TAKEN_OVER}
         self.inner = inner
         inner.use_ema, inner.ema_overwrite_frequency, inner.loss_scale_factor = False, None, None
-        # Refuses what would not be sparse, as it does for optax.
+        # Refuses configurations that would not be sparse, as for optax.
         jaxpruner.sparsify(optax.identity(), updater, **config)
         self._config = config if updater is None else updater
         if isinstance(updater, jaxpruner.BaseUpdater):
@@ -87,7 +87,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.updater = jaxpruner.create_updater_from_config(config if updater is None else updater)
 
     # The variables: those of Keras's base class (with averages of weights), the leaves of the sparse state, sums of
-    # dense gradients, and then those of the inner optimizer, as `LossScaleOptimizer` has it.
+    # dense gradients, and then those of the inner optimizer, as in `LossScaleOptimizer`.
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Makes the variables: initial masks and counts, and those of the inner optimizer."""
@@ -148,14 +148,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return self.inner._iterations
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None) -> None:
-        """One step, in loops of one's own: steps the variables.
+        """One step of the variables, for your own loops.
 
         Args:
           grads: a gradient for each variable.
           trainable_variables: the variables; may be left out once the optimizer is built.
 
         Raises:
-          ValueError: if they are others than it was built with.
+          ValueError: if they are not the ones that the optimizer was built with.
         """
         if not self.built:
             if trainable_variables is None:
@@ -178,7 +178,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
     ) -> tuple[list[Any], list[Any]]:
-        """One step, as a function: the values of the variables to those after the step.
+        """One step, as a function from the values of the variables to those after the step.
 
         Args:
           optimizer_variables: those of `variables`.
@@ -231,7 +231,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     ) -> tuple[list[Any], list[Any], list[Any]]:
         """A step of the inner optimizer on the masks: parameters, sparse state, variables of the inner optimizer.
 
-        Where it accumulates gradients over `times` batches, `grads` is their mean.
+        If it accumulates gradients over `times` batches, `grads` is their mean.
         """
         state = self._state(own)
         if self.updater.reads_optimizer:
@@ -269,7 +269,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return self._list(self.updater.current_masks(state, self._tree(params)))
 
     def _constrained(self, params: list[Any], state: jaxpruner.SparseState) -> list[Any]:
-        """The constraints of variables again, which the inner optimizer has applied before weights were pruned."""
+        """Applies the variables' constraints again: the inner optimizer applied them before weights were pruned."""
         if all(variable.constraint is None for variable in self._trainable_variables):
             return params
         constrained, masks = list(params), self._current_masks(state, params)
@@ -280,7 +280,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return constrained
 
     def _averaged(self, params: list[Any], own: list[Any], inner: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Parameters and own variables with the averages of this step, if there are any: Keras's, on the masks."""
+        """Parameters and own variables with Keras's averages of this step, if there are any, on the masks."""
         if not self.use_ema:
             return params, own
         place = self._inner_place(self.inner._iterations)
@@ -311,7 +311,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def masks(self) -> dict[str, Any]:
         """The boolean mask of each parameter that is pruned, by its path.
 
-        In a callback, call `model.jax_state_sync()` before: variables are not up to date while `fit` runs.
+        In a callback, call `model.jax_state_sync()` first: variables are not up to date while `fit` runs.
         """
         if not self.built:
             raise ValueError(f"{self.name}: has no masks yet; call fit, or build(model.trainable_variables), before.")
@@ -341,7 +341,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         ]
 
     def _renewed(self, step: Step, inner: Sequence[Any]) -> list[Any]:
-        """The variables of the inner optimizer with those of a new weight where weights regrow."""
+        """The variables of the inner optimizer, with the values of a new weight where weights regrow."""
         regrown, params = self._list(renewed(self.updater, step)), self._list(step.params)
         masks = self._list(step.masks)
         values = list(inner)
@@ -365,26 +365,26 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return {"nu": as_tree(list(moments), list(moments.values()))}
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
-        """Puts averages of weights, if there are any, in place of the weights; `fit` calls it at its end."""
+        """Replaces the weights by their averages, if there are any; `fit` calls it at its end."""
         if self.use_ema and int(self.inner._iterations.value):  # else the averages are still 0
             for variable, average in zip(var_list, self._model_variables_moving_average, strict=True):
                 if average is not None:
                     variable.assign(jnp.copy(average.value))  # the next `fit` donates both
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
-        """That of the inner optimizer, which decays the weights."""
+        """Calls that of the inner optimizer, which decays the weights."""
         self.inner.exclude_from_weight_decay(var_list, var_names)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Sets all variables, those of the inner optimizer too."""
+        """Sets all variables, including those of the inner optimizer."""
         for variable, weight in zip(self.variables, weights, strict=True):
             variable.assign(weight)
 
     def load_own_variables(self, store: Any) -> None:
-        """Takes over saved variables; those of a file that has none of an optimizer stay as they are.
+        """Loads saved variables. If the file has no variables of an optimizer, the current ones stay as they are.
 
         Raises:
-          ValueError: if they are of another configuration. (Keras would warn, and train with masks that begin anew.)
+          ValueError: if they are of another configuration. (Keras would only warn, and train with new masks.)
         """
         if not store.keys():
             return
@@ -424,7 +424,7 @@ class _Slot(NamedTuple):
     Attributes:
       owner: the number of the parameter.
       name: its name, such as `momentum`.
-      fresh: what a new weight has, or None for its own value.
+      fresh: the value for a new weight, or None for the weight's own value.
     """
 
     owner: int
@@ -436,7 +436,7 @@ def _slots_of(inner: keras.optimizers.Optimizer, variables: Sequence[keras.Varia
     """The slots of an optimizer that has just been built, by the id of their variable.
 
     Raises:
-      ValueError: for one whose first values are neither the same for all weights nor the weights themselves.
+      ValueError: for a variable whose first values are neither the same for all weights nor the weights themselves.
     """
     # `add_variable_from_reference` names them by the path of the parameter. Of parameters with one path, each has the
     # next slot of a name.
@@ -469,7 +469,7 @@ def _slots_of(inner: keras.optimizers.Optimizer, variables: Sequence[keras.Varia
 
 
 def _layout(path: tuple[str, ...], leaf: Any, owners: Mapping[tuple[str, ...], keras.Variable]) -> Any:
-    """Where a leaf of the state lies: as its parameter, if it has its shape; else everywhere."""
+    """Where a leaf of the state lies: like its parameter if it has the same shape; else everywhere."""
     owner = owners.get(owner_of(path, owners) or ())
     if owner is not None and tuple(owner.shape) == leaf.shape:
         return getattr(owner, "_layout", None)
@@ -482,7 +482,7 @@ _OBJECTS = "objects"
 
 
 def _written(config: Any) -> dict[str, Any]:
-    """A configuration for a file; the names alone of what no file can hold, so that saving a model never fails."""
+    """A configuration for a file. Objects that no file can hold are written by name, so saving a model never fails."""
     if isinstance(config, jaxpruner.BaseUpdater):
         return {_OBJECTS: [type(config).__name__]}
     written: dict[str, Any] = {}
@@ -490,7 +490,7 @@ def _written(config: Any) -> dict[str, Any]:
     for key, value in dict(config).items():
         try:
             written[key] = _as_json(value)
-        except Exception:  # whatever it is, it is told when the file is read
+        except Exception:  # whatever it is, reading the file reports it
             objects.append(key)
     return written | ({_OBJECTS: objects} if objects else {})
 

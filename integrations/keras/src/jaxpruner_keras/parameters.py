@@ -1,4 +1,4 @@
-"""Lists of Keras variables as the trees that the core works on."""
+"""Converts lists of Keras variables to the trees that the core works on, and back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import keras
 
 
 def paths_of(variables: Sequence[keras.Variable]) -> list[tuple[str, ...]]:
-    """A path for each variable, its `path` split at slashes; all differ, and none is the beginning of another.
+    """A path for each variable, its `path` split at slashes. All differ, and none is the beginning of another.
 
-    Keras allows both, in models inside of models and in layers of one's own; a number then tells them apart.
+    Keras allows both cases, in models inside models and in custom layers; a number then distinguishes them.
     """
     paths = [tuple(variable.path.split("/")) for variable in variables]
     folders = {path[:end] for path in paths for end in range(1, len(path))}
@@ -37,7 +37,7 @@ def as_tree(paths: Sequence[tuple[str, ...]], values: Sequence[Any]) -> dict[str
 
 
 def as_list(paths: Sequence[tuple[str, ...]], tree: Any) -> list[Any]:
-    """The values of a tree at the paths; the other way round."""
+    """The values of a tree at the paths; the inverse of `as_tree`."""
     values = []
     for path in paths:
         node = tree

@@ -1,4 +1,4 @@
-"""Any of Scenic's trainers, sparse from `config.sparsity_config`, unedited."""
+"""Makes any of Scenic's trainers sparse from `config.sparsity_config`, without editing it."""
 
 from jaxpruner_scenic import compatibility
 

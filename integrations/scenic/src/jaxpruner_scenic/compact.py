@@ -3,9 +3,9 @@
     python -m jaxpruner_scenic.compact --workdir=runs/vit \\
         --config=integrations/scenic/src/jaxpruner_scenic/configs/vit_small.py:magnitude,0.5
 
-The flags are those of the training. Beside the checkpoints, or in `--output`, it writes `params.msgpack`, the small
-variables as Flax keeps them; `compact.json`, what the small function is made from, the sizes and the speed; and
-`report.txt`, which it prints as well.
+The flags are those of the training. Next to the checkpoints, or in `--output`, it writes `params.msgpack`, the small
+variables in Flax's format; `compact.json`, what the small function is made from, the sizes and the speed; and
+`report.txt`, which it also prints.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ PARAMS, DESCRIPTION, REPORT = "params.msgpack", "compact.json", "report.txt"
 
 
 def compact(config: Any, workdir: str, output: str | None = None, batch_size: int = 32) -> jaxpruner.Compact:
-    """Compacts the latest checkpoint of a training and writes what is left.
+    """Compacts the latest checkpoint of a training and writes the result.
 
-    Networks that were pruned in any way lose what is dead: by `sparsity_type = "groups"` all that masks prune, weight
-    by weight the units that have no weights any more.
+    Networks that were pruned in any way lose their dead units. With `sparsity_type = "groups"` these are all units that
+    masks prune; after pruning weight by weight, those that have no weights left.
 
     Args:
       config: the configuration of the training.
       workdir: its folder.
       output: the folder to write into; by default `compact` in `workdir`.
-      batch_size: how many of the images to test on are the example, on which both functions are compared and timed.
+      batch_size: how many test images make the example, on which both functions are compared and timed.
 
     Returns:
-      What `jaxpruner.compact` gives; its function is of (variables, inputs).
+      The result of `jaxpruner.compact`; its function is of (variables, inputs).
 
     Raises:
-      ValueError: where there is no checkpoint, or one of another model.
+      ValueError: if there is no checkpoint, or it is of another model.
     """
     if (saved := checkpoints.restore_checkpoint(workdir, target=None)) is None:
         raise ValueError(
@@ -100,7 +100,7 @@ def load_compact(output: str, config: Any) -> tuple[Callable[..., Any], Mapping[
       config: the configuration of the training.
 
     Raises:
-      ValueError: where nothing was written.
+      ValueError: if nothing was written.
     """
     if not gfile.exists(os.path.join(output, DESCRIPTION)):
         raise ValueError(

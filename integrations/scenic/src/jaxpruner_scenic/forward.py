@@ -1,4 +1,4 @@
-"""The forward pass of a model of Scenic, as a function of all its variables."""
+"""The forward pass of a Scenic model, as a function of all its variables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Forward(NamedTuple):
 
 
 def forward(model_def: Any, **more: Any) -> Callable[..., Any]:
-    """What Scenic's trainers call to evaluate a model, of (variables, *inputs)."""
+    """The function of (variables, *inputs) that Scenic's trainers call to evaluate a model."""
 
     def fn(variables: Any, *inputs: Any) -> Any:
         return model_def.apply(variables, *inputs, train=False, debug=False, mutable=False, **more)

@@ -1,4 +1,4 @@
-"""The sparsity in what a train step of Scenic hands to its logs."""
+"""Adds the sparsity to what a Scenic train step passes to its logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpruner.training.projection import find_states, pruned_only
 
 
 def sparsity_logs(train_state: Any) -> dict[str, Any]:
-    """`{"sparsity": ...}` of a train state of Scenic; empty if it is not sparse.
+    """`{"sparsity": ...}` of a Scenic train state; empty if it is not sparse.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpruner, optax
@@ -32,8 +32,8 @@ def sparsity_logs(train_state: Any) -> dict[str, Any]:
 def with_sparsity(result: Any) -> Any:
     """What a train step returns, with `sparsity` where its trainer logs.
 
-    That is in the training logs of (state, metrics, logs, ...), or else as a metric with its normalizer, which is what
-    trainers do that return no logs. What has neither is returned as it is.
+    This is in the training logs of (state, metrics, logs, ...). If a trainer returns no logs, it is a metric with its
+    normalizer. A result with neither is returned as it is.
     """
     if not isinstance(result, tuple) or not hasattr(result[0], "opt_state"):
         return result
@@ -50,7 +50,7 @@ def with_sparsity(result: Any) -> Any:
 
 
 def _are_logs(part: Any) -> bool:
-    """Numbers and vectors, of which Scenic logs the means. What a model puts out has more axes."""
+    """Whether these are numbers and vectors, whose means Scenic logs. Outputs of a model have more axes."""
     return isinstance(part, Mapping) and all(_is_numeric(value) and jnp.ndim(value) < 2 for value in part.values())
 
 

@@ -28,12 +28,12 @@ _SCORED_BY_GRADIENTS = (
 
 
 class Made:
-    """Makes optimizers sparse as a `sparsity_config` says, and knows what it asked for.
+    """Makes optimizers sparse as a `sparsity_config` says, and keeps what was asked for.
 
     Attributes:
       count: how many optimizers were made.
-      asked: the final sparsity of each pruned parameter, of the optimizers that were made with parameters.
-      groups: the algorithm with the groups of the model, if it prunes these.
+      asked: the final sparsity of each pruned parameter, for the optimizers that were made with parameters.
+      groups: the algorithm with the groups of the model, if it prunes groups.
     """
 
     def __init__(self, sparsity_config: Mapping[str, Any]):
@@ -52,7 +52,7 @@ class Made:
         self.asked: dict[trees.KeyPath, float] = {}
         self.groups: jaxpruner.BaseUpdater | None = None
         self.configured = self._updater(is_frozen=lambda name: False)
-        jaxpruner.sparsify(optax.identity(), self.config)  # tells of a bad schedule now
+        jaxpruner.sparsify(optax.identity(), self.config)  # reports a bad schedule now
 
     @property
     def is_dense(self) -> bool:
@@ -70,13 +70,13 @@ class Made:
     def sparsify(
         self, tx: optax.GradientTransformation, is_frozen: IsFrozen, params: Any = None, model: Forward | None = None
     ) -> optax.GradientTransformation:
-        """`tx`, sparse; for all of `params`, or for the part of them that `optax.multi_transform` shows it.
+        """Makes `tx` sparse, for all of `params`, or for the part of them that `optax.multi_transform` shows it.
 
         Args:
           tx: the optimizer.
-          is_frozen: whether Scenic freezes the parameter of a name.
-          params: the parameters, where they are known.
-          model: what was initialised last, whose groups `sparsity_type = "groups"` means.
+          is_frozen: whether Scenic freezes the parameter with a given name.
+          params: the parameters, if they are known.
+          model: the model that was initialised last; `sparsity_type = "groups"` means its groups.
         """
         group, self.count = self.count, self.count + 1
         self._require_exclusions(params)
@@ -101,7 +101,7 @@ class Made:
         )
 
     def require_aggregated_gradients(self) -> None:
-        """Raises a ValueError if the algorithm reads gradients, which an optimizer is handed for each example."""
+        """Raises a ValueError if the algorithm reads gradients, because the optimizer gets one for each example."""
         algorithm = self.config["algorithm"]
         if algorithm in _SCORED_BY_GRADIENTS:
             why = "scores weights by gradients; use one that does not, such as magnitude or set"
@@ -137,7 +137,7 @@ class Made:
             )
 
     def _why_one_optimizer(self, params: Any) -> str | None:
-        """Why the configuration cannot be met by an optimizer for each group; None if it can."""
+        """Why one optimizer per group cannot meet the configuration; None if it can."""
         if isinstance(self.configured.sparsity_type, Coupled):
             return "units of sparsity_type='groups' are in parameters of several of them; use another sparsity_type."
         if self.config["algorithm"].startswith("global_"):
@@ -197,7 +197,7 @@ def _whole_or_group(
     group: optax.GradientTransformation,
     targets: Mapping[trees.KeyPath, float],
 ) -> optax.GradientTransformationExtraArgs:
-    """`whole`; or for a part of the parameters `group`, which is `dense` if nothing of the part is pruned."""
+    """`whole`, or for a part of the parameters `group`, or `dense` if nothing of the part is pruned."""
     dense = optax.with_extra_args_support(dense)
 
     def is_part(params: Any) -> bool:

@@ -3,8 +3,8 @@
     python -m jaxpruner_scenic.main --config=integrations/scenic/src/jaxpruner_scenic/configs/vit_small.py:rigl,0.9 \
         --workdir=runs/vit
 
-Beside the names that Scenic's own mains know, `config.trainer_name` may be a module that has `train`, and
-`config.model_name` a `module:Class`.
+Besides the names that Scenic's own mains know, `config.trainer_name` may be a module that has `train`, and
+`config.model_name` may be a `module:Class`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ MODELS = {"plainvit": "scenic.projects.baselines.plainvit.plainvit:PlainViT"}
 
 
 def get_trainer(name: str) -> types.ModuleType:
-    """The module of a trainer, imported when it is asked for, since some need packages that others do not.
+    """The module of a trainer, imported only when it is asked for, since some need packages that others do not.
 
     Raises:
-      ValueError: if there is none of this name.
+      ValueError: if there is no trainer of this name.
     """
     module = TRAINERS.get(name, name)
     try:
@@ -76,7 +76,7 @@ def leave_memory_to_jax() -> None:
 
 
 def train(rng: Any, config: Any, workdir: str, writer: Any) -> tuple[Any, Any, Any]:
-    """What Scenic's mains do: data, model and trainer from the config. Returns what the trainer returns."""
+    """Takes data, model and trainer from the config, as Scenic's mains do. Returns what the trainer returns."""
     flax.config.update("flax_use_orbax_checkpointing", False)  # as scenic.app
     leave_memory_to_jax()
     trainer, model_cls = get_trainer(config.trainer_name), get_model(config.model_name)

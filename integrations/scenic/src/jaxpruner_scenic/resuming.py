@@ -1,4 +1,4 @@
-"""Beside its checkpoints a training keeps what it was pruned by, and is not resumed by something else."""
+"""Keeps a training's configuration next to its checkpoints, and refuses to resume it with one that does not fit."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _SELECTION = ("filter_fn", "exclude_reg_exp")
 
 
 def check(workdir: str, updater: jaxpruner.BaseUpdater | None, description: Mapping[str, Any]) -> None:
-    """Compares the checkpoints of a folder, if there are any, with the configuration at hand, and keeps that one.
+    """Compares the checkpoints of a folder, if there are any, with the current configuration, and keeps the latter.
 
     Args:
       workdir: the folder of the training.
-      updater: the algorithm at hand; None if the training is dense.
+      updater: the current algorithm; None if the training is dense.
       description: what to keep of it.
 
     Raises:
-      ValueError: if the training cannot go on from the checkpoint, naming the key, both values and the remedy.
+      ValueError: if the training cannot continue from the checkpoint. It names the key, both values and the remedy.
     """
     path = os.path.join(workdir, FILE)
     checkpoint = checkpoints.latest_checkpoint(workdir)
@@ -60,10 +60,10 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _of_state(workdir: str, updater: jaxpruner.BaseUpdater | None) -> dict[str, Any]:
-    """Of checkpoints that were made without this package, or by one that kept nothing: sparse or dense."""
+    """Whether checkpoints without a kept description are sparse or dense."""
     is_sparse = _holds_masks(checkpoints.restore_checkpoint(workdir, target=None))
     if is_sparse and updater is not None:
-        return jaxpruner.describe(updater)  # nothing tells of a difference
+        return jaxpruner.describe(updater)  # nothing shows a difference
     return {"algorithm": "a sparse one" if is_sparse else "no_prune"}
 
 

@@ -1,9 +1,9 @@
 """Sparse training by any of Scenic's trainers: one context manager around the stock `train`.
 
-Trainers make their optimizer by `scenic.train_lib.optimizers.get_optimizer` or `scenic.train_lib.optax.make`, and look
-the functions up in those modules when they call them. Within `sparse_training` these return JaxPruner's
-transformation around the stock optimizer, and that is all that makes a trainer sparse. What else is wrapped only
-looks: it logs the sparsity, and tells of a training that would not be as sparse as asked.
+Trainers make their optimizer with `scenic.train_lib.optimizers.get_optimizer` or `scenic.train_lib.optax.make`, and
+look the functions up in those modules when they call them. Within `sparse_training` these return JaxPruner's
+transformation around the stock optimizer. Nothing else makes a trainer sparse. The other wrappers only
+observe: they log the sparsity, and report a training that would not be as sparse as asked.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ _active = False
 
 @contextlib.contextmanager
 def sparse_training(config: Mapping[str, Any], trainer: types.ModuleType | None = None) -> Iterator[None]:
-    """Within it, the optimizers that Scenic makes are sparse as `config.sparsity_config` says.
+    """Within this context, the optimizers that Scenic makes are sparse as `config.sparsity_config` says.
 
         with jaxpruner_scenic.sparse_training(config, classification_trainer):
             classification_trainer.train(rng=rng, config=config, ...)
 
     The keys of `sparsity_config` are those of `jaxpruner.create_updater_from_config`, and `exclude_reg_exp`, which
-    leaves out parameters by name as Scenic's `freeze_params_reg_exp` freezes them. By default kernels are pruned: no
-    position embeddings, class tokens or probes. What Scenic freezes is never pruned.
+    leaves out parameters by name in the way Scenic's `freeze_params_reg_exp` freezes them. By default kernels are
+    pruned, and no position embeddings, class tokens or probes. What Scenic freezes is never pruned.
 
     Args:
-      config: a configuration of Scenic. Without a `sparsity_config`, or with None or the algorithm `no_prune`, the
-        training is dense; only that it does not go on from a sparse checkpoint is seen to.
-      trainer: the module of the trainer. What its `train_step` returns to be logged gets `sparsity`, the fraction of
-        zeros among the prunable weights; and its `train` compares the configuration with that of a checkpoint.
+      config: a Scenic configuration. Without a `sparsity_config`, or with None or the algorithm `no_prune`, the
+        training is dense; then the only check is that it does not continue from a sparse checkpoint.
+      trainer: the module of the trainer. The logs that its `train_step` returns get `sparsity`, the fraction of zeros
+        among the prunable weights, and its `train` compares the configuration with that of a checkpoint.
 
     Raises:
-      RuntimeError: within another `sparse_training`; and if the trainer made its optimizer in a way of its own, in
-        the first step of its `train_step` or else at the end.
-      ValueError: for a configuration that is not valid, or ends after the training; for a checkpoint of another one;
-        for a global algorithm where the trainer makes several optimizers for groups of parameters; and if parameters
-        do not lie on their masks.
+      RuntimeError: within another `sparse_training`; and if the trainer makes its optimizer in its own way, in the
+        first step of its `train_step` or else at the end.
+      ValueError: for a configuration that is not valid, or ends after the training; for a checkpoint of another
+        configuration; for a global algorithm if the trainer makes several optimizers for groups of parameters; and if
+        parameters do not lie on their masks.
 
     Examples:
       >>> import jax.numpy as jnp, ml_collections, optax
@@ -108,7 +108,7 @@ def sparse_training(config: Mapping[str, Any], trainer: types.ModuleType | None 
 
 
 def create_updater(sparsity_config: Mapping[str, Any]) -> jaxpruner.BaseUpdater:
-    """The algorithm that `sparse_training` uses where Scenic freezes nothing.
+    """The algorithm that `sparse_training` uses if Scenic freezes nothing.
 
     Raises:
       ValueError: for a configuration that is not valid.
@@ -198,7 +198,7 @@ class _Watch:
         return initialize_model
 
     def tell_of_shifted(self) -> None:
-        """Warns of weights that are standardised: their zeros are zeros no more where they are multiplied."""
+        """Warns of standardised weights: their zeros are no longer zero when the model multiplies with them."""
         if self.model is None or self.shifted_told:
             return
         self.shifted_told = True
@@ -261,7 +261,7 @@ class _Watch:
         return train
 
     def tell_of_the_end(self, params: Any, opt_state: Any) -> None:
-        """Checks what was trained, and logs as the last line how sparse it is."""
+        """Checks the trained parameters, and logs as the last line how sparse they are."""
         if not find_states(opt_state) or not self.made.asked:
             return
         jaxpruner.check_sparse(params, opt_state)
@@ -290,7 +290,7 @@ def reached(params: Any, opt_state: Any) -> float:
 
 
 def _of_one_device(train_state: Any) -> tuple[Any, Any]:
-    """The parameters and the optimizer's state, of the first device where they are replicated."""
+    """The parameters and the optimizer's state, from the first device if they are replicated."""
     trees_ = train_state.params, train_state.opt_state
     replicated = any(np.ndim(state.count) for state in find_states(train_state.opt_state))
     return jax.tree.map(lambda x: x[0], trees_) if replicated else trees_

@@ -1,4 +1,4 @@
-"""T5X runs, sparse by one gin file more: the stock trainer, any T5X optimizer, every algorithm of JaxPruner."""
+"""Makes T5X runs sparse by one more gin file: the stock trainer, any T5X optimizer, every algorithm of JaxPruner."""
 
 from jaxpruner_t5x import compatibility
 

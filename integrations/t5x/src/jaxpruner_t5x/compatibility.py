@@ -1,4 +1,4 @@
-"""Finds T5X and the two packages that it imports and no registry has."""
+"""Finds T5X and the two packages that it imports and that no registry has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load() -> None:
     """Checks that T5X can be imported.
 
     Raises:
-      ImportError: where T5X, airio or jestimator is missing, or jestimator is PyPI's release; it names the remedy.
+      ImportError: if T5X, airio or jestimator is missing, or jestimator is PyPI's release; it names the remedy.
     """
     for name in ("t5x", "airio", "jestimator"):
         if importlib.util.find_spec(name) is None:

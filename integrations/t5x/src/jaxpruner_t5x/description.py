@@ -1,4 +1,4 @@
-"""What a sparse run asks for, kept beside its checkpoints: a run that goes on from them is told what differs."""
+"""Keeps a sparse run's configuration next to its checkpoints, so that a run that continues them learns what differs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A sparse checkpoint as a plain one: the same names and shapes as of a dense run, zeros where weights are pruned.
+"""Exports a sparse checkpoint as a plain one, with the names and shapes of a dense run and zeros for pruned weights.
 
     python -m jaxpruner_t5x.export --checkpoint=runs/t5_sparse/checkpoint_2300 --output=runs/t5_plain
 
-T5X's own eval and infer read sparse checkpoints as they are; this is for runs and tools that expect a dense one, such
-as stock fine-tuning, and saves the space of the masks.
+T5X's own eval and infer read sparse checkpoints as they are. This is for runs and tools that expect a dense one, such
+as stock fine-tuning. It also saves the space of the masks.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def export(checkpoint: str, output: str) -> str:
     """Writes `output/checkpoint_STEP` without masks and hidden weights; returns its path.
 
     Args:
-      checkpoint: a folder `checkpoint_STEP` of a sparse run, made on any number of devices, in Orbax's format or, of
-        `use_orbax = False`, T5X's own.
-      output: a folder, made if need be; what is written is in Orbax's format. Both may be in a bucket, `gs://...`.
+      checkpoint: a folder `checkpoint_STEP` of a sparse run, made on any number of devices, in Orbax's format or, with
+        `use_orbax = False`, in T5X's own.
+      output: a folder, created if needed; the result is in Orbax's format. Both may be in a bucket, `gs://...`.
 
     Raises:
-      ExportError: if the checkpoint is not one of T5X, or has no masks of a `SparseOptimizer`, or if the output is
-        there already.
+      ExportError: if the checkpoint is not one of T5X, or has no masks of a `SparseOptimizer`, or if the output
+        already exists.
     """
     source, target = absolute(checkpoint), absolute(output) / epath.Path(checkpoint).name
     if target.exists():
@@ -46,10 +46,10 @@ def export(checkpoint: str, output: str) -> str:
 
 
 def read(source: epath.Path) -> Any:
-    """The state of a checkpoint of T5X as NumPy arrays, whatever devices it was saved from.
+    """The state of a T5X checkpoint as NumPy arrays, whatever devices it was saved from.
 
     Raises:
-      ExportError: if it is none.
+      ExportError: if it is not one.
     """
     if (source / "state").is_dir():
         checkpointer = ocp.PyTreeCheckpointer()

@@ -1,4 +1,4 @@
-"""What a model of T5X computes, as functions of its parameters: the forward pass, and decoding with its cache."""
+"""What a T5X model computes, as functions of its parameters: the forward pass, and decoding with its cache."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def forward(model: Any) -> Any:
 
 
 def predict(model: Any) -> Any:
-    """What the model decodes for a batch, its cache made inside: T5X's `predict_batch`, `fn(params, batch)`."""
+    """What the model decodes for a batch, with a cache made inside: T5X's `predict_batch`, `fn(params, batch)`."""
     return lambda params, batch: model.predict_batch(params, batch)
 
 
 def bound(fn: Any) -> Any:
-    """A function with the arguments that gin gives it now, which it would ask for when it is traced."""
+    """A function with its current arguments from gin, which it would otherwise look up when it is traced."""
     try:
         return functools.partial(fn, **gin.get_bindings(fn))
     except (TypeError, ValueError):  # none that gin knows
@@ -49,6 +49,6 @@ def shapes(model: Any, batch: Mapping[str, Any]) -> Any:
 
 
 def groups_of(model: Any, wanted: AllGroups) -> Coupled:
-    """The groups of a model that a configuration asks for, as its training sees it."""
+    """The groups that a configuration asks for, of a model as its training sees it."""
     batch = example(model)
     return wanted.of(jaxpruner.find_groups(forward(model), shapes(model, batch), batch))

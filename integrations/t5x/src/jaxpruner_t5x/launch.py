@@ -24,12 +24,12 @@ def train(gin_files: Sequence[str], bindings: Sequence[str] = (), **arguments: A
     """`python -m t5x.train --gin_file=... --gin.NAME=VALUE`; returns the last step and the train state.
 
     Args:
-      gin_files: as the flags, in order.
+      gin_files: like the flags, in order.
       bindings: `NAME = VALUE`.
-      **arguments: of `t5x.train.train`, in place of what gin binds, such as `actions`.
+      **arguments: arguments of `t5x.train.train`, in place of what gin binds, such as `actions`.
 
     Raises:
-      ValueError: for what is not valid, without the chain of gin's calls; also if the checkpoints in MODEL_DIR are
+      ValueError: if something is not valid, without the chain of gin's calls; also if the checkpoints in MODEL_DIR are
         sparse and the gin files are not.
     """
     from t5x import train as script
@@ -65,7 +65,7 @@ def leave_memory_to_jax() -> None:
 def parsed(
     gin_files: Sequence[str], bindings: Sequence[str] = (), script: types.ModuleType | None = None
 ) -> Iterator[None]:
-    """Within it, gin holds this configuration of a script, by default that of `t5x.train`."""
+    """Within this context, gin holds this configuration of a script, by default that of `t5x.train`."""
     if script is None:
         from t5x import train
 
@@ -107,6 +107,6 @@ def _refuse_sparse_as_dense() -> None:
 
 
 def _is_ours(error: ValueError) -> bool:
-    """Whether it was raised here or in the core, so that its message says all there is to say."""
+    """Whether the error was raised here or in the core, so that its message says everything."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals["__name__"].partition(".")[0] in ("jaxpruner", "jaxpruner_t5x")

@@ -1,4 +1,4 @@
-"""What the logical axes of a T5X model say of its layers: which are stacked, and what an attention kernel is."""
+"""What the logical axes of a T5X model say about its layers: which are stacked, and what an attention kernel is."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Names = tuple[tuple[trees.KeyPath, tuple[str | None, ...]], ...]
 
 
 def informed(updater: jaxpruner.BaseUpdater, param_logical_axes: Any) -> jaxpruner.BaseUpdater:
-    """The algorithm for a model of these logical axes.
+    """The algorithm for a model with these logical axes.
 
-    Scanned layers are as many layers (unless the updater has `stack_axes` of its own), and distributions see attention
-    kernels as matrices: T5 gets the same sparsities from all its implementations in T5X.
+    Scanned layers count as separate layers (unless the updater has its own `stack_axes`), and distributions see
+    attention kernels as matrices. So T5 gets the same sparsities from all its implementations in T5X.
     """
     names: Names = tuple((path, tuple(axes)) for path, axes in trees.named_leaves(param_logical_axes))
     known = {axis for _, axes in names for axis in axes}
@@ -42,14 +42,14 @@ def informed(updater: jaxpruner.BaseUpdater, param_logical_axes: Any) -> jaxprun
 
 
 def stack_axis(names: Names, path: trees.KeyPath, leaf: Any = None) -> int | None:
-    """Which axis of a parameter is a stack; of one that is fused and scanned it is that of the scanned layers."""
+    """Which axis of a parameter is a stack; if it is fused and scanned, it is the axis of the scanned layers."""
     del leaf
     axes = dict(names).get(path, ())
     return next((axes.index(stacked) for stacked in STACKS if stacked in axes), None)
 
 
 def of_matrices(names: Names, distribution: Callable[[Any], Any], params: Any) -> Any:
-    """The sparsities that a distribution gives where heads and their width are one axis."""
+    """The sparsities that a distribution gives if heads and their width are one axis."""
     all_axes = dict(names)
 
     def joined(path: trees.KeyPath, leaf: Any) -> Any:

@@ -25,8 +25,8 @@ class SparsityMetrics(trainer.WeightMetricsComputer):
     Logs `sparsity/total` and `sparsity/NAME` of each prunable parameter, of the last step since the last log.
 
     Args:
-      weight_metrics: whether to log T5X's own metrics of weights as well. A weight that is 0 counts as one without an
-        update in that of the update relative to the weight.
+      weight_metrics: whether to log T5X's own metrics of weights as well. In the metric of the update relative to the
+        weight, a weight that is 0 counts as one without an update.
 
     Raises:
       ValueError: when the train step is compiled, if the run's optimizer is dense.
@@ -85,7 +85,7 @@ def sparsities(train_state: Any) -> dict[str, jax.Array]:
 
 
 def log_reached(updater: jaxpruner.BaseUpdater, params: Any, state: Any) -> None:
-    """The last word of a run: the sparsity that was asked for and what was reached, as a warning if that is less.
+    """Logs at the end of a run the sparsity that was asked for and reached, as a warning if it reached less.
 
     Args:
       updater: the algorithm.

@@ -37,14 +37,14 @@ def create_updater(
       algorithm: a name of `jaxpruner.all_algorithm_names()`; `no_prune` trains densely.
       sparsity: final fraction of zeros over the pruned weights.
       dist_type: `erk` as in the paper's experiments, or `uniform`.
-      filter_fn: takes the parameters to prune, `filter_fn(path, param)`; by default kernels, so neither token nor
-        position embeddings nor scales.
-      **more: what `jaxpruner.create_updater_from_config` takes: `update_start_step`, `update_end_step`, `update_freq`,
-        `sparsity_type`, `drop_fraction`, `custom_sparsity_map`, `use_packed_masks`, `rng_seed`, ... Steps are
-        counted from where sparse training begins, so they do not include those of a dense checkpoint.
+      filter_fn: selects the parameters to prune, `filter_fn(path, param)`; by default kernels, so no token or position
+        embeddings and no scales.
+      **more: other keys of `jaxpruner.create_updater_from_config`: `update_start_step`, `update_end_step`,
+        `update_freq`, `sparsity_type`, `drop_fraction`, `custom_sparsity_map`, `use_packed_masks`, `rng_seed`, ...
+        Steps are counted from where sparse training begins, so they do not include those of a dense checkpoint.
 
     Raises:
-      ValueError: for what is not valid.
+      ValueError: if the configuration is not valid.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ def create_updater(
 
 @struct.dataclass
 class SparseOptimizerState:
-    """A T5X optimizer state with masks: `param_states` is what the dense optimizer has there.
+    """A T5X optimizer state with masks; `param_states` is as in the dense optimizer.
 
     Attributes:
       step: the training step.
@@ -74,19 +74,19 @@ class SparseOptimizerState:
 class SparseOptimizer(optimizers.OptimizerDef):
     r"""An `OptimizerDef` around another one that keeps parameters on their masks.
 
-    With :math:`\hat p` what the dense optimizer makes of the parameters, the new ones are :math:`\hat p` where the
-    mask keeps a weight and 0 where it prunes it. The dense optimizer may be any of T5X: Adafactor, MultiOptimizer, an
-    `OptaxWrapper`. Its state keeps its names in checkpoints, `state/param_states`, and masks are beside it in
-    `state/sparse`. It is the outermost optimizer: a MultiOptimizer goes into it, not around it.
+    With :math:`\hat p` the parameters after the dense optimizer's step, the new ones are :math:`\hat p` where the mask
+    keeps a weight and 0 where it prunes it. The dense optimizer may be any of T5X: Adafactor, MultiOptimizer, an
+    `OptaxWrapper`. In checkpoints, its state keeps its names, `state/param_states`, and masks are next to it in
+    `state/sparse`. `SparseOptimizer` is the outermost optimizer: a MultiOptimizer goes inside it, not around it.
 
-    Scanned layers are as many layers, each with its own share of weights: T5X tells the model's logical axes.
+    Scanned layers count as separate layers, each with its own share of weights: T5X gives the model's logical axes.
 
     Args:
       inner: the dense optimizer.
       updater: the algorithm, from `create_updater`.
-      plan: how long T5X trains, from `planned`, to refuse a schedule that does not fit in; None does not ask, for a
-        run that is to be continued further.
-      model: makes the model, `configured_model`, whose groups `sparsity_type = 'groups'` means.
+      plan: how long T5X trains, from `planned`, to refuse a schedule that does not fit; None skips this check, for a
+        run that you will continue further.
+      model: makes the model, `configured_model`; `sparsity_type = 'groups'` means the groups of this model.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -120,7 +120,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
         return self.inner.update_hyper_params(**overrides)
 
     def set_param_axes(self, param_logical_axes: Any) -> None:
-        """What T5X knows of the model, before it initialises."""
+        """Takes what T5X knows about the model, before it initialises."""
         if hasattr(self.inner, "set_param_axes"):
             self.inner.set_param_axes(param_logical_axes)
         self.updater = layers.informed(self._given, param_logical_axes)
@@ -141,7 +141,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
         return SparseOptimizerState(dense.step, dense.param_states, sparse)
 
     def _refuse_late(self, step: int, count: int) -> None:
-        """A schedule that starts or ends after training."""
+        """Refuses a schedule that starts or ends after training."""
         steps = self.plan.sparse_steps(step, count)
         if steps is None or steps <= count:  # no step is left, which T5X allows
             return
@@ -154,7 +154,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
             ) from None
 
     def _refuse_frozen(self, masks: Any, slots: Any) -> None:
-        """T5X's MultiOptimizer has None where it trains nothing."""
+        """Refuses to prune what nothing trains: T5X's MultiOptimizer has None there."""
         frozen = []
         trees.map_named(lambda path, leaf: frozen.append(path) if leaf is None else None, slots)
         if pruned := sorted(set(frozen) & {path for path, _ in trees.named_leaves(masks)}):
@@ -190,7 +190,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
         return stepped, SparseOptimizerState(state.step + 1, new_slots, sparse)
 
     def _renewed(self, step: Any, slots: Any) -> Any:
-        """The dense optimizer's state with statistics of new weights where weights regrow."""
+        """The dense optimizer's state, with the statistics of new weights where weights regrow."""
         regrown = dict(trees.named_leaves(renewed(self.updater, step)))
         fresh = self.inner.init_state(jaxpruner.apply_mask(step.params, step.masks)).param_states
 
@@ -205,7 +205,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
         return trees.map_named(reset, slots, fresh)
 
     def derive_logical_axes(self, optimizer: optimizers.Optimizer, param_logical_axes: Any) -> optimizers.Optimizer:
-        """Axes of the dense optimizer from itself; masks and dense weights as their parameters."""
+        """The dense optimizer gives its own axes; masks and dense weights have those of their parameters."""
         state = optimizer.state
         dense = self.inner.derive_logical_axes(
             optimizers.Optimizer(
@@ -222,7 +222,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
         """For a checkpoint.
 
         Raises:
-          ValueError: if the parameters are not on their masks, or these not as sparse as the schedule left them.
+          ValueError: if the parameters are not on their masks, or the masks not as sparse as the schedule left them.
         """
         if _is_concrete(state.sparse.count):
             jaxpruner.check_sparse(target, state.sparse, self.updater)
@@ -264,7 +264,7 @@ class SparseOptimizer(optimizers.OptimizerDef):
 
 
 def _is_concrete(leaf: Any) -> bool:
-    """Not a shape, axes or a tracer, for which T5X calls the same functions."""
+    """Whether this is an array, and not a shape, axes or a tracer, for which T5X calls the same functions."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and not isinstance(leaf, jax.core.Tracer)
 
 

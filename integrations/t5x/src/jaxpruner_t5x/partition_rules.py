@@ -14,8 +14,8 @@ from jaxpruner import RememberingState, SparseState, StraightThroughState, trees
 from jaxpruner.training import optimizer_state
 from jaxpruner.training.projection import with_statistics
 
-# T5X asks for axes before it knows the mesh. The bytes of a packed mask are spread over devices where they can be dealt
-# to 2, 4, 8 or 16 of them, the usual numbers for a model's axes; else an axis is whole on every device.
+# T5X asks for axes before it knows the mesh. The bytes of a packed mask are spread over devices if they divide over
+# 2, 4, 8 or 16 of them, the usual numbers for a model's axes; otherwise the axis is whole on every device.
 _DEALT = 16
 
 
@@ -51,7 +51,7 @@ def straight_through_axes(state: StraightThroughState, params_axes: Any) -> Stra
 
 
 def factored_state_axes(state: optax.FactoredState, params_axes: Any) -> optax.FactoredState:
-    """As T5X's own Adafactor: row and column statistics are everywhere, unfactored ones as their parameters."""
+    """As in T5X's own Adafactor: row and column statistics are everywhere, unfactored ones like their parameters."""
     return optax.FactoredState(
         count=None,
         v_row=_everywhere(state.v_row),
@@ -77,7 +77,7 @@ def _mask_axes(axes: PartitionSpec, mask: Any) -> Any:
 
 
 def _statistics_axes(statistics: Any, params_axes: Any) -> Any:
-    """Those of the parameter whose path a leaf's own ends with: statistics may be several trees."""
+    """The axes of the parameter whose path a leaf's own path ends with: statistics may be several trees."""
     axes = dict(trees.named_leaves(params_axes))
 
     def place(path: trees.KeyPath, leaf: Any) -> Any:

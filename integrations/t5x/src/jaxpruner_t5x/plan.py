@@ -19,10 +19,10 @@ class Plan(NamedTuple):
     """Arguments of `t5x.train.train`; None where they are not known.
 
     Attributes:
-      total_steps: the step at which training ends, those of an initial checkpoint included.
-      relative_steps: how many steps are trained from wherever it starts; then `total_steps` means nothing.
+      total_steps: the step at which training ends, including those of an initial checkpoint.
+      relative_steps: how many steps are trained from wherever it starts; if given, `total_steps` has no meaning.
       model_dir: the folder of its checkpoints.
-      initial_checkpoint: the one that it starts from.
+      initial_checkpoint: the checkpoint that it starts from.
     """
 
     total_steps: int | None = None
@@ -35,16 +35,16 @@ class Plan(NamedTuple):
         return start + self.relative_steps if self.relative_steps else self.total_steps
 
     def sparse_steps(self, step: int, count: int) -> int | None:
-        """Steps of sparse training at the end, from a state that has made `count` of them by training step `step`."""
+        """Steps of sparse training at the end, given a state that has made `count` of them by training step `step`."""
         last = self.last_step(step)
         return None if last is None else count + last - step
 
 
 def planned() -> Plan:
-    """The plan of the script that gin configures; empty where that is not T5X's `train`.
+    """The plan of the script that gin configures; empty if that is not T5X's `train`.
 
     Raises:
-      ValueError: for a macro that nothing uses and that is called almost like one of sparse.gin.
+      ValueError: for a macro that nothing uses and whose name is almost one of sparse.gin's.
 
     Examples:
       >>> from jaxpruner_t5x import launch
@@ -65,7 +65,7 @@ def configured_model() -> Any:
     """The model that gin gives the script; made anew, without parameters.
 
     Raises:
-      ValueError: where the script is not T5X's `train`, or gin gives it none.
+      ValueError: if the script is not T5X's `train`, or gin gives it no model.
 
     Examples:
       >>> from jaxpruner_t5x import launch
@@ -99,7 +99,7 @@ def _bindings(configurable: Any) -> Mapping[str, Any]:
 
 
 def refuse_misspelled(config: str) -> None:
-    """Gin takes any macro, so `ALGORITM = 'rigl'` would train with the default algorithm and say nothing."""
+    """Refuses misspelled macros: gin takes any, so `ALGORITM = 'rigl'` would silently train with the default one."""
     for name in re.findall(r"^(\w+) =", config, re.MULTILINE):
         like = difflib.get_close_matches(name, MACROS, n=1, cutoff=0.7)
         if like and name not in MACROS and f"%{name}" not in config:

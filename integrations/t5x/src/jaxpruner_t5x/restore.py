@@ -22,20 +22,20 @@ def dense_or_sparse(
 ) -> Callable[..., Mapping[str, Any]]:
     """For `utils.RestoreCheckpointConfig.state_transformation_fns`, with `fallback_to_scratch = True`.
 
-    A sparse checkpoint is continued: its masks and counts, towards the sparsity that is asked for now. From a dense one
-    come parameters, step and, where the optimizer is the same, its statistics, bit for bit; masks are made as for a new
-    training.
+    A sparse checkpoint is continued with its masks and counts, towards the sparsity of the current configuration. A
+    dense one supplies parameters, step and, if the optimizer is the same, its statistics, bit for bit; masks are made
+    as for a new training.
 
     Args:
       allow_missing: whether parameters that the checkpoint lacks are initialised, as `fallback_to_scratch` alone
         would do.
-      updater: what is asked for now, from `create_updater`.
-      plan: where the checkpoints are, from `planned`; sparsity.json beside them tells what they were made with.
+      updater: the current algorithm, from `create_updater`.
+      plan: where the checkpoints are, from `planned`; sparsity.json next to them has their configuration.
 
     Raises:
-      ValueError: if the checkpoint lacks parameters of the model, or its run asked for something that cannot be gone on
-        from, such as another algorithm; and when a run is resumed, if of the checkpoint in MODEL_DIR and what is asked
-        for one is dense and the other sparse.
+      ValueError: if the checkpoint lacks parameters of the model, or its run had a configuration that cannot be
+        continued, such as another algorithm; and when a run is resumed, if the checkpoint in MODEL_DIR is sparse and
+        the current configuration is dense, or the reverse.
 
     Examples:
       >>> import jax.numpy as jnp

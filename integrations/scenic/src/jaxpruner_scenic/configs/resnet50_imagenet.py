@@ -2,7 +2,7 @@ r"""ResNet-50 on ImageNet, 100 epochs, pruned to 80 % as in the paper. Meant for
 
     python -m jaxpruner_scenic.main --config=.../configs/resnet50_imagenet.py:magnitude,0.8 --workdir=...
 
-Uniform sparsity, the stem dense; masks are made from step 10k to 25k, every 1000.
+Uniform sparsity with a dense stem; masks are made from step 10k to 25k, every 1000.
 """
 
 import ml_collections
@@ -12,7 +12,7 @@ from jaxpruner_scenic.configs import sparsity
 
 
 def get_config(argument: str = "") -> ml_collections.ConfigDict:
-    """Scenic's configuration with the paper's training: momentum 0.9, 1.6 with a cosine and 5 epochs of warmup."""
+    """Scenic's configuration with the paper's training: momentum 0.9, rate 1.6 with a cosine, 5 epochs of warmup."""
     config = imagenet_resnet_config.get_config()
     config.experiment_name = "imagenet-resnet50-sparse"
     config.num_training_epochs = 100

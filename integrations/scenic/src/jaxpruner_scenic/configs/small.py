@@ -1,4 +1,4 @@
-"""What the small configurations share: data that install from packages, and a training of some epochs."""
+"""What the small configurations share: data from packages, and a training of a few epochs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALIDATION = "validation"
 
 
 def parse(argument: str) -> tuple[str, str, bool]:
-    """What of `algorithm,sparsity,dataset,validation` is for the sparsity, the dataset, whether it is to validate."""
+    """Splits `algorithm,sparsity,dataset,validation` into the sparsity, the dataset, and whether to validate."""
     *chosen, dataset, validation = (*argument.split(","), "", "", "")[:4]
     dataset = dataset or "digits"
     if dataset not in TRAIN_EXAMPLES:
@@ -31,10 +31,10 @@ def configure(argument: str, epochs: int, base_learning_rate: float, batch_size:
     """Data, schedule, logging and sparsity.
 
     Args:
-      argument: `algorithm,sparsity,dataset`, of which all may be left out; `,validation` after it tests on training
-        data that is held out.
+      argument: `algorithm,sparsity,dataset`, of which all may be left out; `,validation` after it tests on held-out
+        training data.
       epochs: passes over the training data.
-      base_learning_rate: that after the warmup, of which a cosine follows.
+      base_learning_rate: the rate after the warmup; a cosine follows.
       batch_size: over all devices.
     """
     chosen, dataset, validation = parse(argument)

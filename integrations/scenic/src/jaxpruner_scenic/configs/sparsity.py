@@ -28,7 +28,7 @@ KEYS = {
 
 
 def parse(argument: str | None, **defaults: Any) -> ml_collections.ConfigDict | None:
-    """The `sparsity_config` for an argument `algorithm,sparsity`; what is left out of it comes from `defaults`.
+    """The `sparsity_config` for an argument `algorithm,sparsity`; parts left out of it come from `defaults`.
 
     Args:
       argument: `rigl,0.9`, `rigl`, or `dense`.
