@@ -27,7 +27,8 @@ HOSTED = [
     for path in sorted((ROOT / "integrations").glob("*/src/**/*.py"))
     if ">>> " in path.read_text()
 ]
-EXEMPLIFIED = ["dopamine", "scenic", "t5x"]  # integrations all of whose public functions and classes have an example
+# Integrations all of whose public functions and classes have an example.
+EXEMPLIFIED = ["dopamine", "fedjax", "scenic", "t5x"]
 PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
