@@ -28,7 +28,7 @@ HOSTED = [
     if ">>> " in path.read_text()
 ]
 # Integrations all of whose public functions and classes have an example.
-EXEMPLIFIED = ["dopamine", "fedjax", "scenic", "t5x"]
+EXEMPLIFIED = ["dopamine", "fedjax", "keras", "scenic", "t5x"]
 PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
