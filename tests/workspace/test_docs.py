@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -29,6 +29,8 @@ HOSTED = [
 ]
 # Integrations all of whose public functions and classes have an example.
 EXEMPLIFIED = ["dopamine", "fedjax", "keras", "scenic", "t5x"]
+# What the tests of an integration ask for beside its host.
+BESIDE = {"scenic": ("clu",), "t5x": ("airio", "jestimator", "seqio")}
 PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
@@ -128,6 +130,12 @@ def test_what_an_integration_exports_has_an_example(host):
     assert [name for name, node in own.items() if not number_of_examples(ast.get_docstring(node))] == []
 
 
+def skip_without(host: str) -> None:
+    """Skips where the tests of an integration do."""
+    if missing := [name for name in (host, *BESIDE.get(host, ())) if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed")
+
+
 @pytest.fixture
 def registry_is_restored():
     """Algorithms that examples register are not known to what runs after them."""
@@ -156,7 +164,7 @@ def test_doctests(module_name, registry_is_restored):
 @pytest.mark.slow
 @pytest.mark.parametrize(("host", "module_name"), HOSTED)
 def test_doctests_of_integrations(host, module_name):
-    pytest.importorskip(host)
+    skip_without(host)
     warnings.simplefilter("ignore")  # hosts warn of one another's old ways; pytest puts its filters back
     assert run_examples(importlib.import_module(module_name)) > 0
 
@@ -175,7 +183,7 @@ def page_name(page: Path) -> str:
 def test_code_of_a_page(page, tmp_path, monkeypatch, registry_is_restored):
     """The blocks of a page share one namespace, in order. A page of an integration needs its host."""
     if "integrations" in page.parts:
-        pytest.importorskip(page.parent.name)
+        skip_without(page.parent.name)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem.replace("-", "_")}
     if "integrations" in page.parts or "from tunix" in page.read_text():
