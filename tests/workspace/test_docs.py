@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -27,7 +27,10 @@ HOSTED = [
     for path in sorted((ROOT / "integrations").glob("*/src/**/*.py"))
     if ">>> " in path.read_text()
 ]
-EXEMPLIFIED = ["dopamine", "scenic", "t5x"]  # integrations all of whose public functions and classes have an example
+# Integrations all of whose public functions and classes have an example.
+EXEMPLIFIED = ["dopamine", "fedjax", "keras", "scenic", "t5x"]
+# What the tests of an integration ask for beside its host.
+BESIDE = {"scenic": ("clu",), "t5x": ("airio", "jestimator", "seqio")}
 PAGES = [
     *[path for path in (ROOT / "README.md", ROOT / "core" / "README.md") if path.exists()],
     *sorted((ROOT / "docs").glob("*.md")),
@@ -95,8 +98,14 @@ def test_all_names_exist_and_are_listed_once():
     assert all(hasattr(jaxpruner, name) for name in jaxpruner.__all__)
 
 
-def number_of_examples(node: ast.AST) -> int:
-    return len(doctest.DocTestParser().get_examples(ast.get_docstring(node) or ""))
+def number_of_examples(docstring: str | None) -> int:
+    return len(doctest.DocTestParser().get_examples(docstring or ""))
+
+
+def test_exported_functions_have_an_example():
+    functions = {name: thing for name in jaxpruner.__all__ if inspect.isfunction(thing := getattr(jaxpruner, name))}
+    assert functions
+    assert [name for name, function in functions.items() if not number_of_examples(function.__doc__)] == []
 
 
 def definition(package: Path, module: str, name: str) -> ast.AST | None:
@@ -118,7 +127,22 @@ def test_what_an_integration_exports_has_an_example(host):
     # What it passes on from the core has its example there.
     own = {name: node for name in names if (node := definition(package, "__init__", name))}
     assert own
-    assert [name for name, node in own.items() if not number_of_examples(node)] == []
+    assert [name for name, node in own.items() if not number_of_examples(ast.get_docstring(node))] == []
+
+
+def skip_without(host: str) -> None:
+    """Skips where the tests of an integration do."""
+    if missing := [name for name in (host, *BESIDE.get(host, ())) if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed")
+
+
+@pytest.fixture
+def registry_is_restored():
+    """Algorithms that examples register are not known to what runs after them."""
+    before = dict(jaxpruner.ALGORITHM_REGISTRY)
+    yield
+    jaxpruner.ALGORITHM_REGISTRY.clear()
+    jaxpruner.ALGORITHM_REGISTRY.update(before)
 
 
 def run_examples(module) -> int:
@@ -127,20 +151,20 @@ def run_examples(module) -> int:
     assert failed == 0
     documented = ast.Module | ast.ClassDef | ast.FunctionDef
     nodes = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, documented)]
-    assert attempted == sum(map(number_of_examples, nodes))
+    assert attempted == sum(number_of_examples(ast.get_docstring(node)) for node in nodes)
     return attempted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module_name", MODULES)
-def test_doctests(module_name):
+def test_doctests(module_name, registry_is_restored):
     run_examples(importlib.import_module(module_name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("host", "module_name"), HOSTED)
 def test_doctests_of_integrations(host, module_name):
-    pytest.importorskip(host)
+    skip_without(host)
     warnings.simplefilter("ignore")  # hosts warn of one another's old ways; pytest puts its filters back
     assert run_examples(importlib.import_module(module_name)) > 0
 
@@ -156,24 +180,17 @@ def page_name(page: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_code_of_a_page(page, tmp_path, monkeypatch):
+def test_code_of_a_page(page, tmp_path, monkeypatch, registry_is_restored):
     """The blocks of a page share one namespace, in order. A page of an integration needs its host."""
     if "integrations" in page.parts:
-        pytest.importorskip(page.parent.name)
+        skip_without(page.parent.name)
     monkeypatch.chdir(tmp_path)
-    for name in list(jaxpruner.ALGORITHM_REGISTRY):
-        monkeypatch.setitem(jaxpruner.ALGORITHM_REGISTRY, name, jaxpruner.ALGORITHM_REGISTRY[name])
-    before = set(jaxpruner.ALGORITHM_REGISTRY)
     namespace = {"__name__": page.stem.replace("-", "_")}
     if "integrations" in page.parts or "from tunix" in page.read_text():
         warnings.simplefilter("ignore")  # hosts warn of one another's old ways; pytest puts its filters back
-    try:
-        for line, code in blocks(page.read_text()):
-            # Line numbers of tracebacks are those of the page.
-            exec(compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True), namespace)
-    finally:
-        for name in set(jaxpruner.ALGORITHM_REGISTRY) - before:
-            del jaxpruner.ALGORITHM_REGISTRY[name]
+    for line, code in blocks(page.read_text()):
+        # Line numbers of tracebacks are those of the page.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec", dont_inherit=True), namespace)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *PAGES_WITHOUT_CODE], ids=page_name)

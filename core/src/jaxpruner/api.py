@@ -145,6 +145,13 @@ def init_projection(updater: BaseUpdater, params: Any) -> projection.SparseState
 
     Raises:
       ValueError: as `sparsify` does, for what would not make the training sparse.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> updater = jaxpruner.create_updater_from_config({"algorithm": "static_sparse", "sparsity": 0.75})
+      >>> state = jaxpruner.init_projection(updater, {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)})
+      >>> int(state.masks["kernel"].sum()), state.masks["bias"], int(state.count)
+      (2, MaskedNode(), 0)
     """
     checks.check_schedule(updater)
     checks.check_targets(updater, params)
@@ -222,6 +229,16 @@ def register_algorithm(name: str, algorithm: Callable[..., BaseUpdater]) -> None
 
     Raises:
       ValueError: if the name belongs to another algorithm.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jaxpruner
+      >>> class SmallGradients(jaxpruner.BaseUpdater):
+      ...     def calculate_scores(self, params, sparse_state=None, grads=None, **kwargs):
+      ...         return jax.tree.map(lambda grad: -jnp.abs(grad), grads)
+      >>> jaxpruner.register_algorithm("small_gradients", SmallGradients)
+      >>> updater = jaxpruner.create_updater_from_config({"algorithm": "small_gradients", "sparsity": 0.5})
+      >>> updater.instant_sparsify({"w": jnp.ones((1, 4))}, grads={"w": jnp.arange(4.0)[None]})[0]["w"].tolist()
+      [[1.0, 1.0, 0.0, 0.0]]
     """
     if ALGORITHM_REGISTRY.setdefault(name, algorithm) is not algorithm:
         raise ValueError(f"register_algorithm: {name!r} is taken by {ALGORITHM_REGISTRY[name]}; choose another name.")

@@ -14,7 +14,7 @@ import pytest
 import t5x_cases as cases
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jaxpruner_t5x import bible, compact, compatibility, export, launch, metrics
+from jaxpruner_t5x import bible, compact, compatibility, dense_or_sparse, export, launch, metrics
 
 pytestmark = cases.quiet
 
@@ -113,6 +113,9 @@ def test_what_a_run_that_is_resumed_cannot_go_on_with_is_told(sparse, dense):
         cases.finetune(folder, dense, steps=16, **packed)
     with pytest.raises(ValueError, match=r"of a sparse run, and algorithm='no_prune' is asked for. Go on with"):
         cases.finetune(folder, dense, steps=16, ALGORITHM="no_prune")
+    states = {"target": {"w": 0}, "state": {"sparse": {"masks": {"w": 1}}}}, {"target": {"w": 0}}
+    with pytest.raises(ValueError, match=r"of a sparse run, and this one is dense. Go on with"):
+        dense_or_sparse()(*states, is_resuming=True)
     with pytest.raises(ValueError, match=r"^algorithm: 'magnitude' in the run of .*without sparse.gin, 'no_prune' now"):
         cases.finetune(folder, dense, steps=16, sparse=False)
     assert sorted(folder.glob("checkpoint_*"))[-1].name != "checkpoint_16"

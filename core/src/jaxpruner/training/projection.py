@@ -158,7 +158,19 @@ def begin_step(updater: Algorithm, params: Any, grads: Any, state: SparseState, 
 
 
 def end_step(step: Step, proposed: Any) -> tuple[Any, SparseState]:
-    """The masked projection of the parameters that an inner optimizer proposes, and the state."""
+    """The masked projection of the parameters that an inner optimizer proposes, and the state.
+
+    Examples:
+      >>> import jax.numpy as jnp, jaxpruner
+      >>> updater = jaxpruner.create_updater_from_config({"algorithm": "preserve"})
+      >>> params = {"w": jnp.asarray([[0.0, 4.0], [3.0, 0.0]])}
+      >>> state = jaxpruner.init_projection(updater, params)
+      >>> step = jaxpruner.begin_step(updater, params, {"w": jnp.ones((2, 2))}, state)
+      >>> proposed = {"w": step.params["w"] - 0.5 * step.grads["w"]}  # any optimizer, which may leave the masks
+      >>> params, state = jaxpruner.end_step(step, proposed)
+      >>> params["w"].tolist(), int(state.count)
+      ([[0.0, 3.5], [2.5, 0.0]], 1)
+    """
     state, masks, proposed = step.state, step.masks, trees.numbers_only(proposed)
     if step.remask is not None:
         state = step.remask(state, proposed)

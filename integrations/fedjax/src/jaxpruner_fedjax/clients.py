@@ -52,6 +52,19 @@ def federated_averaging(
 
     Raises:
       ValueError: for optimizers and algorithms that cannot be combined in this way.
+
+    Examples:
+      >>> import numpy as np, optax
+      >>> from jaxpruner_fedjax import sample_clients, server_optimizer
+      >>> data = fedjax.InMemoryFederatedData({name: {"x": np.eye(4)} for name in (b"a", b"b")})
+      >>> gradients = jax.grad(lambda params, batch, rng: jnp.mean((batch["x"] @ params["w"] - 1) ** 2))
+      >>> server = server_optimizer(optax.sgd(1.0), algorithm="static_sparse", sparsity=0.75)
+      >>> batches = fedjax.ShuffleRepeatBatchHParams(batch_size=2)
+      >>> algorithm = federated_averaging(gradients, fedjax.optimizers.sgd(0.1), server, batches)
+      >>> state = algorithm.init({"w": jnp.zeros((4, 2))})
+      >>> state, _ = algorithm.apply(state, sample_clients(data, num_clients=2, seed=0, round_num=0))
+      >>> int(jnp.count_nonzero(state.params["w"]))  # of 8, which all have gradients
+      2
     """
     client_optimizer = dense_client(client_optimizer, "federated_averaging")
     check_combination(server_optimizer, updates)

@@ -21,6 +21,13 @@ def find_groups(model: fedjax.Model, params: Any, batch: Any) -> jaxpruner.Group
       model: the model.
       params: its parameters, or their shapes.
       batch: an example of a batch, `{"x": ..., "y": ...}`.
+
+    Examples:
+      >>> model = fedjax.models.emnist.create_dense_model(only_digits=True, hidden_units=32)
+      >>> shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+      >>> groups = find_groups(model, shapes, {"x": np.zeros((1, 28, 28, 1), np.float32)})
+      >>> [(group.name, group.size) for group in groups.removable]
+      [('linear/w[1]', 32), ('linear_1/w[1]', 32)]
     """
     return jaxpruner.find_groups(model.apply_for_eval, params, batch)
 
@@ -33,6 +40,17 @@ class CompactModel:
       model: for FedJAX's algorithms and evaluation; `init` returns `params`.
       params: the remaining parameters.
       small: the small function of evaluation, its report and the remaining units.
+
+    Examples:
+      >>> import optax
+      >>> from jaxpruner_fedjax import server_optimizer
+      >>> model = fedjax.models.emnist.create_dense_model(only_digits=True, hidden_units=32)
+      >>> params, batch = model.init(jax.random.PRNGKey(0)), {"x": np.zeros((1, 28, 28, 1), np.float32)}
+      >>> params["linear"]["w"] = params["linear"]["w"].at[:, 8:].set(0)  # as a server trained it
+      >>> state = fed_avg.ServerState(params, server_optimizer(optax.adam(1e-3), algorithm="preserve").init(params))
+      >>> state = compact_model(model, params, batch).server_state(state)  # for rounds with a dense `optax.adam(1e-3)`
+      >>> state.params["linear"]["w"].shape, state.opt_state[0].mu["linear"]["w"].shape
+      ((784, 8), (784, 8))
     """
 
     model: fedjax.Model
@@ -61,6 +79,16 @@ def compact_model(model: fedjax.Model, params: Any, batch: Any, small: jaxpruner
       batch: an example of a batch, `{"x": ..., "y": ...}`.
       small: an earlier result to use in place of what is dead in `params`, such as
         `jaxpruner.compaction.files.load_compact(path, model.apply_for_eval, params, batch)`.
+
+    Examples:
+      >>> model = fedjax.models.emnist.create_dense_model(only_digits=True, hidden_units=32)
+      >>> params, batch = model.init(jax.random.PRNGKey(0)), {"x": np.zeros((1, 28, 28, 1), np.float32)}
+      >>> params["linear"]["w"] = params["linear"]["w"].at[:, 8:].set(0)  # as a server trained it
+      >>> compacted = compact_model(model, params, batch)
+      >>> compacted.small.sizes
+      {'linear/w[1]': 8, 'linear_1/w[1]': 32}
+      >>> compacted.model.apply_for_eval(compacted.params, batch).shape
+      (1, 10)
     """
     if small is None:
         small = jaxpruner.compact(model.apply_for_eval, params, batch)

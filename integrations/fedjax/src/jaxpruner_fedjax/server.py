@@ -24,6 +24,16 @@ class SparseOptimizer(fedjax.optimizers.Optimizer):
     Attributes:
       init, apply: as in FedJAX.
       updater: the algorithm that makes the masks.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from fedjax.algorithms import fed_avg
+      >>> at_once = {"algorithm": "magnitude", "sparsity": 0.5, "update_start_step": 0, "update_end_step": 0}
+      >>> server = server_optimizer(optax.sgd(1.0), at_once)
+      >>> params, change = {"w": jnp.array([[1.0, -4.0], [3.0, -2.0]])}, {"w": jnp.ones((2, 2))}
+      >>> opt_state, params = server.apply(change, server.init(params), params)  # as `fed_avg` in each round
+      >>> params["w"].tolist(), server.masks(fed_avg.ServerState(params, opt_state))["w"].tolist()
+      ([[0.0, -5.0], [2.0, 0.0]], [[False, True], [True, False]])
     """
 
     updater: jaxpruner.BaseUpdater = dataclasses.field(kw_only=True)

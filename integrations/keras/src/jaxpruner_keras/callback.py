@@ -20,6 +20,17 @@ class SparsityLogger(keras.callbacks.Callback):
 
     Args:
       verbose: whether a line with a bar is printed after each epoch.
+
+    Examples:
+      >>> once = {"algorithm": "magnitude", "sparsity": 0.75, "update_start_step": 4, "update_end_step": 4}
+      >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+      >>> model.compile(SparseOptimizer(keras.optimizers.Adam(1e-2), once), loss="mse")
+      >>> images, labels, given = np.ones((16, 8)), np.ones((16, 4)), {"batch_size": 4, "epochs": 2, "verbose": 0}
+      >>> history = model.fit(images, labels, **given, callbacks=[SparsityLogger()])
+      ░░░░░░░░░░░░░░░░░░░░ 0.00% of 32 weights pruned
+      ███████████████░░░░░ 75.00% of 32 weights pruned
+      >>> history.history["sparsity"]
+      [0.0, 0.75]
     """
 
     def __init__(self, verbose: bool = True):

@@ -49,6 +49,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     Raises:
       ValueError: if the configuration is not valid, or `inner` is not a Keras optimizer that can be made sparse.
       RuntimeError: with a Keras backend other than JAX.
+
+    Examples:
+      >>> once = {"algorithm": "magnitude", "sparsity": 0.75, "update_start_step": 4, "update_end_step": 4}
+      >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="out")], name="net")
+      >>> model.compile(SparseOptimizer(keras.optimizers.Adam(1e-2), once), loss="mse")
+      >>> _ = model.fit(jnp.ones((16, 8)), jnp.ones((16, 4)), batch_size=4, epochs=2, verbose=0)
+      >>> int((model.get_weights()[0] != 0).sum()), int(model.optimizer.masks()["net/out/kernel"].sum())
+      (8, 8)
     """
 
     def __init__(

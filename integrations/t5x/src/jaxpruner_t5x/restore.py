@@ -69,7 +69,7 @@ def dense_or_sparse(
                 f"architecture? {remedy}"
             )
         if is_resuming and was_sparse != is_sparse:
-            raise ValueError(_other_kind(where, was_sparse, _asked(updater)))
+            raise ValueError(_other_kind(where, was_sparse, updater))
         if was_sparse and is_sparse:
             folder = plan.model_dir if is_resuming else os.path.dirname(plan.initial_checkpoint or "")
             before = description.read(folder)
@@ -90,19 +90,17 @@ def dense_or_sparse(
     return transform
 
 
-def _asked(updater: jaxpruner.BaseUpdater | None) -> str:
-    return f"algorithm={jaxpruner.describe(updater)['algorithm']!r}" if updater else "a sparse run"
-
-
-def _other_kind(where: str, was_sparse: bool, asked: str) -> str:
+def _other_kind(where: str, was_sparse: bool, updater: jaxpruner.BaseUpdater | None) -> str:
+    asked = f"algorithm={jaxpruner.describe(updater)['algorithm']!r} is asked for" if updater else ""
     if was_sparse:
         return (
-            f"{where} is of a sparse run, and {asked} is asked for. Go on with that run's algorithm, or train densely "
-            "in a new MODEL_DIR, with INITIAL_CHECKPOINT_PATH for that checkpoint."
+            f"{where} is of a sparse run, and {asked or 'this one is dense'}. Go on with that run's algorithm, or "
+            "train densely in a new MODEL_DIR, with INITIAL_CHECKPOINT_PATH for that checkpoint."
         )
     return (
-        f"{where} is of a dense run, and {asked} is asked for. Use a new MODEL_DIR, and INITIAL_CHECKPOINT_PATH for "
-        "that checkpoint. (If the run was sparse, it was last continued without sparse.gin.)"
+        f"{where} is of a dense run, and {asked or 'this one is sparse'}. Use a new MODEL_DIR, and "
+        "INITIAL_CHECKPOINT_PATH for that checkpoint. (If the run was sparse, it was last continued without "
+        "sparse.gin.)"
     )
 
 
