@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -186,17 +187,21 @@ def test_no_parameters():
         ("set", "nm_2,4", True),
         ("random_ste", "unstructured", False),
         ("rigl", "channel_-1", False),
+        ("magnitude", "channel_-1", False),
+        ("static_sparse", "unstructured", False),
     ],
 )
-def test_explicit_axes(algorithm, structure, packed):
+@pytest.mark.parametrize("is_set", [False, True])
+def test_explicit_axes(algorithm, structure, packed, is_set):
     """The default of `jax.make_mesh` in newer JAX: layouts are part of the types."""
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     tx = sparse(algorithm=algorithm, sparsity_type=structure, use_packed_masks=packed)
     host = {"w": np.random.default_rng(0).normal(size=(16, 64)).astype(np.float32)}
     params = jax.device_put(host, NamedSharding(mesh, PartitionSpec("data", "model")))
     shardings = jaxpruner.state_shardings(tx, params)
-    state = jax.jit(tx.init, out_shardings=shardings)(params)
-    _, new = jax.jit(tx.update)(params, state, params)
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        _, new = jax.jit(tx.update)(params, state, params)
     assert new.masks["w"].sharding == shardings.masks["w"] == params["w"].sharding
     single = jax.device_put(host, jax.devices()[0])
     expected = jax.jit(tx.update)(single, jax.jit(tx.init)(single), single)[1].masks

@@ -475,3 +475,30 @@ def test_sparse_activations():
 def test_values_that_make_no_sense(name, key, value):
     with pytest.raises(ValueError, match=f"{key}: {value} "):
         at_once(name, **{key: value})
+
+
+GRADIENT_READERS = [
+    "saliency", "global_saliency", "snip", "mest", "rigl", "srigl", "granet", "fisher", "movement", "soft_movement",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", GRADIENT_READERS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_gradients_that_are_not_finite_leave_no_trace(algorithm, bad):
+    """The optimizer leaves the step out; masks are made in one, too. No part of the leaf may be preferred for that."""
+    schedule = {} if algorithm == "snip" else {"update_start_step": 2, "update_end_step": 6, "update_freq": 2}
+    tx = jaxpruner.sparsify(optax.apply_if_finite(optax.sgd(0.01), 100), algorithm=algorithm, sparsity=0.5, **schedule)
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(32, 32)), jnp.float32), "v": jnp.ones((4, 4))}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(8):
+        grads = {"w": jnp.asarray(rng.normal(size=(32, 32)), jnp.float32), "v": jnp.ones((4, 4))}
+        if step in (0, 3, 6):
+            grads["w"] = grads["w"].at[4:].set(bad)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state.statistics)))
+    kept = np.asarray(params["w"] != 0)
+    assert 400 < kept.sum() < 640
+    assert abs(kept[:4].mean() - 0.5) < 0.2
+    assert abs(kept[:16].mean() - kept[16:].mean()) < 0.2

@@ -12,13 +12,14 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxpruner
 from jaxpruner.mask_calculator import get_topk_fn
-from jaxpruner.sparsity_types import Block, Channel, NByM, Unstructured
+from jaxpruner.sparsity_types import Block, Channel, NByM, PerOutput, Unstructured
 
 PROPERTY = settings(max_examples=40, deadline=None)
 TINY = 1e-45  # the smallest float32 denormal
@@ -300,6 +301,38 @@ def test_n_by_m_along_any_axis(axis):
     mask = check(NByM(2, 4, axis), scores, 0.5)
     groups = np.moveaxis(mask, axis, -1).reshape(-1, 4)
     np.testing.assert_array_equal(groups.sum(1), 2)
+
+
+@pytest.mark.parametrize("structure", [NByM(2, 4), NByM(8, 16), NByM(2, 4, axis=1)], ids=str)
+def test_n_by_m_in_a_stack(structure):
+    """Under `vmap`, here of two axes, as each alone."""
+    scores = np.random.default_rng(3).integers(-20, 20, (2, 3, 16, 32)).astype(np.float32)
+    axis = structure.axis % 2 if structure.axis < 0 else structure.axis
+    one = NByM(structure.n, structure.m, axis)
+    masks = jax.vmap(jax.vmap(lambda x: one.mask(x, 0.5), in_axes=-1, out_axes=-1))(np.moveaxis(scores, 1, -1))
+    for i, j in itertools.product(range(2), range(3)):
+        np.testing.assert_array_equal(masks[i, ..., j], one.mask(scores[i, j], 0.5))
+
+
+@pytest.mark.parametrize("structure", [NByM(2, 4, 1), NByM(2, 4, 0), NByM(16, 32, -1), PerOutput(0)], ids=str)
+def test_empty_leaves_of_groups(structure):
+    shape = (8, 0) if structure.axis == 0 else (0, 32)
+    assert structure.mask(jnp.zeros(shape), 0.5).shape == shape
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no explicit axes")
+@pytest.mark.parametrize("structure", [Unstructured(), NByM(2, 4), NByM(8, 16, 0), Channel()], ids=str)
+@pytest.mark.parametrize("algorithm", ["magnitude", "static_sparse"])
+def test_a_mesh_of_one_device_whose_axes_are_explicit(algorithm, structure):
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
+    config = {"algorithm": algorithm, "sparsity": 0.5, "sparsity_type": structure, "dist_type": "uniform"}
+    schedule = {"update_start_step": 0, "update_end_step": 0} if algorithm == "magnitude" else {}
+    tx = jaxpruner.sparsify(optax.sgd(0.1), **config, **schedule)
+    params = {"w": np.random.default_rng(4).normal(size=(16, 32)).astype(np.float32)}
+    expected = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)[1].masks
+    laid_out = jax.device_put(params, jax.NamedSharding(mesh, jax.P(None, "a")))
+    masks = jax.jit(tx.update)(laid_out, jax.jit(tx.init)(laid_out), laid_out)[1].masks
+    np.testing.assert_array_equal(masks["w"], expected["w"])
 
 
 # Blocks

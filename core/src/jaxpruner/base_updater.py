@@ -167,7 +167,8 @@ class BaseUpdater:
         Args:
           params: the parameters of the pruned leaves before the step (dense weights if straight-through).
           grads: their gradients, not masked.
-          statistics: the statistics before the step. The result takes their dtypes.
+          statistics: the statistics before the step. The result takes their dtypes, and an entry that is no longer
+            finite, because a gradient was not, keeps its value.
         """
         del params, grads
         return statistics

@@ -363,6 +363,8 @@ class PerOutput(SparsityType):
 
     def _highest(self, scores: Any, keep: Any) -> Bool[Array, "*s"]:
         self.check_shape(scores.shape)
+        if not scores.size:
+            return jnp.ones(scores.shape, bool)
         first = self._inputs_first(as_array(scores))
         kept = selection.highest_of_each(first.reshape(math.prod(first.shape[: self._number(scores)]), -1), keep)
         return jnp.moveaxis(kept.reshape(first.shape), range(self._number(scores)), as_axes(self.axis, scores.shape))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxpruner import scores, trees
 from jaxpruner.algorithms.global_pruners import GlobalPruning
-from jaxpruner.elementwise import require_grads
+from jaxpruner.elementwise import require_grads, usable
 from jaxpruner.inspection import checks
 from jaxpruner.selection.score_reading import as_array
 from jaxpruner.sparsity_schedules import OneShotSchedule, Schedule
@@ -115,7 +115,7 @@ class SNIP(_AtInitialisation):
         if loss_fn is not None:
             grads = jax.grad(self._objective(loss_fn, batches))(params)
         require_grads(self, grads)
-        return jax.tree.map(scores.saliency, params, grads)
+        return jax.tree.map(scores.saliency, params, usable(grads))
 
 
 @dataclasses.dataclass(eq=False)

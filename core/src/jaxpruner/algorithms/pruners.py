@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import scores, trees
+from jaxpruner import layouts, scores, trees
 from jaxpruner.base_updater import BaseUpdater, NoPruning
 from jaxpruner.elementwise import elementwise_scores
 
@@ -22,7 +22,10 @@ class MagnitudePruning(BaseUpdater):
 
 @dataclasses.dataclass(eq=False)
 class SaliencyPruning(BaseUpdater):
-    """Keeps the largest `|w * g|` of each leaf (Molchanov et al., 2016)."""
+    """Keeps the largest `|w * g|` of each leaf (Molchanov et al., 2016).
+
+    In a step whose gradients are not all finite it ranks by `|w|`.
+    """
 
     calculate_scores = elementwise_scores(scores.saliency, needs_grads=True)
 
@@ -47,7 +50,7 @@ def random_scores(updater: BaseUpdater, params: Any, step: Any = -1, among: Any 
     def draw(_, p, key, mask):
         if trees.is_unpruned(p):
             return p
-        return scores.uniform_random(key, jnp.shape(p), mask, trees.explicit_layout(p))
+        return scores.uniform_random(key, jnp.shape(p), mask, layouts.explicit_layout(p))
 
     return trees.map_named(draw, params, _in_buffers(updater.random_keys(params, step), params), among)
 
@@ -60,7 +63,8 @@ def _in_buffers(keys: Any, params: Any) -> Any:
     """
     traced = (p for p in jax.tree.leaves(params) if isinstance(p, jax.core.Tracer) and p.size)
     unknown = next(traced, None)
-    if unknown is None or jax.device_count() > 1:  # an entry of a sharded array would have to be fetched
+    # An entry of a sharded array would have to be fetched.
+    if unknown is None or jax.device_count() > 1 or layouts.explicit_layout(unknown) is not None:
         return keys
     of_leaves, treedef = jax.tree.flatten(keys)
     stacked = jnp.stack(of_leaves)

@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import mask_storage, scores, selection, sparsity_types, trees
+from jaxpruner import layouts, mask_storage, scores, selection, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
 from jaxpruner.base_updater import BaseUpdater, as_state
 from jaxpruner.choosing import map_choosing
-from jaxpruner.elementwise import elementwise_scores, require_grads
+from jaxpruner.elementwise import elementwise_scores, require_grads, usable
 from jaxpruner.selection.score_reading import Scores
 from jaxpruner.sparsity_schedules import CosineDecay
 
@@ -105,7 +105,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
                 return None
             with trees.errors_at(path):
                 new = yield from self.regrown(self.structure(path, drop), mask, drop, grow, fraction, target)
-            return trees.laid_out_like(mask, new)
+            return layouts.laid_out_like(mask, new)
 
         masks = map_choosing(regrow, masks, drop_scores, grow_scores, targets)
         return sparse_state._replace(
@@ -143,6 +143,7 @@ class MEST(SET):
         """`|w| + gradient_weight * |g|`."""
         del sparse_state, kwargs
         require_grads(self, grads)
+        grads = usable(grads, otherwise=0)
         return jax.tree.map(lambda w, g: jnp.abs(w) + self.gradient_weight * jnp.abs(g), params, grads)
 
 

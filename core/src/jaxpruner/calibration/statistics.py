@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpruner import trees
+from jaxpruner import layouts
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -95,7 +95,7 @@ def of_batch(x: Float[Array, "batch tokens inputs"], with_gram: bool) -> Statist
     x = x.astype(wide_dtype())
     gram = None
     if with_gram:
-        layout = trees.explicit_layout(x)
+        layout = layouts.explicit_layout(x)
         # On a mesh of explicit axes someone has to say that all devices get the sum over tokens.
         where: Any = {} if layout is None else {"out_sharding": NamedSharding(layout.mesh, PartitionSpec())}
         gram = jnp.einsum("bti,btj->bij", x, x, precision=jax.lax.Precision.HIGHEST, **where)

@@ -24,16 +24,33 @@ _SMALL_GROUP, _LARGEST_SORTED = 8, 64
 _BLOCK, _LANES = 1 << 18, 128
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -> Bool[Array, "*s"]:
     """The n highest of each group of m, without XLA's sort; of equal scores, the later one."""
+
+    # Under `vmap` both branches of a condition would run. A stack of leaves is a larger leaf.
+    @jax.custom_batching.custom_vmap
+    def choose(scores):
+        return _n_of_m(scores, n, m, axes)
+
+    @choose.def_vmap
+    def choose_in_stack(axis_size, in_batched, scores):
+        del axis_size
+        return n_of_m(scores, n, m, tuple(axis + 1 for axis in axes)), in_batched[0]
+
+    return choose(scores)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -> Bool[Array, "*s"]:
+    if not scores.size:
+        return jnp.ones(scores.shape, bool)
     axis = min(axes)
     together = tuple(range(axis, axis + len(axes)))
     moved = jnp.moveaxis(scores, axes, together)
     after = moved.shape[axis + len(axes) :]
     lanes = math.prod(after)
     sorts = scores.dtype.itemsize == 4 and 2 < m <= _LARGEST_SORTED  # of shorter ones many are equal
-    if (m > _SMALL_GROUP or (sorts and lanes == 1)) and 0 < n < m and moved.size and is_one_cpu():
+    if (m > _SMALL_GROUP or (sorts and lanes == 1)) and 0 < n < m and is_one_cpu(scores):
         choose = functools.partial(_highest_by_network if sorts else highest, n=n)
         kept = _in_blocks(choose, moved.reshape(-1, m, lanes))
     else:

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from jaxpruner import layouts
 from jaxpruner.selection.threshold_search import Column, index_floor
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ class Leaf:
             stride = math.prod(self.shape[axis + 1 :])
             along = lax.broadcasted_iota(jnp.uint32, self.shape, axis)
             index += along if stride == 1 and len(self.shape) > 1 else along * (self.one * jnp.uint32(stride))
-        return index
+        whole = next((x for x in self.operands if x.shape == self.shape), index)
+        return layouts.laid_out_like(whole, index)
 
     def pinned(self, to: Any) -> tuple[Leaf, Any]:
         """The same leaf and ``to``, which XLA takes to depend on each other.

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpruner import layouts
 from jaxpruner.selection import counts, score_reading, threshold_search
 from jaxpruner.selection.counts import Count, Share
 from jaxpruner.selection.score_reading import Leaf, Scores, order_preserving_keys
@@ -169,11 +170,12 @@ def select(contests: Sequence[Competition | Regrowth], *, method: Method | None 
     Returns:
       For each contest, one mask per leaf, of its shape.
     """
+    method = method or _default_method(*jax.tree.leaves([_operands(contest) for contest in contests]))
     masks: dict[int, list[Any]] = {}
     kinds: Any = ((Competition, _compete), (Regrowth, _regrow))
     for kind, choose in kinds:
         members = [i for i, contest in enumerate(contests) if isinstance(contest, kind)]
-        masks.update(zip(members, choose([contests[i] for i in members], method or _default_method()), strict=True))
+        masks.update(zip(members, choose([contests[i] for i in members], method), strict=True))
     return [masks[i] for i in range(len(contests))]
 
 
@@ -287,12 +289,15 @@ def _select_in_turns(
         return [(mask | grows) & new for mask, (new,) in zip(masks, found, strict=True)]
 
     varies = score_reading.varying_zero([Scores(fn, own) for fn, own in zip(fns, operands, strict=True)]) != 0
-    return lax.fori_loop(0, 2, turn, [mask ^ varies for mask in masks])
+    chosen = lax.fori_loop(0, 2, turn, [mask ^ varies for mask in masks])
+    # Infinite scores would tie with the mask's own entries.
+    return [jnp.where(strange[i] == 0, new, mask) for i, (new, mask) in enumerate(zip(chosen, masks, strict=True))]
 
 
 def count_true(mask: Bool[Array, "*shape"]) -> Count:
     """The number of True entries of a mask of fewer than ``2**32`` entries, in one read that stores nothing."""
-    return Count(None, _count_true(jnp.asarray(mask), _default_method()))
+    mask = jnp.asarray(mask)
+    return Count(None, _count_true(mask, _default_method(mask)))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -301,13 +306,23 @@ def _count_true(mask: Bool[Array, "*shape"], method: Method) -> UInt32[Array, ""
     return jnp.minimum(*score_reading.totals((mask, mask), method))
 
 
-def is_one_cpu() -> bool:
-    """Whether there is one device, and it is a CPU: rows and blocks of an array can then be read in place."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+def is_one_cpu(*arrays: Any) -> bool:
+    """Whether there is one device, and it is a CPU: rows and blocks of arrays can then be read in place.
+
+    Even there, an array whose type has a layout cannot be cut into rows and blocks freely.
+    """
+    has_layout = any(layouts.explicit_layout(array) is not None for array in arrays)
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and not has_layout
 
 
-def _default_method() -> Method:
-    return "sample" if is_one_cpu() else "split"
+def _default_method(*arrays: Any) -> Method:
+    return "sample" if is_one_cpu(*arrays) else "split"
+
+
+def _operands(contest: Competition | Regrowth) -> Any:
+    if isinstance(contest, Competition):
+        return [_as_scores(leaf).operands for leaf in contest.leaves]
+    return contest.mask, _as_scores(contest.drop).operands, _as_scores(contest.grow).operands
 
 
 def _scaled(competition: Competition) -> list[Scores]:

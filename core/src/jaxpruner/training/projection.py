@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpruner import mask_storage, trees
+from jaxpruner import layouts, mask_storage, trees
 
 if TYPE_CHECKING:
     from jaxpruner.training.protocol import Algorithm
@@ -273,9 +273,14 @@ def remembered(updater: Algorithm, params: Any, grads: Any, state: SparseState) 
             f"statistics: update_statistics of {type(updater).__name__} gives {jax.tree.structure(new)} in place of "
             f"{jax.tree.structure(old)}; give a tree of what init_statistics gave, with the same leaves."
         )
-    # In the same dtype, whatever that of the gradients is: a state is the carry of a loop.
-    kept = jax.tree.map(lambda o, n: trees.laid_out_like(o, n.astype(o.dtype)), old, new)
-    return with_statistics(state, kept)
+
+    def kept(old, new):
+        # In the same dtype, whatever that of the gradients is: a state is the carry of a loop. A running sum or mean
+        # that has taken in one gradient that is not finite would never be finite again.
+        new = layouts.laid_out_like(old, new.astype(old.dtype))
+        return jnp.where(jnp.isfinite(new) | ~jnp.isfinite(old), new, old)
+
+    return with_statistics(state, jax.tree.map(kept, old, new))
 
 
 def _check_gradients(grads: Any, params: Any, masks: Any) -> None:
@@ -469,7 +474,7 @@ def when(predicate: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) 
 def _laid_out_as(old: Any, new: Any) -> Any:
     """The new masks in the layout of the old ones, where layouts are part of their types."""
     # Hooks may return trees of another shape, for others to complain about.
-    return jax.tree.map(trees.laid_out_like, old, new) if jax.tree.structure(old) == jax.tree.structure(new) else new
+    return jax.tree.map(layouts.laid_out_like, old, new) if jax.tree.structure(old) == jax.tree.structure(new) else new
 
 
 def same(leaf: Any) -> Any:
