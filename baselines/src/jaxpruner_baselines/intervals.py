@@ -7,7 +7,8 @@ data in the same order, and were tested on the same examples.
 
 A bootstrap of few seeds is too narrow. Deviations from the mean are therefore widened as Student's t is beside the
 normal distribution (Hesterberg, 2015, "What teachers should know about the bootstrap"), as if all variance were that of
-seeds: intervals are rather too wide than too narrow.
+seeds. Where it is, intervals of five seeds cover what they promise, and those of two a little less (93 % in place of
+95 %); where test examples vary more than seeds, intervals are too wide.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
             sparsity=float(sparsity),
             sparsity_reached=group["sparsity_reached"].mean(),
             steps=int(group["steps"].iloc[-1]),
-            mean=group["value"].mean(),
-            std=group["value"].std(),
+            mean=group["value"].mean(skipna=False),  # NaN where one seed has diverged
+            std=group["value"].std(skipna=False),
             seeds=len(group),
             also=tuple(_mean_and_std(group, name) for name in baseline.also),
             cost=baseline.cost and float(np.mean(_details(group, baseline.cost.key))),

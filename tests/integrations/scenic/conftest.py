@@ -10,6 +10,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 @pytest.fixture(scope="package", autouse=True)
 def compile_once(compiled_in, tmp_path_factory):
-    """Agents and trainings that are made again, to continue a checkpoint, compile the same programs."""
+    """Trainings that are made again, to continue a checkpoint, compile the same programs."""
     with compiled_in(tmp_path_factory.mktemp("compiled")):
         yield
