@@ -45,7 +45,7 @@ class Images(NamedTuple):
 
 
 def digits(validation: bool) -> Images:
-    """1,797 digits of 14 hands; those of three other hands are the test."""
+    """1,797 digits by 14 people; the test has those of three of them, the training those of the others."""
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
