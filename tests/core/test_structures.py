@@ -273,7 +273,9 @@ def test_n_by_m_over_every_pattern_of_a_group(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
-@pytest.mark.parametrize(("n", "m", "axis"), [(2, 4, -1), (3, 7, -1), (8, 16, -1), (5, 12, 0), (16, 32, 0), (1, 96, 0)])
+@pytest.mark.parametrize(
+    ("n", "m", "axis"), [(2, 4, -1), (3, 7, -1), (8, 16, -1), (9, 20, -1), (5, 12, 0), (16, 32, 0), (1, 96, 0)]
+)
 @pytest.mark.parametrize("values", [3, 1000], ids=["many ties", "few ties"])
 def test_n_by_m_of_any_size(n, m, axis, dtype, values):
     shape = (2 * m, 128) if axis == 0 else (3, 4, 2 * m)

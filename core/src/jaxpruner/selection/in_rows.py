@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 
-# On XLA's CPU backend: larger groups are chosen from in blocks of scores, whose keys then stay in the cache, and those
-# of float32 are sorted by a network. Of groups of more than 64 its instructions take seconds to compile.
-_SMALL_GROUP, _LARGEST_SORTED = 8, 64
+# On XLA's CPU backend, larger groups are chosen from in blocks of scores, whose keys then stay in the cache. Groups of
+# float32 scores are sorted by a network where that was faster. For more than 64 it takes seconds to compile.
+_SMALL_GROUP = 8
+_SORTED_ALONG_LAST, _SORTED_ALONG_OTHERS = (*range(3, 9), *range(17, 65)), range(9, 65)
 _BLOCK, _LANES = 1 << 18, 128
 
 
@@ -49,8 +50,9 @@ def _n_of_m(scores: Float[Array, "*s"], n: int, m: int, axes: tuple[int, ...]) -
     moved = jnp.moveaxis(scores, axes, together)
     after = moved.shape[axis + len(axes) :]
     lanes = math.prod(after)
-    sorts = scores.dtype.itemsize == 4 and 2 < m <= _LARGEST_SORTED  # of shorter ones many are equal
-    if (m > _SMALL_GROUP or (sorts and lanes == 1)) and 0 < n < m and is_one_cpu(scores):
+    sizes = _SORTED_ALONG_LAST if lanes == 1 else _SORTED_ALONG_OTHERS
+    sorts = scores.dtype.itemsize == 4 and m in sizes  # of shorter ones many are equal
+    if (m > _SMALL_GROUP or sorts) and 0 < n < m and is_one_cpu(scores):
         choose = functools.partial(_highest_by_network if sorts else highest, n=n)
         kept = _in_blocks(choose, moved.reshape(-1, m, lanes))
     else:
