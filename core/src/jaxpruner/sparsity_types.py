@@ -363,17 +363,15 @@ class PerOutput(SparsityType):
 
     def _highest(self, scores: Any, keep: Any) -> Bool[Array, "*s"]:
         self.check_shape(scores.shape)
-        if not scores.size:
-            return jnp.ones(scores.shape, bool)
-        first = self._inputs_first(as_array(scores))
-        kept = selection.highest_of_each(first.reshape(math.prod(first.shape[: self._number(scores)]), -1), keep)
-        return jnp.moveaxis(kept.reshape(first.shape), range(self._number(scores)), as_axes(self.axis, scores.shape))
+        first, axes = self._inputs_first(as_array(scores)), as_axes(self.axis, scores.shape)
+        number = len(axes)
+        rivals = first.reshape(math.prod(first.shape[:number]), math.prod(first.shape[number:]))
+        kept = selection.highest_of_each(rivals, keep)
+        return jnp.moveaxis(kept.reshape(first.shape), range(number), axes)
 
     def _inputs_first(self, scores: Any) -> Any:
-        return jnp.moveaxis(scores, as_axes(self.axis, scores.shape), range(self._number(scores)))
-
-    def _number(self, scores: Any) -> int:
-        return len(as_axes(self.axis, scores.shape))
+        axes = as_axes(self.axis, scores.shape)
+        return jnp.moveaxis(scores, axes, range(len(axes)))
 
 
 def as_axes(axis: int | tuple[int, ...] | str, shape: tuple[int, ...]) -> tuple[int, ...]:
