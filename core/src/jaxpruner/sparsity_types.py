@@ -364,10 +364,9 @@ class PerOutput(SparsityType):
     def _highest(self, scores: Any, keep: Any) -> Bool[Array, "*s"]:
         self.check_shape(scores.shape)
         first, axes = self._inputs_first(as_array(scores)), as_axes(self.axis, scores.shape)
-        number = len(axes)
-        rivals = first.reshape(math.prod(first.shape[:number]), math.prod(first.shape[number:]))
-        kept = selection.highest_of_each(rivals, keep)
-        return jnp.moveaxis(kept.reshape(first.shape), range(number), axes)
+        rivals = first.reshape(math.prod(first.shape[: len(axes)]), math.prod(first.shape[len(axes) :]))
+        kept = selection.highest_of_each(rivals, keep).reshape(first.shape)
+        return jnp.moveaxis(kept, range(len(axes)), axes)
 
     def _inputs_first(self, scores: Any) -> Any:
         axes = as_axes(self.axis, scores.shape)
