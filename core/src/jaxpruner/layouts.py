@@ -11,7 +11,8 @@ def explicit_layout(leaf: Any) -> Any:
     """The sharding that is part of a leaf's type, on a mesh of explicit axes; None elsewhere."""
     if not hasattr(jax, "typeof"):  # of a JAX that has no such meshes
         return None
-    layout = getattr(jax.typeof(leaf), "sharding", None)
+    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    layout = getattr(kind, "sharding", None)
     if layout is None or layout.mesh.empty or not layout.mesh.are_all_axes_explicit:
         return None
     # An array knows its devices; its type knows the names of their axes only, which does where the mesh is set.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpruner import mask_storage, trees
+from jaxpruner import layouts, mask_storage, trees
 from jaxpruner.training import projection
 from jaxpruner.training.optimizer_state import reset_moments
 from jaxpruner.training.projection import StraightThroughState, apply_mask, begin_step
@@ -103,7 +103,7 @@ class _TrackedUpdate(_Parts):
                 return jax.tree.map(jnp.zeros_like, step.grads), kept
             # Both branches give the same dtypes. Some optimizers widen their statistics in the first step they take.
             update_shapes, state_shapes = jax.eval_shape(take)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), update_shapes)
+            zeros = jax.tree.map(lambda s: layouts.laid_out_like(s, jnp.zeros(s.shape, s.dtype)), update_shapes)
             return zeros, jax.tree.map(
                 lambda old, s: old if old.dtype == s.dtype else old.astype(s.dtype), kept, state_shapes
             )
