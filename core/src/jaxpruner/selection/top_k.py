@@ -274,7 +274,7 @@ def _select_in_turns(
     ]
     number, strange = (jnp.stack(numbers) for numbers in zip(*each, strict=True))
     keep = Count(None, number)
-    stay = counts.keep_count(keep, jnp.where(strange == 0, fractions, 0))
+    stay = counts.keep_count(keep, fractions)
 
     def turn(i, masks):
         grows = i == 1
@@ -290,7 +290,7 @@ def _select_in_turns(
 
     varies = score_reading.varying_zero([Scores(fn, own) for fn, own in zip(fns, operands, strict=True)]) != 0
     chosen = lax.fori_loop(0, 2, turn, [mask ^ varies for mask in masks])
-    # Infinite scores would tie with the mask's own entries.
+    # Scores that are not finite do not say where to grow.
     return [jnp.where(strange[i] == 0, new, mask) for i, (new, mask) in enumerate(zip(chosen, masks, strict=True))]
 
 
