@@ -142,11 +142,11 @@ def test_a_table_says_which_rows_are_left_out_for_want_of_a_host(tmp_path, monke
     assert "ResNet-50 is left out, since what it needs is not installed: No module named 'resnet'\n" in told
 
 
-def record(folder, values, seeds=(0, 1)):
+def record(folder, values, seeds=(0, 1), sparsity=0.8):
     results = Results(folder / "fed_emnist.csv")
     for method, value in values.items():
         for seed in seeds:
-            run = FED.run("digits", method, 0.8, seed)
+            run = FED.run("digits", method, sparsity, seed)
             details = {"megabytes": 1.0, "inference_flops_share": 0.3, "training_flops_share": 0.5}
             results.append(Row.of(run, "accuracy", Outcome(value + 0.01 * seed, run.sparsity, 36, details), 1.0))
 
@@ -241,6 +241,38 @@ def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
     invoke("table", "suite", "--preset", "wide", "--results", str(tmp_path), "--markdown", str(page))
     assert f"- {told}" in page.read_text()
     invoke("plot", "suite", "--preset", "wide", "--results", str(tmp_path))
+
+
+def test_higher_sparsities_are_rows_of_their_own(tmp_path, monkeypatch):
+    setting = dataclasses.replace(TASKS["fed_emnist"].scales["embedded"], sparser=(0.9, 0.95))
+    scales = {"wide": setting, "paper": TASKS["fed_emnist"].scales["paper"]}
+    monkeypatch.setitem(TASKS, "fed_emnist", dataclasses.replace(TASKS["fed_emnist"], scales=scales))
+    asked = {
+        sparser: {run.sparsity for run in suite.runs_of(TASKS["fed_emnist"], "wide", [0], sparser=sparser)}
+        for sparser in (False, True)
+    }
+    assert asked == {False: {0.0, 0.8}, True: {0.0, 0.8, 0.9, 0.95}}
+    values = {"random": 0.5, "magnitude": 0.7, "saliency": 0.8, "global_magnitude": 0.85}
+    record(tmp_path, {"dense": 0.9} | values)
+    record(tmp_path, {"random": 0.3, "magnitude": 0.2}, sparsity=0.9)
+    rows = suite_report.summarize("wide", tmp_path)
+    assert [row.title for row in rows] == ["Fed. EMNIST", "Fed. EMNIST at 90 %"]  # nothing ran at 95 %
+    assert rows[1].ours["magnitude"].mean == pytest.approx(0.205)
+    assert rows[1].ours["dense"] == rows[0].ours["dense"]
+    assert rows[1].paper == {}
+    ((*shown, verdict),) = suite_report.cells(rows[1])
+    assert shown[0] == "Fed. EMNIST: fed_emnist digits, 90 %, accuracy (%)"
+    assert shown[3].endswith("(-70.0)")
+    assert verdict == "no numbers of the paper"
+    assert suite_report.duration(rows).startswith("These are 14 runs")  # the two dense ones once
+    output = invoke("table", "suite", "--preset", "wide", "--results", str(tmp_path))
+    assert "90 %" in output
+    invoke("plot", "suite", "--preset", "wide", "--results", str(tmp_path))
+
+
+def test_higher_sparsities_that_no_row_has_are_refused(tmp_path):
+    output = invoke("suite", "--tasks", "fed_emnist", "--sparser", "--results", str(tmp_path), exit_code=2)
+    assert "--sparser: none of fed_emnist has higher sparsities at embedded scale." in " ".join(output.split())
 
 
 def test_candidates_are_tried_on_held_out_data(tmp_path, monkeypatch):

@@ -152,6 +152,9 @@ def suite(
         str, typer.Option(help="The paper's columns, or what later papers compare with: paper, later.")
     ] = "paper",
     seeds: Annotated[str, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,).")] = "3",
+    sparser: Annotated[
+        bool, typer.Option("--sparser", help="Also higher sparsities, where a row has some at this scale.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at once; each gets its share of the cores.")] = 1,
     results: Folder = Path("runs"),
 ) -> None:
@@ -160,7 +163,9 @@ def suite(
 
     names = _tasks(tasks, scale)
     columns = suites.COLUMNS[_check("group of methods", methods, suites.COLUMNS)]
-    parts = suites.plan(names, scale, _seeds(seeds), results, jobs, console, columns)
+    if sparser and not any(suites.TASKS[name].scales[scale].sparser for name in names):
+        _fail(f"--sparser: none of {', '.join(names)} has higher sparsities at {scale} scale.")
+    parts = suites.plan(names, scale, _seeds(seeds), results, jobs, console, columns, sparser)
     if parts:
         console.print(suites.expected(parts, jobs), soft_wrap=True)
     try:

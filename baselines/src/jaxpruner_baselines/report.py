@@ -27,8 +27,8 @@ class Line:
     """One line of the table; `std` is NaN for a single seed.
 
     `also` has mean and standard deviation of the baseline's further measures. `cost` is a mean, where the baseline
-    counts one; `curves` are those of the seeds, where runs have one. `examples` are what the run of a seed scored on
-    each test example, where runs tell it.
+    counts one; `curves` are those of the seeds, where runs have one. `seconds` is how long all its runs took, added up.
+    `examples` are what the run of a seed scored on each test example, where runs tell it.
     """
 
     method: str
@@ -41,6 +41,7 @@ class Line:
     also: tuple[tuple[float, float], ...] = ()
     cost: float | None = None
     curves: tuple[tuple[float, ...], ...] = ()
+    seconds: float = 0.0
     examples: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
 
 
@@ -69,6 +70,7 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
             also=tuple(_mean_and_std(group, name) for name in baseline.also),
             cost=baseline.cost and float(np.mean(_details(group, baseline.cost.key))),
             curves=tuple(map(tuple, _details(group, baseline.curve.key))) if baseline.curve else (),
+            seconds=group["seconds"].sum(),
             examples={
                 int(seed): intervals.unpack(details["examples"])
                 for seed, details in zip(group["seed"], map(json.loads, group["details"]), strict=True)

@@ -4,6 +4,7 @@
     jaxpruner-baselines suite --seeds 1 --jobs 2 --tasks fed_emnist,dqn_cnn
     jaxpruner-baselines suite --methods later # the same rows with what later papers compare with
     jaxpruner-baselines suite --scale wide --seeds 5   # larger networks and data, which tell methods apart
+    jaxpruner-baselines suite --scale wide --sparser   # and some of its rows once more, at higher sparsities
     jaxpruner-baselines suite --scale paper   # weeks, and data that have to be fetched first
 
 Each part of the suite is a process of its own: hosts do not meet, one that crashes takes nothing with it, and several
@@ -56,11 +57,15 @@ COLUMNS = {"paper": tuple(METHODS), "later": LATER_METHODS}
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A baseline at one scale. `seconds` is about what a run takes on one core, to tell how long all will take."""
+    """A baseline at one scale. `seconds` is about what a run takes on one core, to tell how long all will take.
+
+    `sparser` are higher sparsities, of rows that the paper's table does not have.
+    """
 
     preset: str
     sparsity: float
     seconds: float | None = None
+    sparser: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Task:
     without: tuple[str, ...] = ()
 
 
+SPARSER = (0.9, 0.95)
 # Scenic's ViT starts with a last layer of zeros, behind which all scores of the first step are 0.
 _HIDDEN = ("snip",)
 TASKS = {
@@ -81,7 +87,7 @@ TASKS = {
         "resnet",
         {
             "embedded": Setting("digits", 0.9, 50),
-            "wide": Setting("fashion", 0.8, 90),
+            "wide": Setting("fashion", 0.8, 90, SPARSER),
             "paper": Setting("paper", 0.8),
             "smoke": Setting("smoke", 0.8, 10),
         },
@@ -92,7 +98,7 @@ TASKS = {
         "vit",
         {
             "embedded": Setting("digits_short", 0.98, 10),
-            "wide": Setting("fashion_short", 0.8, 60),
+            "wide": Setting("fashion_short", 0.8, 60, SPARSER),
             "paper": Setting("paper", 0.8),
             "smoke": Setting("smoke", 0.8, 10),
         },
@@ -177,10 +183,13 @@ class Part:
     seconds: float
 
 
-def runs_of(task: Task, scale: str, seeds: Sequence[int], methods: Sequence[str] = COLUMNS["paper"]) -> list[Run]:
+def runs_of(
+    task: Task, scale: str, seeds: Sequence[int], methods: Sequence[str] = COLUMNS["paper"], sparser: bool = False
+) -> list[Run]:
     setting = task.scales[scale]
     methods = [method for method in methods if method not in task.without]
-    return registry.get(task.baseline).plan(setting.preset, methods, [setting.sparsity], seeds)
+    sparsities = [setting.sparsity, *(setting.sparser if sparser else ())]
+    return registry.get(task.baseline).plan(setting.preset, methods, sparsities, seeds)
 
 
 def plan(
@@ -191,6 +200,7 @@ def plan(
     jobs: int,
     console: Console,
     methods: Sequence[str] = COLUMNS["paper"],
+    sparser: bool = False,
 ) -> list[Part]:
     """What is left to do, the longest first; says on the console which tasks cannot run here, and why."""
     parts = []
@@ -203,7 +213,7 @@ def plan(
             why = str(error) if isinstance(error, ImportError | NotReady) else f"{type(error).__name__}: {error}"
             console.print(f"[bold]{name}[/] ({task.title}) cannot run here: {escape(why)}\n", soft_wrap=True)
             continue
-        todo = runner.unfinished(baseline, runs_of(task, scale, seeds, methods), folder)
+        todo = runner.unfinished(baseline, runs_of(task, scale, seeds, methods, sparser), folder)
         each = task.scales[scale].seconds or 0.0
         # Every job has a share of each task: they end at about the same time.
         shares = [todo[i::jobs] for i in range(jobs)]

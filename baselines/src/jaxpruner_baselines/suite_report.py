@@ -33,8 +33,8 @@ SIGNIFICANT = 0.05
 class RowOfSuite:
     """One task: our lines and the paper's numbers by method, and Spearman's rank correlation of the pruned ones.
 
-    `later` has our lines of methods that the paper does not compare. `drawn` are means by method in draws of seeds and
-    test examples, where all methods have the same seeds and their runs tell what they scored on each; see `intervals`.
+    A row at a higher sparsity than the table's (`sparser`) has no numbers of the paper, and the dense line of its task.
+    `later` has our lines of methods that the paper does not compare.
     """
 
     task: Task
@@ -46,7 +46,19 @@ class RowOfSuite:
     paper: dict[str, float]
     correlation: float
     p_value: float
-    drawn: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False)
+    sparser: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.title} at {100 * self.sparsity:g} %" if self.sparser else self.task.title
+
+    @functools.cached_property
+    def drawn(self) -> dict[str, np.ndarray]:
+        """Means by method in draws of seeds and test examples; see `intervals`.
+
+        Empty unless all methods have the same seeds, and their runs tell what they scored on each example.
+        """
+        return intervals.resampled_means({method: line.examples for method, line in self.ours.items() if line.examples})
 
     @property
     def verdict(self) -> str:
@@ -74,7 +86,7 @@ def _published() -> pd.DataFrame:
 
 
 def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
-    """The tasks that have results in a folder."""
+    """The tasks that have results in a folder, each followed by its rows at higher sparsities."""
     rows = []
     for task in at_scale(scale).values():
         setting = task.scales[scale]
@@ -83,21 +95,35 @@ def summarize(scale: str, folder: Path) -> list[RowOfSuite]:
         except ImportError:  # its host is missing, and so it has no presets
             continue
         lines, _ = report.summarize(baseline, setting.preset, runner.results_of(baseline, folder))
-        of_suite = {line.method: line for line in lines if line.sparsity in (0.0, setting.sparsity)}
-        ours, later = ({m: of_suite[m] for m in methods if m in of_suite} for methods in (METHODS, LATER_METHODS))
-        if not ours:
-            continue
-        published = _published()
-        mine = (published["baseline"] == task.baseline) & (published["preset"] == task.scales["paper"].preset)
-        paper = dict(zip(published[mine]["method"], published[mine]["value"], strict=True))
-        correlation, p_value = _spearman({method: line.mean for method, line in ours.items()}, paper)
-        kind = measure(baseline.metric)
-        scores = {method: line.examples for method, line in ours.items() if line.examples}
-        drawn = intervals.resampled_means(scores)
-        rows.append(
-            RowOfSuite(task, setting.preset, setting.sparsity, kind, ours, later, paper, correlation, p_value, drawn)
-        )
+        for sparsity in (setting.sparsity, *setting.sparser):
+            row = _row(task, scale, sparsity, [line for line in lines if line.sparsity in (0.0, sparsity)])
+            if row.ours and (not row.sparser or _pruned(row.ours)):
+                rows.append(row)
     return rows
+
+
+def _row(task: Task, scale: str, sparsity: float, lines: Sequence[Line]) -> RowOfSuite:
+    setting, of_suite = task.scales[scale], {line.method: line for line in lines}
+    ours, later = ({m: of_suite[m] for m in methods if m in of_suite} for methods in (METHODS, LATER_METHODS))
+    sparser = sparsity != setting.sparsity
+    paper = {} if sparser else _paper(task)
+    return RowOfSuite(
+        task,
+        setting.preset,
+        sparsity,
+        measure(registry.get(task.baseline).metric),
+        ours,
+        later,
+        paper,
+        *_spearman({method: line.mean for method, line in ours.items()}, paper),
+        sparser,
+    )
+
+
+def _paper(task: Task) -> dict[str, float]:
+    published = _published()
+    mine = published[(published["baseline"] == task.baseline) & (published["preset"] == task.scales["paper"].preset)]
+    return dict(zip(mine["method"], mine["value"], strict=True))
 
 
 def _pruned(by_method: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +138,7 @@ def sentence(row: RowOfSuite) -> str:
     for before, method in itertools.pairwise(best_first):
         is_told_apart = intervals.is_higher(sign * row.drawn[before], sign * row.drawn[method])
         order += f" {'>' if is_told_apart else '≈'} {METHODS[method]}"
-    text = f"{row.task.title}, `{row.task.baseline} {row.preset}`, {row.ours[best_first[0]].seeds} seeds: {order}."
+    text = f"{row.title}, `{row.task.baseline} {row.preset}`, {row.ours[best_first[0]].seeds} seeds: {order}."
     published = [method for method in _pruned(row.drawn) if method in row.paper]
     verdicts = collections.Counter(
         None if higher is None else higher == (row.paper[a] > row.paper[b])
@@ -155,13 +181,11 @@ def header() -> list[str]:
 
 
 def cells(row: RowOfSuite) -> list[list[str]]:
-    """Two lines: ours and the paper's, each with its gap to dense."""
+    """Two lines: ours and the paper's, each with its gap to dense; ours alone where the paper has no such row."""
+    if row.sparser:
+        return [_our_cells(row)]
     return [
-        [
-            f"{row.task.title}: {row.task.baseline} {row.preset}, {100 * row.sparsity:g} %, {row.kind.header}",
-            *(_cell(row.kind, row.ours, method, row.drawn) for method in METHODS),
-            row.verdict,
-        ],
+        _our_cells(row),
         [
             f"paper, {row.kind.header}",
             *(
@@ -170,6 +194,14 @@ def cells(row: RowOfSuite) -> list[list[str]]:
             ),
             "",
         ],
+    ]
+
+
+def _our_cells(row: RowOfSuite) -> list[str]:
+    return [
+        f"{row.task.title}: {row.task.baseline} {row.preset}, {100 * row.sparsity:g} %, {row.kind.header}",
+        *(_cell(row.kind, row.ours, method, row.drawn) for method in METHODS),
+        row.verdict,
     ]
 
 
@@ -211,7 +243,7 @@ def cost_cells(row: RowOfSuite) -> list[list[str]]:
         place = baseline.also.index(name)
         kind = measure(name)
         shares = [kind.shown(row.ours[m].also[place][0]) if m in row.ours else "-" for m in METHODS]
-        shown.append([f"{row.task.title}: {what}", *shares])
+        shown.append([f"{row.title}: {what}", *shares])
     return shown
 
 
@@ -221,7 +253,8 @@ def terminal(title: str, rows: Sequence[RowOfSuite]) -> Table:
     for name in ("task", "method", "ours, mean ± std or [interval] (to dense)", "paper (to dense)"):
         table.add_column(name, justify="left", overflow="fold")
     for row in rows:
-        mine, published = cells(row)
+        mine, *others = cells(row)
+        (published,) = others or [[""] * len(mine)]
         for i, method in enumerate(METHODS.values(), start=1):
             table.add_row(mine[0] if i == 1 else "", method, escape(mine[i]), published[i])
         for method in row.later:
@@ -238,11 +271,24 @@ def markdown(rows: Sequence[RowOfSuite]) -> str:
     )
     if sentences := [f"- {sentence(row)}" for row in rows if row.drawn]:
         results += "\n\n" + "\n".join(sentences)
+    results += f"\n\n{duration(rows)}"
     if not any(row.later for row in rows):
         return f"{results}\n\n{costs}"
-    titles = [f"{row.task.title}, {row.kind.header}" for row in rows]
+    titles = [f"{row.title}, {row.kind.header}" for row in rows]
     later = report.markdown_table(["of later papers", *titles], later_cells(rows))
     return f"{results}\n\n{later}\n\n{costs}"
+
+
+def duration(rows: Sequence[RowOfSuite]) -> str:
+    """How many runs the table is made of, and how long they took one after another."""
+    lines = [
+        line
+        for row in rows
+        for method, line in {**row.ours, **row.later}.items()
+        if not (row.sparser and method == DENSE)  # counted in the row of the table
+    ]
+    hours = sum(line.seconds for line in lines) / 3600
+    return f"These are {sum(line.seeds for line in lines)} runs, which took {hours:.1f} hours, added up."
 
 
 def draw(path: Path, title: str, rows: Sequence[RowOfSuite]) -> None:
