@@ -190,14 +190,44 @@ def test_a_file_of_weights_goes_on_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_file_of_another_configuration_is_refused(tmp_path):
+def test_a_file_of_other_parameters_is_refused(tmp_path):
     model = compiled(SparseOptimizer(adam(), config_of("magnitude")))
     fit(model, epochs=1)
     model.save_weights(tmp_path / "model.weights.h5")
-    other = compiled(SparseOptimizer(adam(), config_of("magnitude_ste")))
+    other = compiled(SparseOptimizer(adam(), config_of("magnitude", filter_fn=lambda path, p: p.size > 100)))
     other.optimizer.build(other.trainable_variables)
     with pytest.raises(ValueError, match="saved with another configuration"):
         other.load_weights(tmp_path / "model.weights.h5")
+
+
+@pytest.mark.parametrize("algorithm", ["random", "saliency", "static_sparse", "magnitude_ste"])
+def test_a_file_of_another_algorithm_is_refused_by_name(algorithm, tmp_path):
+    """Also where both have as many variables."""
+    model = compiled(SparseOptimizer(adam(), config_of("magnitude")))
+    fit(model, epochs=1)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = compiled(SparseOptimizer(adam(), config_of(algorithm)))
+    other.optimizer.build(other.trainable_variables)
+    with pytest.raises(ValueError, match=f"algorithm: 'magnitude' in the run of the file, '{algorithm}' now"):
+        other.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_a_higher_sparsity_than_that_of_a_file_is_reached_or_refused(tmp_path):
+    model = compiled(SparseOptimizer(adam(), config_of("magnitude")))
+    fit(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+
+    def continued(**options):
+        other = compiled(SparseOptimizer(adam(), config_of("magnitude", sparsity=0.75, **options)))
+        other.optimizer.build(other.trainable_variables)
+        with pytest.warns(UserWarning, match=r"sparsity: 0.5 in the run of the file, 0.75 now"):
+            other.load_weights(tmp_path / "model.weights.h5")
+        fit(other, epochs=4, initial_epoch=2, callbacks=[SparsityLogger(verbose=False)])
+        return other
+
+    with pytest.raises(ValueError, match=r"asked 75.0%, masks hold 50.0%, and the schedule is over"):
+        continued()
+    assert zeros_of(continued(update_end_step=12)) == {"hidden/kernel": 144, "out/kernel": 36}
 
 
 def test_what_a_file_cannot_hold_is_told_when_it_is_read(tmp_path):
@@ -208,6 +238,15 @@ def test_what_a_file_cannot_hold_is_told_when_it_is_read(tmp_path):
         keras.models.load_model(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
     assert zeros_of(loaded) == zeros_of(model) == HALF | {"out/kernel": 0}
+    # As the message says, it goes on with the masks of the file, before a schedule that has not begun.
+    later = {"update_start_step": 40, "update_end_step": 44}
+    optimizer = SparseOptimizer(adam(), config_of("magnitude", filter_fn=lambda path, p: p.size > 100, **later))
+    loaded.compile(optimizer, loss=model.loss)
+    loaded.optimizer.build(loaded.trainable_variables)
+    with pytest.warns(UserWarning, match="update_start_step"):
+        loaded.load_weights(tmp_path / "model.keras")
+    fit(loaded, epochs=1)
+    assert zeros_of(loaded) == zeros_of(model)
 
 
 def test_mixed_precision_nests(tmp_path):

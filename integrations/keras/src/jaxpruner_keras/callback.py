@@ -16,7 +16,8 @@ _WIDTH = 20  # characters of the bar
 class SparsityLogger(keras.callbacks.Callback):
     """Adds `sparsity` to the logs of each epoch, for `History` and later callbacks, and draws it.
 
-    Before the first step, it also refuses a schedule that would not end within the training.
+    Before the first step, it also refuses a schedule that would not end within the training, and one that has ended
+    below the sparsity that is asked for, as when a file is continued with a higher one.
 
     Args:
       verbose: whether a line with a bar is printed after each epoch.
@@ -69,6 +70,7 @@ class SparsityLogger(keras.callbacks.Callback):
 
     def _check_schedule(self, epoch: int) -> None:
         optimizer = self._optimizer()
+        optimizer.check_as_asked()
         steps, epochs = self.params.get("steps"), self.params.get("epochs")
         if steps:  # known of arrays, and of datasets that have a length
             left = steps * (epochs - epoch) // (optimizer.inner.gradient_accumulation_steps or 1)

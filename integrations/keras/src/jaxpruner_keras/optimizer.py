@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 import optax
 
 import jaxpruner
@@ -23,6 +25,7 @@ _TAKEN_OVER = ("use_ema", "ema_overwrite_frequency", "loss_scale_factor")
 # Slots of Keras optimizers that hold second moments, of RMSprop, Adam and its kin, and of Adafactor where it does not
 # factor.
 _SECOND_MOMENTS = ("velocity", "v")
+_DESCRIBED = "sparsity"  # among the variables of a file, which have numbers
 
 
 @keras.saving.register_keras_serializable(package="jaxpruner")
@@ -316,6 +319,19 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """The steps taken, as the schedule counts them."""
         return int(self._state([variable.value for variable in self._variables]).count) if self.built else 0
 
+    def check_as_asked(self) -> None:
+        """Checks the sparsity of the masks once the schedule is over.
+
+        Raises:
+          ValueError: if it is lower than asked, as where a file is continued with a higher sparsity and no more steps.
+        """
+        if not self.built:
+            return
+        state = self._state([variable.value for variable in self._variables])
+        params = self._tree([variable.value for variable in self._trainable_variables])
+        # The next step puts weights on the masks, wherever they are from.
+        jaxpruner.check_sparse(jaxpruner.apply_state_masks(params, state), state, self.updater)
+
     def masks(self) -> dict[str, Any]:
         """The boolean mask of each parameter that is pruned, by its path.
 
@@ -388,11 +404,20 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for variable, weight in zip(self.variables, weights, strict=True):
             variable.assign(weight)
 
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the variables, and the configuration that they are of."""
+        super().save_own_variables(store)
+        described = json.dumps(jaxpruner.describe(self.updater))
+        store[_DESCRIBED] = np.frombuffer(described.encode(), np.uint8)
+
     def load_own_variables(self, store: Any) -> None:
         """Loads saved variables. If the file has no variables of an optimizer, the current ones stay as they are.
 
+        Warns of each value of the configuration that differs from the file's; the one at hand holds.
+
         Raises:
-          ValueError: if they are of another configuration. (Keras would only warn, and train with new masks.)
+          ValueError: if they are of another algorithm or storage, or of other parameters. (Keras would only warn, and
+            train with new masks.)
         """
         if not store.keys():
             return
@@ -401,13 +426,19 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 f"{self.name}: has no variables yet that those of the file could be put into; call "
                 "model.optimizer.build(model.trainable_variables) before load_weights."
             )
-        if len(store.keys()) != len(self.variables):
+        found = {key: store[key] for key in store.keys()}  # noqa: SIM118, it is not iterable
+        described = found.pop(_DESCRIBED, None)  # files of older code have none
+        if described is not None:
+            saved = json.loads(bytes(np.asarray(described)))
+            for line in jaxpruner.check_resumed(saved, self.updater, "the file"):
+                warnings.warn(line, stacklevel=2)
+        if len(found) != len(self.variables):
             raise ValueError(
-                f"{self.name}: the file has {len(store.keys())} variables of an optimizer and this one has "
+                f"{self.name}: the file has {len(found)} variables of an optimizer and this one has "
                 f"{len(self.variables)}, so it was saved with another configuration; compile the model with that one, "
                 "or, to start masks anew, load the weights before the model is compiled (load_model: compile=False)."
             )
-        super().load_own_variables(store)
+        super().load_own_variables(found)
 
     def get_config(self) -> dict[str, Any]:
         """The inner optimizer and the configuration, for `.keras` files."""
@@ -514,9 +545,10 @@ def _as_json(value: Any) -> Any:
 def _read(written: Mapping[str, Any], custom_objects: Any) -> dict[str, Any]:
     if objects := written.get(_OBJECTS):
         raise ValueError(
-            f"SparseOptimizer: the file cannot hold {', '.join(objects)}; load the model with compile=False and "
-            "compile it with an optimizer made as before. (Files hold a configuration of plain values and of functions "
-            "registered with keras.saving.register_keras_serializable.)"
+            f"SparseOptimizer: the file cannot hold {', '.join(objects)}; load the model with compile=False, compile it "
+            "with an optimizer made as before, and then, to go on with the masks and counts of the file, call "
+            "model.optimizer.build(model.trainable_variables) and model.load_weights(FILE). (Files hold a configuration "
+            "of plain values and of functions registered with keras.saving.register_keras_serializable.)"
         )
     return {
         key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
