@@ -42,6 +42,7 @@ from jaxpruner.algorithms import (
 from jaxpruner.api import (
     ALGORITHM_REGISTRY,
     all_algorithm_names,
+    config_keys,
     create_updater_from_config,
     init_projection,
     register_algorithm,
@@ -131,6 +132,7 @@ __all__ = [
     "check_schedule",
     "check_sparse",
     "compact",
+    "config_keys",
     "create_updater_from_config",
     "describe",
     "end_step",

@@ -314,6 +314,18 @@ def _parse_drop_fraction(config: Mapping[str, Any]) -> Callable[[Any], Any]:
     return sparsity_schedules.CosineDecay(float(fraction), int(end))
 
 
+def config_keys() -> tuple[str, ...]:
+    """All keys that `create_updater_from_config` takes, for one algorithm or another.
+
+    Examples:
+      >>> import jaxpruner
+      >>> {"sparsity", "update_freq", "skip_gradients"} <= set(jaxpruner.config_keys())
+      True
+    """
+    own = (_accepted_fields(algorithm, {}) for algorithm in ALGORITHM_REGISTRY.values())
+    return tuple(sorted(set(_COMMON_KEYS).union(*own)))
+
+
 def _accepted_fields(algorithm: Callable[..., BaseUpdater], asked: Mapping[str, Any]) -> set[str]:
     parameters = inspect.signature(algorithm).parameters.values()
     names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
