@@ -29,7 +29,7 @@ import jaxpruner_scenic
 from jaxpruner import trees
 from jaxpruner.training import projection
 from jaxpruner_scenic import compatibility, datasets, main, sparse
-from jaxpruner_scenic.configs import small
+from jaxpruner_scenic.configs import small, sparsity
 
 pytestmark = cases.quiet
 CONFIGS = pathlib.Path(jaxpruner_scenic.__file__).parent / "configs"
@@ -47,6 +47,20 @@ def test_everything_is_put_back():
         assert all(a is not b for a, b in zip(stock(), before, strict=True))
         optimizers.get_optimizer(ADAM, 1e-3, params=PARAMS)
     assert stock() == before
+
+
+@pytest.mark.parametrize("name", ["sparsity_configs", "sparsity_cfg", "sparsity", "pruning"])
+def test_a_sparsity_config_under_another_name_is_refused(name):
+    config = cases.config()
+    config[name] = config.sparsity_config
+    del config["sparsity_config"]
+    with pytest.raises(ValueError, match=rf"^config.{name}: nothing reads it; is config.sparsity_config meant\?"):
+        jaxpruner_scenic.sparse_training(config).__enter__()
+
+
+def test_flags_may_set_every_plain_key_of_the_core():
+    objects = {"filter_fn", "masks", "scheduler", "sparsity_distribution_fn", "drop_fraction_fn", "topk_fn"}
+    assert set(sparsity.KEYS) | objects >= set(jaxpruner.config_keys())
 
 
 def test_everything_is_put_back_after_an_error():

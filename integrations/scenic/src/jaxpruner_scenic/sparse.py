@@ -9,6 +9,7 @@ observe: they log the sparsity, and report a training that would not be as spars
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib
 import re
@@ -79,6 +80,9 @@ def sparse_training(config: Mapping[str, Any], trainer: types.ModuleType | None 
     if _active:
         raise RuntimeError("sparse_training: is active already. Leave it before the next training starts.")
     sparsity_config = config.get("sparsity_config")
+    if sparsity_config is None:
+        _refuse_misspelled(config)
+        logging.info("sparse_training: there is no sparsity_config, so this training is dense.")
     made = None if sparsity_config is None else Made(sparsity_config)
     watch = _Watch(config, None if made is None or made.is_dense else made)
     with contextlib.ExitStack() as stack:
@@ -116,6 +120,14 @@ def create_updater(sparsity_config: Mapping[str, Any]) -> jaxpruner.BaseUpdater:
     return Made(sparsity_config).configured
 
 
+def _refuse_misspelled(config: Mapping[str, Any]) -> None:
+    """Refuses what looks like a `sparsity_config` under another name, since nothing would read it."""
+    for key, value in config.items():
+        is_close = bool(difflib.get_close_matches(key, ["sparsity_config"], cutoff=0.9))
+        if is_close or (hasattr(value, "keys") and {"algorithm", "sparsity"} <= set(value.keys())):
+            raise ValueError(f"config.{key}: nothing reads it; is config.sparsity_config meant?")
+
+
 @contextlib.contextmanager
 def _replaced(module: types.ModuleType, name: str, value: Any) -> Iterator[None]:
     stock = getattr(module, name)
@@ -132,7 +144,7 @@ class _Watch:
     def __init__(self, config: Mapping[str, Any], made: Made | None):
         self.config = config
         self.made: Any = made  # None where no wrapper but `train` is in use
-        self.in_step = self.steps_checked = self.masks_checked = False
+        self.in_step = self.steps_checked = False
         self.model: Forward | None = None
         self.shifted_told = False
 
@@ -234,14 +246,12 @@ class _Watch:
 
         @functools.wraps(stock)
         def sync_model_state_across_replicas(train_state: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.masks_checked:
-                params, opt_state = _of_one_device(train_state)
-                if find_states(opt_state):
-                    # What follows a schedule is compared at the end, with what all groups of parameters share.
-                    updater = self.made and self.made.configured
-                    once = updater if updater and updater.reaches_sparsity else None
-                    jaxpruner.check_sparse(params, opt_state, once)
-                    self.masks_checked = reached(params, opt_state) > 0
+            params, opt_state = _of_one_device(train_state)
+            if find_states(opt_state):
+                # What follows a schedule is compared at the end, with what all groups of parameters share.
+                updater = self.made and self.made.configured
+                once = updater if updater and updater.reaches_sparsity else None
+                jaxpruner.check_sparse(params, opt_state, once)
             return stock(train_state, *args, **kwargs)
 
         return sync_model_state_across_replicas

@@ -24,6 +24,17 @@ KEYS = {
     "exclude_reg_exp": str,
     "use_packed_masks": bool,
     "rng_seed": int,
+    # Keys of single algorithms.
+    "decay": float,
+    "extra_density": float,
+    "gradient_weight": float,
+    "is_debug": bool,
+    "is_sparse_gradients": bool,
+    "min_share": float,
+    "normalization_eps": float,
+    "rounds": int,
+    "skip_gradients": bool,
+    "use_normalization": bool,
 }
 
 
