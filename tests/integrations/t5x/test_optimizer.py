@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from t5x import adafactor, optimizers, train_state
 
 import jaxpruner
 import jaxpruner_t5x
-from jaxpruner_t5x import launch, metrics, plan
+from jaxpruner_t5x import SparseOptimizer, dense_or_sparse, launch, metrics, plan
 
 pytestmark = cases.quiet
 AXES = {"mlp": {"wi": {"kernel": ("embed", "mlp")}, "scale": ("embed",)}, "embedding": ("vocab", "embed")}
@@ -280,6 +282,26 @@ def test_macros_that_nothing_uses():
     plan.refuse_misspelled("ALGORITHM = 'rigl'\nUPDATE_STEPS = 3\nf.x = %UPDATE_STEPS\nEVAL_PERIOD = 2\n")
     with pytest.raises(ValueError, match=r"^SPARSTIY: is bound, and nothing uses it. Is SPARSITY meant"):
         plan.refuse_misspelled("SPARSTIY = 0.9\nf.x = %SPARSITY\n")
+
+
+@pytest.mark.parametrize("path", ["checkpoint_10", "checkpoint_10/", "", "/"])
+def test_an_initial_checkpoint_is_compared_however_it_is_given(path, tmp_path):
+    """By itself, or to take the latest of a run, by its MODEL_DIR."""
+    given = {"sparsity": 0.5, "update_start_step": 0, "update_end_step": 0}
+    before, now = (updater(algorithm, **given) for algorithm in ("magnitude", "saliency"))
+    (tmp_path / "sparsity.json").write_text(json.dumps(jaxpruner.describe(before)))
+    params = {"wi": {"kernel": jnp.ones((2, 4))}}
+    states = [SparseOptimizer(optimizers.adamw(1e-2), each).create(params).state_dict() for each in (before, now)]
+    start = plan.Plan(initial_checkpoint=f"{tmp_path}/{path}" if path != "/" else f"{tmp_path}/")
+    with pytest.raises(ValueError, match="algorithm: 'magnitude' in the run of"):
+        dense_or_sparse(updater=now, plan=start)(*states)
+
+
+@pytest.mark.parametrize("name", ["DIST_TYPE", "DROP_FRACTION", "USE_PACKED_MASKS", "RNG_SEED", "SPARSITY_TYPE"])
+def test_macros_for_keys_that_are_bound_otherwise(name):
+    plan.refuse_misspelled(f"{name} = 1\nf.x = %{name}\n")
+    with pytest.raises(ValueError, match=rf"^{name}: .* Bind jaxpruner_t5x.create_updater.{name.lower()}\.$"):
+        plan.refuse_misspelled(f"{name} = 1\n")
 
 
 def test_a_bad_algorithm():

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import gin
 from t5x import utils
 
+import jaxpruner
+
 # What sparse.gin lets the command line choose.
 MACROS = ("ALGORITHM", "SPARSITY", "UPDATE_START_STEP", "UPDATE_END_STEP", "UPDATE_FREQ")
 
@@ -99,10 +101,15 @@ def _bindings(configurable: Any) -> Mapping[str, Any]:
 
 
 def refuse_misspelled(config: str) -> None:
-    """Refuses misspelled macros: gin takes any, so `ALGORITM = 'rigl'` would silently train with the default one."""
+    """Refuses macros that nothing uses and that are meant for us: gin takes any, so they would silently do nothing."""
     for name in re.findall(r"^(\w+) =", config, re.MULTILINE):
-        like = difflib.get_close_matches(name, MACROS, n=1, cutoff=0.7)
-        if like and name not in MACROS and f"%{name}" not in config:
+        if name in MACROS or f"%{name}" in config:
+            continue
+        if name.isupper() and name.lower() in jaxpruner.config_keys():
+            raise ValueError(
+                f"{name}: is bound, and nothing uses it. Bind jaxpruner_t5x.create_updater.{name.lower()}."
+            )
+        if like := difflib.get_close_matches(name, MACROS, n=1, cutoff=0.7):
             raise ValueError(f"{name}: is bound, and nothing uses it. Is {like[0]} meant?")
 
 

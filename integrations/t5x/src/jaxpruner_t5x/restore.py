@@ -71,7 +71,7 @@ def dense_or_sparse(
         if is_resuming and was_sparse != is_sparse:
             raise ValueError(_other_kind(where, was_sparse, updater))
         if was_sparse and is_sparse:
-            folder = plan.model_dir if is_resuming else os.path.dirname(plan.initial_checkpoint or "")
+            folder = plan.model_dir if is_resuming else _folder_of(plan.initial_checkpoint or "")
             before = description.read(folder)
             if before and updater:
                 for line in jaxpruner.check_resumed(before, updater, where):
@@ -88,6 +88,12 @@ def dense_or_sparse(
         return ckpt_optimizer_state
 
     return transform
+
+
+def _folder_of(path: str) -> str:
+    """The MODEL_DIR of an initial checkpoint, which is given by itself or, to take the latest, by that folder."""
+    head, tail = os.path.split(path.rstrip("/"))
+    return head if tail.startswith("checkpoint_") else path
 
 
 def _other_kind(where: str, was_sparse: bool, updater: jaxpruner.BaseUpdater | None) -> str:
