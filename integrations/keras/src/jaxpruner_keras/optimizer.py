@@ -545,10 +545,11 @@ def _as_json(value: Any) -> Any:
 def _read(written: Mapping[str, Any], custom_objects: Any) -> dict[str, Any]:
     if objects := written.get(_OBJECTS):
         raise ValueError(
-            f"SparseOptimizer: the file cannot hold {', '.join(objects)}; load the model with compile=False, compile it "
-            "with an optimizer made as before, and then, to go on with the masks and counts of the file, call "
-            "model.optimizer.build(model.trainable_variables) and model.load_weights(FILE). (Files hold a configuration "
-            "of plain values and of functions registered with keras.saving.register_keras_serializable.)"
+            f"SparseOptimizer: the file cannot hold {', '.join(objects)}; load the model with compile=False and "
+            "compile it with an optimizer made as before. Then, to go on with the masks and counts of the file, call "
+            "model.optimizer.build(model.trainable_variables) and model.load_weights(FILE). (Files hold a "
+            "configuration of plain values and of functions registered with "
+            "keras.saving.register_keras_serializable.)"
         )
     return {
         key: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
