@@ -127,7 +127,7 @@ def test_a_run_resumes_to_the_bit(tmp_path):
 
 def test_a_method_looks_the_same_in_both_plots(tmp_path, monkeypatch):
     lines = [
-        report.Line(method, 0.8, 0.8, 24, 0.8 + 0.01 * i, float("nan"), 1, cost=10.0 * (i + 1))
+        report.Line(method, 0.8, 0.8, 24, 0.8 + 0.01 * i, float("nan"), (0,), cost=10.0 * (i + 1))
         for i, method in enumerate(["dense", "dense+top_k", "magnitude", "rigl", "set"])
     ]
     drawn = []

@@ -207,7 +207,7 @@ def test_a_seed_that_diverged_is_no_seed_left_out(tmp_path):
     record(tmp_path, {"rigl": math.nan}, seeds=(2,))
     (row,) = suite_report.summarize("embedded", tmp_path)
     assert math.isnan(row.ours["rigl"].mean)
-    assert row.ours["rigl"].seeds == 3
+    assert row.ours["rigl"].seeds == (0, 1, 2)
 
 
 def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
@@ -298,6 +298,12 @@ def test_candidates_are_tried_on_held_out_data(tmp_path, monkeypatch):
     lines = [line for line in page.read_text().splitlines() if "Fed. EMNIST" in line]
     assert all("| 100 to 101 |" in line for line in lines)
     assert [line.endswith("| best |") for line in lines] == [True, False]
+    # Rows of candidates that have changed since count for nothing.
+    changed = dataclasses.replace(fed, candidates=lambda _: candidates(dataclasses.replace(smoke, batch_size=11)))
+    monkeypatch.setattr(registry, "get", lambda name: changed)
+    invoke(*arguments, "--markdown", str(page))
+    lines = [line for line in page.read_text().splitlines() if "Fed. EMNIST" in line]
+    assert all("| 100 |" in line for line in lines)
 
 
 def test_where_nothing_is_chosen_it_is_told(tmp_path):

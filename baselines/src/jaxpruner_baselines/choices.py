@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxpruner_baselines import registry, report, runner
 from jaxpruner_baselines.baseline import Baseline, Run
 from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.methods import DENSE
-from jaxpruner_baselines.results import Results
 from jaxpruner_baselines.suite import Task, at_scale
 
 FIRST_SEED = 100  # no reported run has it, or a later one
@@ -42,20 +42,17 @@ def table_of(scale: str, folder: Path) -> list[list[str]]:
             continue
         results = runner.results_of(baseline, folder)
         lines = {preset: line for preset in baseline.presets for line in report.summarize(baseline, preset, results)[0]}
-        seeds = {preset: _seeds(results, preset) for preset in lines}
         kind = measure(baseline.metric)
         finite = [line.mean for line in lines.values() if math.isfinite(line.mean)]  # others have diverged
         best = (min if kind.lower_is_better else max)(finite, default=None)
-        comparable = len(lines) == len(baseline.presets) and len(set(seeds.values())) == 1
+        comparable = len(lines) == len(baseline.presets) and len({line.seeds for line in lines.values()}) == 1
         for name, line in lines.items():
             preset, _, label = name.split(", ", 2)
             mark = "best" if comparable and line.mean == best else ""
-            rows.append([task.title, preset, label, seeds[name], f"{kind.header}: {kind.shown(line.mean)}", mark])
+            rows.append([task.title, preset, label, _told(line.seeds), f"{kind.header}: {kind.shown(line.mean)}", mark])
     return rows
 
 
-def _seeds(results: Results, preset: str) -> str:
-    rows = results.read()
-    seeds = sorted({int(seed) for seed in rows["seed"][rows["preset"] == preset]})
-    is_row = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1))
+def _told(seeds: Sequence[int]) -> str:
+    is_row = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
     return f"{seeds[0]} to {seeds[-1]}" if is_row else ", ".join(map(str, seeds))

@@ -49,7 +49,7 @@ def draw(path: Path, title: str, lines: list[Line], metric: str) -> None:
         axes.axhline(
             scale * line.mean, color="black", linewidth=1, linestyle=DASHES[i % len(DASHES)], label=line.method
         )
-        if line.seeds > 1:
+        if len(line.seeds) > 1:
             low, high = scale * (line.mean - line.std), scale * (line.mean + line.std)
             axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
     for i, method in enumerate(methods):

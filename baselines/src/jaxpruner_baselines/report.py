@@ -37,7 +37,7 @@ class Line:
     steps: int
     mean: float
     std: float
-    seeds: int
+    seeds: tuple[int, ...]
     also: tuple[tuple[float, float], ...] = ()
     cost: float | None = None
     curves: tuple[tuple[float, ...], ...] = ()
@@ -66,7 +66,7 @@ def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[L
             steps=int(group["steps"].iloc[-1]),
             mean=group["value"].mean(skipna=False),  # NaN where one seed has diverged
             std=group["value"].std(skipna=False),
-            seeds=len(group),
+            seeds=tuple(sorted(map(int, group["seed"]))),
             also=tuple(_mean_and_std(group, name) for name in baseline.also),
             cost=baseline.cost and float(np.mean(_details(group, baseline.cost.key))),
             curves=tuple(map(tuple, _details(group, baseline.curve.key))) if baseline.curve else (),
@@ -110,7 +110,7 @@ def table_of(baseline: Baseline, lines: list[Line]) -> tuple[list[str], list[lis
             f"{100 * line.sparsity_reached:.2f} %",
             str(line.steps),
             measure(baseline.metric).shown(line.mean, line.std),
-            str(line.seeds),
+            str(len(line.seeds)),
             *(measure(baseline.also[i]).shown(*line.also[i]) for i in measured),
             *([] if line.cost is None else [f"{line.cost:,.1f}"]),
         ]

@@ -68,9 +68,9 @@ class RowOfSuite:
         if math.isnan(self.correlation):
             return "no order: too few methods, or all are equal"
         if self.drawn:
-            low, high = intervals.interval(intervals.rank_correlations(_pruned(self.drawn), self.paper))
+            low, high = intervals.rank_correlation_bounds(_pruned(self.drawn), self.paper)
             return f"{self.correlation:+.2f} [{low:+.2f}, {high:+.2f}]"
-        if any(line.seeds == 1 for line in self.ours.values()):
+        if any(len(line.seeds) == 1 for line in self.ours.values()):
             return f"{self.correlation:+.2f} (one seed)"
         chance = f"{self.correlation:+.2f} (p {self.p_value:.2f})"
         if self.p_value < SIGNIFICANT:
@@ -138,7 +138,7 @@ def sentence(row: RowOfSuite) -> str:
     for before, method in itertools.pairwise(best_first):
         is_told_apart = intervals.is_higher(sign * row.drawn[before], sign * row.drawn[method])
         order += f" {'>' if is_told_apart else '≈'} {METHODS[method]}"
-    text = f"{row.title}, `{row.task.baseline} {row.preset}`, {row.ours[best_first[0]].seeds} seeds: {order}."
+    text = f"{row.title}, `{row.task.baseline} {row.preset}`, {len(row.ours[best_first[0]].seeds)} seeds: {order}."
     published = [method for method in _pruned(row.drawn) if method in row.paper]
     verdicts = collections.Counter(
         None if higher is None else higher == (row.paper[a] > row.paper[b])
@@ -288,7 +288,7 @@ def duration(rows: Sequence[RowOfSuite]) -> str:
         if not (row.sparser and method == DENSE)  # counted in the row of the table
     ]
     hours = sum(line.seconds for line in lines) / 3600
-    return f"These are {sum(line.seeds for line in lines)} runs, which took {hours:.1f} hours, added up."
+    return f"These are {sum(len(line.seeds) for line in lines)} runs, which took {hours:.1f} hours, added up."
 
 
 def draw(path: Path, title: str, rows: Sequence[RowOfSuite]) -> None:
