@@ -10,11 +10,17 @@ fail() {
     exit 1
 }
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-    fail "'$python' is not Python 3.11 or newer. Install one, or name it: make PYTHON=python3.12 ..."
+version() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none
+}
 
-# An interrupted run may have left a .venv without a working pip.
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+case $(version "$python") in
+3.11 | 3.12 | 3.13) ;;
+*) fail "'$python' is not Python 3.11, 3.12 or 3.13, which the pinned versions are for. Install one of these, or name it: make PYTHON=python3.12 ..." ;;
+esac
+
+# An interrupted run may have left a .venv without a working pip, and an earlier one that of another Python.
+if [ "$(version .venv/bin/python)" != "$(version "$python")" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     echo "setup: making .venv with $("$python" --version)"
     rm -rf .venv
     "$python" -m venv .venv || fail "'$python -m venv' failed. On Debian and Ubuntu: apt install python3-venv"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from jaxpruner_baselines import registry, report
+from jaxpruner_baselines import registry, report, runner
 from jaxpruner_baselines.baseline import Outcome, Run
 from jaxpruner_baselines.results import COLUMNS, Results, ResultsError, Row
 
@@ -59,7 +60,7 @@ def test_half_written_last_line_is_ignored_and_then_removed(tmp_path, cut):
 def test_half_written_header(tmp_path):
     results = Results(tmp_path / "r.csv")
     results.path.write_text("baseline,pre")
-    assert results.finished() == set()
+    assert not results.finished()
     results.append(row())
     assert len(results.read()) == 1
 
@@ -107,6 +108,51 @@ def test_rows_of_a_changed_preset_and_repeated_rows_are_left_out(tmp_path):
     results.append(row(value=0.3))
     (line,), left_out = report.summarize(BASELINE, "smoke", results)
     assert (line.mean, len(line.seeds), left_out) == (0.3, 1, 2)
+
+
+def test_rows_of_other_settings_are_run_again(tmp_path):
+    """Settings are what decides the numbers beside the preset, as a file of gin that it names."""
+
+    def trained(run, checkpoint):
+        yield Outcome(0.5, run.sparsity, 7)
+
+    def baseline(settings):
+        return dataclasses.replace(BASELINE, train=trained, settings=settings, also=(), cost=None, curve=None)
+
+    before, after = baseline(lambda run: "rate = 0.1"), baseline(lambda run: f"rate = 0.3 {run.method}")
+    runs = BASELINE.plan("smoke", ["magnitude", "rigl"], [0.8], [0])
+    results = Results(tmp_path / "digits_vit.csv")
+    results.append(row(seed=3))  # of code that told no settings: it counts
+    for _ in runner.events(before, runs, tmp_path):
+        pass
+    assert runner.unfinished(before, runs, tmp_path) == []
+    assert len(report.summarize(before, "smoke", results)[0]) == 2
+    assert runner.unfinished(after, runs, tmp_path) == runs
+    (line,), left_out = report.summarize(after, "smoke", results)
+    assert (line.seeds, left_out) == ((3,), 2)
+    for _ in runner.events(after, runs, tmp_path):
+        pass
+    assert runner.unfinished(after, runs, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "text"),
+    [
+        ("dqn", "lunarlander", "create_optimizer.learning_rate = 0.003\n"),
+        ("t5", "tiny", "jaxpruner_t5x/configs/bible.gin"),
+        ("vit", "fashion", '"base_learning_rate": 0.001'),
+    ],
+)
+def test_settings_of_hosts_are_those_of_their_files(name, preset, text):
+    try:
+        baseline = registry.get(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    run = baseline.run(preset, "magnitude", 0.8, 0)
+    told = baseline.settings(run)
+    assert (text in told) == (name != "t5")  # an included file is told by what is in it
+    assert "#" not in told
+    assert baseline.digest(run) == baseline.digest(run)
 
 
 def test_markdown_between_markers(tmp_path):

@@ -142,6 +142,8 @@ class Baseline:
     """Makes a step of a run for the devices at hand without computing anything, where its host lets one."""
     candidates: Callable[[Any], Mapping[str, Any]] | None = None
     """Presets, by what tells them apart, of which one is chosen by dense runs on data held out of the training data."""
+    settings: Callable[[Run], str] | None = None
+    """What else decides the numbers of a run, where its preset names files of the host, such as those of gin."""
     variants: tuple[str, ...] = ()
     """Methods of its own beside the common ones, as `method+option`."""
     only: tuple[str, ...] = ()
@@ -167,6 +169,10 @@ class Baseline:
     def run(self, preset: str, method: str, sparsity: float, seed: int) -> Run:
         sparsity = 0.0 if is_dense(method) else sparsity
         return Run(self.name, preset, self.presets[preset], method, sparsity, seed)
+
+    def digest(self, run: Run) -> str | None:
+        """Of the settings beside the preset, if there are any: rows from before one changed do not count."""
+        return None if self.settings is None else hashlib.sha256(self.settings(run).encode()).hexdigest()[:12]
 
     def plan(self, preset: str, methods: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int]) -> list[Run]:
         """All runs, those that differ only by their seed side by side: they share one compilation."""

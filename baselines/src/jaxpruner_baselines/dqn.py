@@ -30,6 +30,7 @@ from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.costs import DEAD, SHARES, costs, dead_units
 from jaxpruner_baselines.hush import hushed
 from jaxpruner_baselines.methods import GROWS, is_dense
+from jaxpruner_baselines.pretrained import installed
 
 # Importing Dopamine brings TensorFlow and takes some seconds, so that happens when a run starts.
 for package in ("dopamine", "jaxpruner_dopamine"):
@@ -263,6 +264,7 @@ BASELINE = Baseline(
     prepare=prepare,
     abstract=abstract,
     candidates=candidates,
+    settings=lambda run: installed.gin_text(f"{CONFIGS}/{run.preset.gin_file}"),
     sparsities=(0.9, 0.98),
     curve=Curve("returns", "agent steps"),
 )

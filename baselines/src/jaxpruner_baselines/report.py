@@ -17,7 +17,7 @@ from jaxpruner_baselines import intervals
 from jaxpruner_baselines.baseline import Baseline
 from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.methods import is_dense
-from jaxpruner_baselines.results import Results
+from jaxpruner_baselines.results import Results, digest_of
 
 HEADER = ("method", "sparsity asked", "sparsity reached", "steps", "", "seeds")
 
@@ -48,15 +48,19 @@ class Line:
 def summarize(baseline: Baseline, preset: str, results: Results) -> tuple[list[Line], int]:
     """Returns the lines, dense first, and how many rows were left out.
 
-    Only rows of the preset as it is now count, the latest where one was measured twice.
+    Only rows of the preset and the settings as they are now count, the latest where one was measured twice.
     """
     rows = results.read()
     rows = rows[(rows["preset"] == preset) & (rows["source"] == "ours")]
-    current = [
-        baseline.run(preset, method, float(sparsity), int(seed)).config_hash
+    runs = [
+        baseline.run(preset, method, float(sparsity), int(seed))
         for method, sparsity, seed in zip(rows["method"], rows["sparsity"], rows["seed"], strict=True)
     ]
-    kept = rows[rows["config_hash"] == pd.Series(current, index=rows.index, dtype=str)]
+    counts = [
+        run.config_hash == found and (digest := digest_of(details)) in (None, digest and baseline.digest(run))
+        for run, found, details in zip(runs, rows["config_hash"], rows["details"], strict=True)
+    ]
+    kept = rows[np.array(counts, bool)]
     kept = kept.drop_duplicates("config_hash", keep="last")
     lines = [
         Line(

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import fcntl
 import io
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,13 @@ class Row:
         )
 
 
+SETTINGS = "settings"  # in the details of a row; see `Baseline.digest`
 COLUMNS = [field.name for field in dataclasses.fields(Row)]
+
+
+def digest_of(details: str) -> str | None:
+    """That of the settings of a row; None where it tells none, as one of older code."""
+    return json.loads(details).get(SETTINGS)
 
 
 class ResultsError(ValueError):
@@ -104,9 +111,10 @@ class Results:
             )
         return pd.read_csv(io.StringIO(text), dtype={"config_hash": str, "commit": str, "method": str})
 
-    def finished(self) -> set[str]:
-        """The config hashes of all finished runs."""
-        return set(self.read()["config_hash"])
+    def finished(self) -> dict[str, str | None]:
+        """The config hashes of all finished runs, each with the digest of its settings."""
+        rows = self.read()
+        return dict(zip(rows["config_hash"], map(digest_of, rows["details"]), strict=True))
 
     def append(self, row: Row) -> None:
         """Appends a row; other processes may do so at the same time."""

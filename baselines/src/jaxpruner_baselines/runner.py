@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from jaxpruner_baselines.background import release_programs
 from jaxpruner_baselines.baseline import Baseline, Outcome, Progress, Run
 from jaxpruner_baselines.checkpoint import Checkpoint
-from jaxpruner_baselines.results import Results, Row
+from jaxpruner_baselines.results import SETTINGS, Results, Row
 
 COLUMNS = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
 
@@ -34,9 +34,13 @@ def results_of(baseline: Baseline, folder: Path) -> Results:
 
 
 def unfinished(baseline: Baseline, runs: Sequence[Run], folder: Path) -> list[Run]:
-    """Those that have no row yet."""
+    """Those that have no row yet, or one of other settings."""
     finished = results_of(baseline, folder).finished()
-    return [run for run in runs if run.config_hash not in finished]
+    return [
+        run
+        for run in runs
+        if run.config_hash not in finished or finished[run.config_hash] not in (None, baseline.digest(run))
+    ]
 
 
 def events(baseline: Baseline, runs: Sequence[Run], folder: Path) -> Iterator[tuple[Run, Progress | Row | Failure]]:
@@ -48,6 +52,7 @@ def events(baseline: Baseline, runs: Sequence[Run], folder: Path) -> Iterator[tu
         try:
             for event in baseline.train(run, checkpoint):
                 if isinstance(event, Outcome):
+                    event = _with_digest(event, baseline.digest(run))
                     row = Row.of(run, baseline.metric, event, time.monotonic() - started)
                     break
                 yield run, event
@@ -61,6 +66,12 @@ def events(baseline: Baseline, runs: Sequence[Run], folder: Path) -> Iterator[tu
         if baseline.compiles_anew:
             release_programs()
         yield run, row
+
+
+def _with_digest(outcome: Outcome, digest: str | None) -> Outcome:
+    if digest is None:
+        return outcome
+    return dataclasses.replace(outcome, details={**outcome.details, SETTINGS: digest})
 
 
 def carry_out(baseline: Baseline, runs: Sequence[Run], folder: Path, console: Console) -> tuple[int, int]:

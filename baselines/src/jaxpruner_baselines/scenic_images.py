@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -372,6 +373,15 @@ def _reporter(report: Report, total: int) -> Any:
     return Reporter([])
 
 
+def settings(run: Run) -> str:
+    """What of Scenic's configuration of a run is set."""
+    return json.dumps(_set(scenic_config(run).to_dict()), sort_keys=True, default=str)
+
+
+def _set(value: Any) -> Any:
+    return {k: _set(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
 VIT = Baseline(
     name="vit",
     summary="a vision transformer on digits, natural images or ImageNet (Scenic)",
@@ -382,6 +392,7 @@ VIT = Baseline(
     prepare=prepare,
     abstract=abstract,
     candidates=functools.partial(candidates, (1e-3, 3e-3, 1e-2)),
+    settings=settings,
     compiles_anew=True,
 )
 RESNET = Baseline(
@@ -394,6 +405,7 @@ RESNET = Baseline(
     prepare=prepare,
     abstract=abstract,
     candidates=functools.partial(candidates, (0.03, 0.1, 0.3)),
+    settings=settings,
     compiles_anew=True,
     sparsities=(0.8, 0.9),  # at 95 % of every layer the small one learns nothing
 )

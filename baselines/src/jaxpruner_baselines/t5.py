@@ -420,6 +420,13 @@ def _value(metric: Any) -> float:
     return float(getattr(metric, "value", metric))
 
 
+def settings(run: Run) -> str:
+    """The text of the gin files of a run, those of JaxPruner."""
+    stages = [stage for stage in (run.preset.pretraining, run.preset.training) if stage]
+    files = [*(name for stage in stages for name in stage.gin_files), f"{CONFIGS}/sparse.gin"]
+    return "".join(map(installed.gin_text, files))
+
+
 BASELINE = Baseline(
     name="t5",
     summary="T5 on the Bible or C4 (T5X)",
@@ -430,6 +437,7 @@ BASELINE = Baseline(
     prepare=prepare,
     abstract=abstract,
     candidates=candidates,
+    settings=settings,
     compiles_anew=True,
     sparsities=(0.8,),  # the paper's
 )

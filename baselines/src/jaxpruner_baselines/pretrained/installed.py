@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
+
+_COMMENT = re.compile(r"(^|\s)#.*")
+_INCLUDE = re.compile(r"include ['\"](.+)['\"]")
 
 
 def folder(package: str, distribution: str) -> Path:
@@ -22,6 +26,18 @@ def folder(package: str, distribution: str) -> Path:
             f"No module named {package!r}. Install it: pip install --no-deps {distribution}", name=package
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def gin_text(name: str) -> str:
+    """A gin file of JaxPruner, `package/path`, with those that it includes, without comments; of others their names."""
+    package, _, path = name.partition("/")
+    if not package.startswith("jaxpruner"):
+        return f"{name}\n"
+    lines = (folder(package, package.replace("_", "-")) / path).read_text(encoding="utf-8").splitlines()
+    stripped = (_COMMENT.sub("", line).strip() for line in lines)
+    return "".join(
+        gin_text(included[1]) if (included := _INCLUDE.fullmatch(line)) else f"{line}\n" for line in stripped if line
+    )
 
 
 def addresses() -> Path:
