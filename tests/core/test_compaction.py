@@ -11,6 +11,7 @@ from jax import export
 
 import jaxpruner
 from jaxpruner import mask_storage
+from jaxpruner.compaction import files
 
 X = np.random.default_rng(0)
 
@@ -491,6 +492,43 @@ def test_very_sparse_kernels_become_sparse_matrices():
     assert list(report.sparse) == ["up/kernel"]
     close(mlp(params, x), jax.jit(small.fn)(small.params, x))
     assert report.bytes[1] < report.bytes[0]
+
+
+def test_files_keep_dtypes(tmp_path):
+    params, x = pruned_by_groups(jaxpruner.find_groups(mlp, mlp_params(), normal(2, 5)), mlp_params()), normal(2, 5)
+    small = jaxpruner.compact(mlp, params, x)
+    trained = {"down": jax.tree.map(lambda p: p.astype(jnp.bfloat16), small.params["down"]), "up": small.params["up"]}
+    files.save_compact(tmp_path / "small.npz", small, trained)
+    loaded = files.load_compact(tmp_path / "small.npz", mlp, params, x).params
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained)
+    assert jax.tree.map(lambda p: p.dtype, loaded) == jax.tree.map(lambda p: p.dtype, trained)
+
+
+def test_files_without_dtypes(tmp_path):
+    """As earlier versions wrote them: bfloat16 is bytes in a file of NumPy."""
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), mlp_params())
+    small = jaxpruner.compact(mlp, half, normal(2, 5).astype(jnp.bfloat16))
+    files.save_compact(tmp_path / "small.npz", small)
+    with np.load(tmp_path / "small.npz") as content:
+        earlier = {key: array for key, array in content.items() if not key.startswith("dtype:")}
+    np.savez(tmp_path / "small.npz", **earlier)
+    loaded = files.load_compact(tmp_path / "small.npz", mlp, half, normal(2, 5))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, half)
+    with pytest.raises(ValueError, match=r"has 2 bytes an entry there.*give params of that dtype instead of float32"):
+        files.load_compact(tmp_path / "small.npz", mlp, mlp_params(), normal(2, 5))
+
+
+def test_files_of_sparse_matrices(tmp_path):
+    draws = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p * (draws.random(p.shape) < 0.1), mlp_params(64))
+    x = normal(20, 5)
+    small = jaxpruner.compact(mlp, params, x, sparse_above=0.8)
+    files.save_compact(tmp_path / "small.npz", small)
+    loaded = files.load_compact(tmp_path / "small.npz", mlp, params, x)
+    told, expected = loaded.report(), small.report()
+    assert told.sparse
+    assert (told.sparse, told.params, told.bytes) == (expected.sparse, expected.params, expected.bytes)
+    np.testing.assert_array_equal(jax.jit(loaded.fn)(loaded.params, x), jax.jit(small.fn)(small.params, x))
 
 
 def test_random_bits_are_drawn_for_what_is_left():

@@ -8,14 +8,17 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpruner import trees
 from jaxpruner.compaction import finding
 from jaxpruner.compaction.compact import Compact, compact
+from jaxpruner.compaction.sparse_kernels import SparseKernel, is_sparse
 
-_KEPT, _PARAMS = "kept:", "params:"
+_KEPT, _PARAMS, _DTYPE = "kept:", "params:", "dtype:"
+_PARTS = ("contracted:", "shape:", "data:", "indices:", "indptr:")
 
 
 def save_compact(path: str | os.PathLike[str], small: Compact, params: Any = None) -> None:
@@ -26,9 +29,12 @@ def save_compact(path: str | os.PathLike[str], small: Compact, params: Any = Non
       small: the result of :func:`jaxpruner.compact`.
       params: the parameters after further training from `small.params`; by default `small.params`.
     """
-    params = small.params if params is None else params
-    arrays: dict[str, Any] = {f"{_PARAMS}{_name(path)}": np.asarray(leaf) for path, leaf in _arrays(params)}
-    arrays |= {f"{_KEPT}{name}": units for name, units in small.kept.items()}
+    arrays: dict[str, Any] = {f"{_KEPT}{name}": units for name, units in small.kept.items()}
+    for name, leaf in _arrays(small.params if params is None else params).items():
+        parts = dict(zip(_PARTS, leaf.parts, strict=True)) if is_sparse(leaf) else {_PARAMS: leaf}
+        arrays |= {f"{part}{name}": np.asarray(array) for part, array in parts.items()}
+    # NumPy's files know no bfloat16 by name.
+    arrays |= {f"{_DTYPE}{key}": np.asarray(str(array.dtype)) for key, array in arrays.items()}
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "wb") as file:
         np.savez(file, **arrays)
@@ -46,7 +52,7 @@ def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: A
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is of another function.
+      ValueError: if it is of another function, or does not say of which dtype its parameters are.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxpruner, tempfile
@@ -64,13 +70,21 @@ def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: A
             stored = dict(content)
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise ValueError(f"{path}: no file of save_compact ({error}).") from error
-    kept = {name.removeprefix(_KEPT): units for name, units in stored.items() if name.startswith(_KEPT)}
+    stored = {
+        key: array.view(jnp.dtype(str(stored[f"{_DTYPE}{key}"]))) if f"{_DTYPE}{key}" in stored else array
+        for key, array in stored.items()
+    }
+
+    def under(prefix: str) -> dict[str, Any]:
+        return {key.removeprefix(prefix): array for key, array in stored.items() if key.startswith(prefix)}
+
+    kept = under(_KEPT)
     try:
         small = compact(fn, finding.shapes_of(params), *args, keep=kept)
     except ValueError as error:
         raise ValueError(f"{path}: of another function or other parameters ({error})") from error
-    known = {_name(at): leaf for at, leaf in _arrays(small.params)}
-    saved = {name.removeprefix(_PARAMS): leaf for name, leaf in stored.items() if name.startswith(_PARAMS)}
+    known, saved = _arrays(small.params), under(_PARAMS)
+    saved |= {name: SparseKernel.of_parts(*(stored[f"{part}{name}"] for part in _PARTS)) for name in under(_PARTS[0])}
     for name in dict.fromkeys([*known, *saved]):
         there, here = (tuple(np.shape(tree[name])) if name in tree else "nothing" for tree in (saved, known))
         if there != here:
@@ -82,14 +96,23 @@ def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: A
         if not trees.is_array(leaf):
             return leaf
         array = saved[_name(at)]
-        # NumPy knows no bfloat16 by name.
-        return jnp.asarray(array.view(leaf.dtype) if array.dtype.kind == "V" else array)
+        if is_sparse(array):
+            return array
+        if array.dtype.type is np.void:  # of a file without dtypes
+            if array.dtype.itemsize != leaf.dtype.itemsize:
+                raise ValueError(
+                    f"{path}: {_name(at)} has {array.dtype.itemsize} bytes an entry there, of a dtype that the file, "
+                    f"from an earlier version, does not name; give params of that dtype instead of {leaf.dtype}."
+                )
+            array = array.view(leaf.dtype)
+        return jnp.asarray(array)
 
     return dataclasses.replace(small, params=trees.map_named(read, small.params))
 
 
-def _arrays(tree: Any) -> list[tuple[trees.KeyPath, Any]]:
-    return [(path, leaf) for path, leaf in trees.named_leaves(tree) if trees.is_array(leaf)]
+def _arrays(tree: Any) -> dict[str, Any]:
+    named = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse)
+    return {_name(trees.key_names(path)): leaf for path, leaf in named if is_sparse(leaf) or trees.is_array(leaf)}
 
 
 def _name(path: trees.KeyPath) -> str:

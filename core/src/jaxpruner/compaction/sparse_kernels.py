@@ -46,6 +46,21 @@ class SparseKernel:
         return cls(sparse.BCSR.fromdense(jnp.asarray(rows)), kernel.shape, tuple(contracted))
 
     @property
+    def parts(self) -> tuple[Any, ...]:
+        """Arrays that say all of it, for a file."""
+        matrix = self.matrix
+        return self.contracted, self.shape, matrix.data, matrix.indices, matrix.indptr
+
+    @classmethod
+    def of_parts(cls, contracted: Any, shape: Any, data: Any, indices: Any, indptr: Any) -> SparseKernel:
+        """The inverse of `parts`."""
+        contracted, shape = (tuple(map(int, each)) for each in (contracted, shape))
+        inputs = math.prod(shape[axis] for axis in contracted)
+        outputs = math.prod(shape) // max(inputs, 1)
+        entries = jnp.asarray(data), jnp.asarray(indices), jnp.asarray(indptr)
+        return cls(sparse.BCSR(entries, shape=(outputs, inputs)), shape, contracted)
+
+    @property
     def dtype(self) -> Any:
         """The type of its entries."""
         return self.matrix.dtype
