@@ -616,6 +616,21 @@ def test_transformations_of_the_small_function():
     close(expected, exported.call(small.params, x))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("of_data", ["bfloat16", "float32"])
+def test_parameters_of_other_dtypes(dtype, of_data):
+    params, x = mlp_params() | {"scale": jnp.float32(2)}, normal(2, 5)
+    fn = lambda p, x: p["scale"] * mlp(p, x)  # noqa: E731
+    masked = pruned_by_groups(jaxpruner.find_groups(fn, params, x), params)
+    small = jaxpruner.compact(fn, masked, x)
+    before = small.fn(small.params, x)
+    masked, cut = (jax.tree.map(lambda p: p.astype(dtype), each) for each in (masked, small.params))
+    expected, got = fn(masked, x.astype(of_data)), small.fn(cut, x.astype(of_data))
+    assert got.dtype == expected.dtype
+    np.testing.assert_allclose(got, expected, atol=0.1)
+    np.testing.assert_array_equal(before, small.fn(small.params, x))
+
+
 def test_the_state_of_groups_is_placed_on_a_mesh():
     params = mlp_params()
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("model",))

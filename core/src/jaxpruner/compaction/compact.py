@@ -48,19 +48,18 @@ class Compact:
     def fn(self, params: Any, *args: Any) -> Any:
         """The small function computes the results of the whole one from the small parameters.
 
-        It takes arguments of any shapes that the whole function takes. `jit`, `grad`, `vmap` and `jax.export` take it
-        like any other function. The whole function is traced for the parameter shapes that it knows, and evaluated with
-        the small ones.
+        It takes arguments of any shapes that the whole function takes, and parameters of any dtypes. `jit`, `grad`,
+        `vmap` and `jax.export` take it like any other function. The whole function is traced for the parameter shapes
+        that it knows and the dtypes that are given, and evaluated with the small ones.
 
         Raises:
           ValueError: for parameters of other shapes than `self.params`.
         """
         self._check_params(params)
         leaves, treedef = jax.tree.flatten(args)
-        types = tuple(_Type.of(leaf) for leaf in leaves)
-        evaluation, results = self._evaluation(treedef, types)
         leaves_of = functools.partial(jax.tree.leaves, is_leaf=sparse_kernels.is_sparse)
         given = [leaf for leaf in leaves_of(params) if trees.is_array(leaf)]
+        evaluation, results = self._evaluation(treedef, *(tuple(map(_Type.of, each)) for each in (given, leaves)))
         return jax.tree.unflatten(results, evaluation([*given, *leaves]))
 
     def _of_dense(self, params: Any, *args: Any) -> Any:
@@ -70,10 +69,12 @@ class Compact:
     def _evaluations(self) -> dict[Any, tuple[Evaluation, Any]]:
         return {}
 
-    def _evaluation(self, treedef: Any, types: tuple[_Type, ...]) -> tuple[Evaluation, Any]:
-        key = (treedef, types)
+    def _evaluation(self, treedef: Any, params: tuple[_Type, ...], types: tuple[_Type, ...]) -> tuple[Evaluation, Any]:
+        key = (treedef, params, types)
         if key not in self._evaluations:
-            traced = finding.trace(self._fn, self._whole, *treedef.unflatten([each.spec for each in types]))
+            shapes, _, joined = trees.parted(self._whole)
+            whole = joined([dataclasses.replace(p, shape=w.shape).spec for p, w in zip(params, shapes, strict=True)])
+            traced = finding.trace(self._fn, whole, *treedef.unflatten([each.spec for each in types]))
             self._evaluations[key] = Evaluation(traced.found, self._units_in(traced.found)), traced.results
         return self._evaluations[key]
 
@@ -221,7 +222,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class _Type:
-    """The shape and dtype of an argument."""
+    """The shape and dtype of a parameter or argument."""
 
     shape: tuple[int, ...]
     dtype: Any
