@@ -1,5 +1,8 @@
 """Compaction: the small function gives what the masked one gives, and what was pruned is gone."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -629,6 +632,18 @@ def test_parameters_of_other_dtypes(dtype, of_data):
     assert got.dtype == expected.dtype
     np.testing.assert_allclose(got, expected, atol=0.1)
     np.testing.assert_array_equal(before, small.fn(small.params, x))
+
+
+def test_the_whole_parameters_are_not_kept():
+    params, x = mlp_params(), normal(2, 5)
+    params = pruned_by_groups(jaxpruner.find_groups(mlp, params, x), params)
+    whole = [weakref.ref(leaf) for leaf in jax.tree.leaves(params)]
+    small = jaxpruner.compact(mlp, params, x)
+    before = str(small.report())
+    del params
+    gc.collect()
+    assert not any(leaf() is not None for leaf in whole)
+    assert str(small.report()) == before
 
 
 def test_the_state_of_groups_is_placed_on_a_mesh():

@@ -40,7 +40,6 @@ class Compact:
     constant_units: dict[str, int]
     _fn: Callable[..., Any] = dataclasses.field(repr=False)
     _whole: Any = dataclasses.field(repr=False)  # the shapes of the parameters
-    _dense: Any = dataclasses.field(repr=False)  # the parameters, or their shapes
     _example: tuple[Any, ...] = dataclasses.field(repr=False)
     _masks: dict[trees.KeyPath, tuple[np.ndarray | None, ...]] = dataclasses.field(repr=False)
     _groups: tuple[Group, ...] = dataclasses.field(repr=False)
@@ -142,7 +141,7 @@ class Compact:
         # As it was read, without equations that nothing needs, which the small function lacks too.
         nothing_cut: Any = {path: (None,) * len(masks) for path, masks in self._masks.items()}
         all_units = dataclasses.replace(self, _masks=nothing_cut)
-        whole = flops.summarize_flops(all_units._of_dense, self._dense, *self._example)
+        whole = flops.summarize_flops(all_units._of_dense, self._whole, *self._example)
         dense = jax.tree.map(
             lambda leaf: leaf.todense() if sparse_kernels.is_sparse(leaf) else leaf,
             self.params,
@@ -308,7 +307,6 @@ def compact(
         constant_units=liveness.constant_units(found, leaves, units) if keep is None else {},
         _fn=fn,
         _whole=finding.shapes_of(params),
-        _dense=params,
         _example=args,
         _masks=masks,
         _groups=found.groups.removable,
