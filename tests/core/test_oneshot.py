@@ -650,6 +650,61 @@ def test_masks_alone_go_on_too(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jaxpruner.prune_oneshot(dense, W16, [X16], **options), first)
 
 
+IN_ANY_PROCESS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+import jaxpruner
+from jax.sharding import PartitionSpec
+try:
+    from jax import shard_map
+except ImportError:
+    from jax.experimental.shard_map import shard_map
+
+def forward(p, x):
+    # A loop that stays one, with functions that someone wrote, and an operation on axes.
+    h, _ = jax.lax.scan(lambda h, _: (jax.nn.silu(jax.nn.relu(h) + 1), None), x @ p["kernel"], None, length=3)
+    h = jax.lax.associative_scan(jnp.add, h, axis=1)
+    mesh = jax.make_mesh((1, 1), ("first", "second"))
+    return shard_map(jnp.sin, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())(h) @ p["kernel"]
+
+x = np.linspace(-1, 1, 16 * 16, dtype=np.float32).reshape(16, 16)
+jaxpruner.prune_oneshot(forward, {"kernel": jnp.cos(9 * x)}, [x], sparsity=0.5, checkpoint=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_what_another_process_began_goes_on(tmp_path):
+    for seed in ("1", "2", "3"):
+        done = subprocess.run(
+            [sys.executable, "-c", IN_ANY_PROCESS, str(tmp_path)],
+            capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def other_calls(value: float) -> Any:
+    """Forward passes with calls, made anew, which differ in parameters of one equation."""
+    slope = jax.jit(lambda x: jax.nn.leaky_relu(x, value))
+    return lambda p, x: jax.lax.fori_loop(0, 2, lambda _, h: slope(h), x @ p["kernel"]) @ p["other"]
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        [lambda n: lambda p, x: (x @ p["kernel"]) ** n @ p["other"], 2, 3],
+        [lambda n: lambda p, x: jnp.cumsum(x @ p["kernel"], axis=n) @ p["other"], 0, 1],
+        [other_calls, 0.1, 0.2],
+    ],
+)
+def test_another_forward_pass_is_refused(tmp_path, variants):
+    make, first, second = variants
+    options = {"algorithm": "wanda", "sparsity": 0.5, "checkpoint": tmp_path}
+    for _ in range(2):  # the same, made anew
+        jaxpruner.prune_oneshot(make(first), W16_TWICE, [X16], **options)
+    with pytest.raises(ValueError, match="of another calibration: forward differ"):
+        jaxpruner.prune_oneshot(make(second), W16_TWICE, [X16], **options)
+
+
 def test_magnitudes_need_no_pass():
     _, masks = jaxpruner.prune_oneshot(nonfinite, W16_TWICE, [X16], algorithm="magnitude", sparsity=0.5)
     assert int(masks["other"].sum()) == 128
