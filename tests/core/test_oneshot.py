@@ -443,12 +443,52 @@ def test_stacks_are_followed_into_scan(way):
 
     def pruned(stack, *move):
         params = {"w": stack, "b": drawn(2, 16).astype(np.float32)}
-        with pytest.warns(UserWarning, match="1 parameters stay dense: 2 layers of b is used by add"):
-            return jaxpruner.prune_oneshot(
-                lambda p, x: forward(p, x, *move), params, [drawn(32, 16)], algorithm="wanda", sparsity=0.5
-            )[1]["w"]
+        _, masks = jaxpruner.prune_oneshot(
+            lambda p, x: forward(p, x, *move), params, [drawn(32, 16)], algorithm="wanda", sparsity=0.5
+        )
+        assert masks["b"] is None  # one axis, but for its layers
+        return masks["w"]
 
     np.testing.assert_array_equal(move(pruned(place(stack), move) * 1.0) > 0, pruned(stack))
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_layers_under_scan_have_the_shares_of_layers(loops):
+    """Of layers in one loop, or in loops in a loop; run through twice, with casts and calls on the way."""
+    stack = {"w": drawn(4, 32, 24), "v": drawn(4, 24, 32), "b": drawn(4, 32)}
+    shape = (4,) if loops == 1 else (2, 2)
+    params = jax.tree.map(np.float16, {"in": drawn(16, 32), "layers": stack, "head": drawn(32, 16)})
+    params["layers"] = jax.tree.map(lambda w: w.reshape(*shape, *w.shape[1:]), params["layers"])
+
+    def layer(h, p):
+        return jnp.tanh(jax.jit(jnp.matmul)(h, p["w"]) @ p["v"] + p["b"]), None
+
+    def through(h, p):
+        return jax.lax.scan(layer, h, p)
+
+    def forward(p, x):
+        run = through if loops == 1 else lambda h, p: jax.lax.scan(through, h, p)
+        p = jax.tree.map(jnp.float32, p)
+        h, _ = run(x @ p["in"], p["layers"])
+        return run(h, p["layers"])[0] @ p["head"]
+
+    def unrolled(p, x):
+        p = jax.tree.map(jnp.float32, p)
+        h = x @ p["in"]
+        for each in 2 * p["layers"]:
+            h, _ = layer(h, each)
+        return h @ p["head"]
+
+    options = {"algorithm": "magnitude", "sparsity": 0.8, "dist_type": "erk"}
+    x = [drawn(8, 16).astype(np.float32)]
+    each = [jax.tree.map(lambda w, at=at: w[at], params["layers"]) for at in np.ndindex(shape)]
+    _, masks = jaxpruner.prune_oneshot(forward, params, x, **options)
+    _, expected = jaxpruner.prune_oneshot(unrolled, {**params, "layers": each}, x, **options)
+    assert masks["layers"]["b"] is None
+    for name in ("w", "v"):
+        for at, layer_masks in zip(np.ndindex(shape), expected["layers"], strict=True):
+            np.testing.assert_array_equal(masks["layers"][name][at], layer_masks[name])
+    np.testing.assert_array_equal(masks["head"], expected["head"])
 
 
 def test_a_scan_without_turns():

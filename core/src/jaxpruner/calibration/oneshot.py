@@ -75,7 +75,8 @@ def prune_oneshot(
         products with them: what is looked up or added has no score.
       dist_type: how sparsities are spread: `uniform`, `erk`, `owl` (blocks with more outliers stay denser, Yin et al.,
         2024; neither for n:m nor for groups); with groups also `global`, where units of all groups compete.
-      filter_fn: `filter_fn(path, param)` selects the parameters to prune.
+      filter_fn: `filter_fn(path, param)` selects the parameters to prune. Of a stack of layers that `scan` runs
+        through, it and distributions see the shape of one layer.
       custom_sparsity_map: path or pattern -> sparsity of its own.
       damping: damping of SparseGPT's Hessian, as a share of its mean diagonal.
       block_size: the number of inputs for which SparseGPT chooses masks together.
@@ -209,7 +210,7 @@ def _updater(
 
 def _targets(task: Task, updater: BaseUpdater) -> dict[int, float]:
     """The sparsity of each parameter that is to be pruned, by number."""
-    asked = dict(trees.named_leaves(updater.chosen_sparsities(trees.numbers_only(task.params))))
+    asked = dict(trees.named_leaves(updater.chosen_sparsities(task.layers())))
     targets = {i: float(asked[path]) for i, path in enumerate(task.paths) if asked.get(path) and task.arrays[i].size}
     if not targets:
         names = ", ".join(map(trees.leaf_name, task.paths[:5]))

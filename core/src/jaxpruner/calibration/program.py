@@ -118,6 +118,34 @@ def program_of(closed: Any, parameters: int, prunable: set[int]) -> Program:
     return _Writer(prunable).write(closed, parameters)
 
 
+def stack_depths(closed: Any, parameters: int) -> list[int]:
+    """How many of the first axes of each parameter count layers: those that loops with products run through."""
+    depths = [0] * parameters
+
+    # A value is a parameter, or a layer of one: its number, and how deep in its stack. Others are None.
+    def rule(equation: Any, operands: list[Any]) -> Sequence[Any]:
+        name, params = equation.primitive.name, equation.params
+        if name in CASTS:
+            return operands
+        if name in _CALLS and (inner := jaxprs.called(equation)) is not None:
+            return follow(*inner, operands)
+        if name == "scan" and _has_product(params["jaxpr"].jaxpr):
+            constants, carried = jaxprs.scan_sizes(params)
+            layers = [stack and (stack[0], stack[1] + 1) for stack in operands[constants + carried :]]
+            for number, depth in filter(None, layers):
+                depths[number] = max(depths[number], depth)
+            body = params["jaxpr"]
+            follow(body.jaxpr, body.consts, [*operands[:constants], *[None] * carried, *layers])
+        return [None] * len(equation.outvars)
+
+    def follow(jaxpr: Any, constants: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+        return jaxprs.go_through(jaxpr, [*[None] * len(constants), *inputs], rule, lambda _: None)
+
+    others = len(closed.jaxpr.invars) - parameters
+    follow(closed.jaxpr, closed.consts, [*((number, 0) for number in range(parameters)), *[None] * others])
+    return depths
+
+
 class _Writer:
     def __init__(self, prunable: set[int]):
         self._prunable = prunable

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from jaxpruner import trees
-from jaxpruner.calibration.program import Leaf, program_of
+from jaxpruner import sparsity_distributions, trees
+from jaxpruner.calibration.program import Leaf, program_of, stack_depths
 from jaxpruner.calibration.running import Calibration, Leaves, known_values
 from jaxpruner.calibration.weights import Weights
 
@@ -26,6 +27,18 @@ class Task:
             self.arrays, batches[0]
         )
         self.batches = [jax.tree.leaves(batch) for batch in batches]
+
+    def layers(self) -> Any:
+        """The parameters as filters and distributions see them: a stack that loops run through as one layer."""
+        depths = dict(zip(self.paths, stack_depths(self._closed, len(self.arrays)), strict=True))
+
+        def layer(path: trees.KeyPath, leaf: Any) -> Any:
+            if not (depth := depths.get(path, 0)):
+                return leaf
+            number = math.prod(leaf.shape[:depth])
+            return sparsity_distributions.Layers(leaf.shape[depth:], leaf.dtype, number)
+
+        return trees.map_named(layer, trees.numbers_only(self.params))
 
     def calibration(self, prunable: set[int]) -> tuple[Weights, Calibration]:
         """What becomes of the parameters of these numbers, and the pass."""
