@@ -1,5 +1,6 @@
 """Compaction: the small function gives what the masked one gives, and what was pruned is gone."""
 
+import functools
 import gc
 import weakref
 
@@ -349,6 +350,38 @@ def test_a_budget_of_flops():
     few = groups.choose("0/kernel*", budget="flops")
     with pytest.raises(ValueError, match=r"0.9 of the FLOPs cannot go"):
         updater_of(few, "global_magnitude", sparsity=0.9).instant_sparsify(params)
+
+
+@functools.cache
+def pruned_to_budget(sparsity):
+    shapes = {"a": (4, 8), "b": (8, 5), "c": (5, 3)}
+    fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]  # noqa: E731
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    groups = jaxpruner.find_groups(fn, params, jnp.ones((1, 4))).choose(budget="flops")
+    return shapes, groups, jax.jit(updater_of(groups, "global_magnitude", sparsity=sparsity).instant_sparsify)
+
+
+@given(seed=st.integers(0, 999), highest=st.integers(0, 3), sparsity=st.sampled_from([0.25, 0.5]))
+@settings(max_examples=30, deadline=None)
+def test_a_budget_of_flops_is_met_where_scores_tie(seed, highest, sparsity):
+    """No unit more goes than has to, and of those that tie in a group the lower ones stay."""
+    shapes, groups, prune = pruned_to_budget(sparsity)
+    draw = np.random.default_rng(seed)
+    # Alike over the inputs of a unit, and over its outputs, so that units tie.
+    each = {name: draw.integers(0, highest, shape[1], endpoint=True) for name, shape in shapes.items()}
+    params = {name: np.broadcast_to(each[name], shape).astype(np.float32) for name, shape in shapes.items()}
+    _, masks = prune(params)
+    kept = {"a[1]": masks["a"].any(0), "b[1]": masks["c"].any(1)}
+    numbers = {name: int(mask.sum()) for name, mask in kept.items()}
+    budget = (1 - sparsity) * groups.flops({})
+    assert groups.flops(numbers) <= budget
+    back = [numbers | {name: numbers[name] + 1} for name, mask in kept.items() if not mask.all()]
+    assert max(map(groups.flops, back)) > budget
+    scores = {"a[1]": params["a"].sum(0) + params["b"].sum(1), "b[1]": params["b"].sum(0) + params["c"].sum(1)}
+    for name, mask in kept.items():
+        np.testing.assert_array_equal(
+            np.sort(np.argsort(-scores[name], kind="stable")[: mask.sum()]), mask.nonzero()[0]
+        )
 
 
 def test_only_what_is_chosen_is_pruned():

@@ -279,13 +279,15 @@ class Groups(coupled_structures.Coupled):
             each = jnp.nan_to_num(scores / norm, nan=-jnp.inf) / max(pruned[name].flops, 1)
             # The best unit of a group always stays.
             per_flop[name] = jnp.where(jnp.arange(each.size) == jnp.argmax(each), jnp.inf, each)
-        order = jnp.sort(jnp.concatenate([each.astype(jnp.float32) for each in per_flop.values()]))
+        together = jnp.concatenate(list(per_flop.values()))
+        # The best unit of all is at 0; of units that tie the lower one stays longer.
+        places = jnp.argsort(jnp.argsort(-together, stable=True))
+        ends = np.cumsum([each.size for each in per_flop.values()])
+        place = dict(zip(per_flop, jnp.split(places, ends[:-1]), strict=True))
         budget = (1 - jnp.asarray(sparsity, jnp.float32)) * self.flops({})
 
         def kept(gone):
-            bar = jnp.where(gone > 0, order[jnp.maximum(gone - 1, 0)], -jnp.inf)
-            # At least one of the infinite ones stays.
-            return {name: (each > bar) | (each == jnp.inf) for name, each in per_flop.items()}
+            return {name: (place[name] < together.size - gone) | (each == jnp.inf) for name, each in per_flop.items()}
 
         def halve(_, bounds):
             low, high = bounds
@@ -294,8 +296,8 @@ class Groups(coupled_structures.Coupled):
             is_enough = self.flops(counts) <= budget
             return jnp.where(is_enough, low, middle + 1), jnp.where(is_enough, middle, high)
 
-        bounds = jnp.int32(0), jnp.int32(order.size)
-        _, gone = jax.lax.fori_loop(0, order.size.bit_length() + 1, halve, bounds)
+        bounds = jnp.int32(0), jnp.int32(together.size)
+        _, gone = jax.lax.fori_loop(0, together.size.bit_length() + 1, halve, bounds)
         return kept(gone)
 
     def _pruned_in(self, axes_of: Mapping[trees.KeyPath, Any]) -> list[Group]:
