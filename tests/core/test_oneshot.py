@@ -875,6 +875,32 @@ def test_units_that_no_product_scores_are_told():
         jaxpruner.prune_oneshot(forward, params, [x], algorithm="wanda", sparsity=0.5, sparsity_type=groups)
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_units_of_layers_under_scan_leave_their_biases_a_mean(kind):
+    shapes = {"up": (3, 8, 16), "b1": (3, 16), "down": (3, 16, 8), "b2": (3, 8)}
+    params = {name: kind(drawn(*shape), np.float32) for name, shape in shapes.items()}
+    x = drawn(64, 8).astype(np.float32)
+
+    def forward(p, x):
+        return jax.lax.scan(lambda h, p: (mlp(p, h) / 4, None), x, p)[0]
+
+    groups = jaxpruner.find_groups(forward, params, x)
+    pruned, masks = jaxpruner.prune_oneshot(forward, params, [x], algorithm="flap", sparsity=0.5, sparsity_type=groups)
+    assert {name: type(leaf) for name, leaf in pruned.items()} == {name: type(leaf) for name, leaf in params.items()}
+    gone = ~np.asarray(masks["b1"])
+    for i, h in enumerate(hidden_of(params, x)):
+        lost = h.mean(0)[gone[i]] @ params["down"][i][gone[i]]
+        np.testing.assert_allclose(pruned["b2"][i], params["b2"][i] + lost, rtol=1e-3, atol=1e-4)
+
+
+def hidden_of(params, x):
+    """The hidden units of each layer, of the dense pass."""
+    for up, b1, down, b2 in zip(*(np.asarray(params[name]) for name in ("up", "b1", "down", "b2")), strict=True):
+        h = np.maximum(x @ up + b1, 0)
+        yield h
+        x = (h @ down + b2) / 4
+
+
 @pytest.mark.parametrize("mlp", [mlp, residual])
 def test_units_that_are_always_the_same_leave_without_a_trace(mlp):
     """Their mean is all that they add, and the bias takes it up."""
@@ -917,6 +943,7 @@ ERRORS = {
     "kernel is not used": (lambda p, x: x @ W16["kernel"], W16, [X16], {"sparsity": 0.5}),
     "batches: there are none": (dense, W16, [], {"sparsity": 0.5}),
     r"batches: params of number 1 is float32\[8, 16\]": (dense, W16, [X16, X16[:8]], {"sparsity": 0.5}),
+    "kernel: its inputs are empty in batch 0": (dense, W16, [X16[:0]] * 2, {"sparsity": 0.5}),
     "batches: number 1 is": (dense, W16, [X16, {"x": X16}], {"sparsity": 0.5}),
     "other: its inputs are not finite in batch 0": (nonfinite, W16_TWICE, [X16], {"sparsity": 0.5}),
     "algorithm: 'obc' is not known": (dense, W16, [X16], {"sparsity": 0.5, "algorithm": "obc"}),
@@ -942,6 +969,23 @@ def test_errors_say_what_and_where(message):
     forward, params, batches, options = ERRORS[message]
     with pytest.raises(ValueError, match=message):
         jaxpruner.prune_oneshot(forward, params, batches, **options)
+
+
+@pytest.mark.parametrize("algorithm", ["wanda", "sparsegpt"])
+def test_inputs_that_say_nothing_are_told(algorithm):
+    """Those of `other` are zero; two uses of `kernel` see something, if only one of them."""
+
+    def forward(p, x):
+        return x @ p["kernel"] + (0 * (x @ p["kernel"])) @ p["other"] + (0 * x) @ p["kernel"]
+
+    with pytest.warns(UserWarning, match="other: its inputs are 0 in all batches") as told:
+        jaxpruner.prune_oneshot(forward, W16_TWICE, [X16, X16], algorithm=algorithm, sparsity=0.5)
+    assert len(told) == 1
+
+
+def test_batches_without_examples_suffice_for_magnitudes():
+    _, masks = jaxpruner.prune_oneshot(dense, W16, [X16[:0]], algorithm="magnitude", sparsity=0.5)
+    assert int(masks["kernel"].sum()) == 128
 
 
 def test_a_hessian_that_is_hardly_positive_definite_is_damped_and_told():

@@ -88,8 +88,8 @@ def prune_oneshot(
         not pruned.
 
     Raises:
-      ValueError: if `forward` multiplies with none of the parameters, batches differ in structure or shape, the inputs
-        of a layer are not finite, or a parameter cannot be pruned as asked.
+      ValueError: if `forward` multiplies with none of the parameters, batches are empty or differ in structure or
+        shape, the inputs of a layer are not finite, or a parameter cannot be pruned as asked.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jaxpruner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -82,7 +83,7 @@ class Calibration:
           skips: the uses whose statistics are not needed.
 
         Raises:
-          ValueError: if the inputs of a layer are not finite.
+          ValueError: if the inputs of a layer are not finite, or there are none.
         """
         values: dict[Any, list[Any]] = {
             argument: [batch[i] for batch in self._batches] for i, argument in enumerate(self._program.arguments)
@@ -97,10 +98,12 @@ class Calibration:
                 seen = {key: found for key, found in seen.items() if key[0] in values}
                 for use in uses:
                     if not skips(use):
-                        found = self._statistics(use, values, with_gram, seen, name_of(use.leaf))
-                        sums[use.part] = statistics.added(sums.get(use.part), found)
+                        more = self._statistics(use, values, with_gram, seen, name_of(use.leaf))
+                        sums[use.part] = statistics.added(sums.get(use.part), more)
                     if use.is_last:
-                        yield Layer(use, self._matrices(use), sums.pop(use.part, None))
+                        found = sums.pop(use.part, None)
+                        _check_seen(found, name_of(use.leaf))
+                        yield Layer(use, self._matrices(use), found)
             pending.append(operation)
 
     def _needed(self) -> list[Operation]:
@@ -213,6 +216,20 @@ class Calibration:
 
 def _is_finite(found: Statistics) -> bool:
     return bool(np.isfinite(np.asarray(found.squares)).all())
+
+
+def _check_seen(found: Statistics | None, name: str) -> None:
+    """Tells if nothing that was seen says which weights of a layer matter."""
+    if found is None:
+        return
+    if not float(found.tokens):
+        raise ValueError(f"{name}: its inputs are empty in batch 0, as in all others; give batches with examples.")
+    if not np.any(np.asarray(found.squares)):
+        warnings.warn(
+            f"prune_oneshot: {name}: its inputs are 0 in all batches, which tells nothing of its weights; look at the "
+            "batches, give more of them, or leave it out by filter_fn.",
+            stacklevel=2,
+        )
 
 
 def _is_literal(operand: Any) -> TypeGuard[Constant]:

@@ -111,7 +111,7 @@ def _compensate(
         if bias is None:
             without.append(trees.leaf_name(paths[leaf.number]))
             continue
-        whole = pruned[bias.number]
+        whole = jnp.asarray(pruned[bias.number])
         shifted = whole[bias.index] + lost.reshape(whole[bias.index].shape).astype(whole.dtype)
         if masks[bias.number] is not None:  # outputs that left have no bias
             shifted = jnp.where(masks[bias.number][bias.index], shifted, 0)
