@@ -129,6 +129,18 @@ def test_resuming_within_a_run_is_bit_exact(method, tmp_path):
         (["run", "digits_vit", "--sparsities", "0.8,nan"], "'nan' is not a number between 0 and 1"),
         (["run", "digits_vit", "--seeds", "0"], "'0' is neither a count (3) nor a list (0,4,7)"),
         (["run", "digits_vit", "--seeds", "1,x"], "'1,x' is neither a count"),
+        (
+            ["run", "oneshot", "--preset", "smollm", "--methods", "wanda", "--sparsities", "0.8"],
+            "oneshot: nothing to run of wanda, 0.8 in preset smollm. Valid: dense; magnitude 0.5, 0.6; wanda 0.5, 0.6;",
+        ),
+        (
+            ["run", "oneshot", "--preset", "smollm_short", "--methods", "dense,wanda,flap+heads"],
+            "nothing to run of flap+heads in preset smollm_short. Valid: dense; magnitude 0.5; wanda 0.5; ",
+        ),
+        (
+            ["run", "oneshot", "--preset", "smollm_short", "--sparsities", "0.5,0.7"],
+            "nothing to run of 0.7 in preset smollm_short. Valid: dense; ",
+        ),
         (["table", "digits_vit"], "has no results of preset quick. First: jaxpruner-baselines run digits_vit"),
         (["plot", "digits_vit", "--preset", "big"], "Unknown preset"),
         (["bench", "--rows", "speed"], "Unknown row 'speed'. Valid: mask_update, "),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +12,10 @@ from rich.table import Table
 
 from jaxpruner_baselines import registry, report, runner
 from jaxpruner_baselines import suite as suites
-from jaxpruner_baselines.baseline import Baseline, NotReady
+from jaxpruner_baselines.baseline import Baseline, NotReady, Run
 from jaxpruner_baselines.benchmarks.command import bench
 from jaxpruner_baselines.breadth.command import breadth
-from jaxpruner_baselines.methods import all_methods
+from jaxpruner_baselines.methods import all_methods, is_dense
 from jaxpruner_baselines.results import ResultsError
 
 app = typer.Typer(
@@ -88,7 +88,9 @@ def run(
     if strange := [name for name, value in given.items() if value is not None]:
         _fail(f"{strange[0]}: goes with --dry-run alone; leave it out, or add --dry-run.")
     methods = methods or "all"
-    plan = baseline.plan(preset, _methods(baseline, methods), _sparsities(baseline, sparsities), _seeds(seeds))
+    asked = _methods(baseline, methods)
+    plan = baseline.plan(preset, asked, _sparsities(baseline, sparsities), _seeds(seeds))
+    _check_pairs(baseline, preset, plan, [] if methods == "all" else asked, sparsities)
     try:
         done, failed = runner.carry_out(baseline, plan, results, console)
     except KeyboardInterrupt:
@@ -381,6 +383,22 @@ def _sparsities(baseline: Baseline, text: str | None) -> list[float]:
             _fail(f"--sparsities: {part!r} is not a number between 0 and 1. Example: --sparsities 0.8,0.95")
         values.append(value)
     return list(dict.fromkeys(values))
+
+
+def _check_pairs(
+    baseline: Baseline, preset: str, plan: Sequence[Run], methods: Sequence[str], sparsities: str | None
+) -> None:
+    """Fails if a method or sparsity that was asked for has no run: some presets have only some pairs of them."""
+    left_out = [method for method in methods if method not in {run.method for run in plan}]
+    if sparsities is not None and not (methods and all(map(is_dense, methods))):
+        chosen = {run.sparsity for run in plan}
+        left_out += [f"{each:g}" for each in _sparsities(baseline, sparsities) if each not in chosen]
+    if left_out:
+        pairs: dict[str, list[str]] = {}
+        for run in baseline.plan(preset, baseline.methods, baseline.sparsities, [0]):
+            pairs.setdefault(run.method, []).extend([] if is_dense(run.method) else [f"{run.sparsity:g}"])
+        valid = "; ".join(f"{method} {', '.join(each)}".strip() for method, each in pairs.items())
+        _fail(f"{baseline.name}: nothing to run of {', '.join(left_out)} in preset {preset}. Valid: {valid}.")
 
 
 def _tasks(text: str, scale: str) -> list[str]:
