@@ -45,6 +45,15 @@ def test_arithmetic_equals_that_of_integers(a, b):
     assert counts.to_float(x) == pytest.approx(a, rel=1e-6)
 
 
+@given(data=st.data(), most=st.integers(1, 2**29 - 1), times=st.integers(1, 2**29 - 1))
+@settings(deadline=None)
+def test_numbers_are_shared_exactly(data, most, times):
+    number = data.draw(st.integers(0, most))
+    among = data.draw(st.one_of(st.integers(1, times), st.integers(max(1, times - 9), times)))
+    got = counts.shared(jnp.int32(number), times, jnp.int32(among), most)
+    assert (int(got), got.dtype) == (min(most, number * times // among), jnp.int32)
+
+
 @pytest.mark.parametrize("value", [-1, 2**64])
 def test_a_count_out_of_range_is_told(value):
     with pytest.raises(ValueError, match="must lie in"):

@@ -85,7 +85,7 @@ def _evened(
     found = jnp.where(was, found, -1)
     stays = was & ((found >= min_share * active.sum(0, dtype=jnp.int32).max()) | (found == found.max()))
     at_start = counts.keep_count(inputs, target).lo.astype(jnp.int32)
-    number = jnp.minimum(inputs, at_start * active.shape[1] // jnp.maximum(stays.sum(dtype=jnp.int32), 1))
+    number = counts.shared(at_start, active.shape[1], jnp.maximum(stays.sum(dtype=jnp.int32), 1), most=inputs)
     ranked = jnp.where(active & chosen, jnp.inf, rows(grow))
     new = selection.highest_of_each(ranked, number) & stays
     return jnp.moveaxis(new.reshape(first), front, axes)

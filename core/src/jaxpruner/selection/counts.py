@@ -82,6 +82,26 @@ def subtract(a: Count, b: Count) -> Count:
     return Count(None if a.hi is None else a.hi - b.hi - (a.lo < b.lo).astype(jnp.uint32), a.lo - b.lo)
 
 
+def shared(number: Any, times: int, among: Any, most: int) -> Any:
+    """``min(most, number * times // among)`` of int32 below ``2**29``, exact even if the product has more bits.
+
+    Args:
+      number: at most `most`.
+      times: a static Python integer.
+      among: 1 or more.
+      most: a static Python integer.
+    """
+    if most * times < 2**31:
+        return jnp.minimum(most, number * times // among)
+    # Multiplied bit by bit, and divided on the way.
+    quotient = rest = jnp.zeros_like(number)
+    for bit in f"{times:b}":
+        rest = 2 * rest + (number if bit == "1" else 0)
+        quotient = jnp.minimum(most, 2 * quotient + rest // among)
+        rest = rest % among
+    return quotient
+
+
 def equal(a: Count, b: Count) -> Bool[Array, "*shape"]:
     """``a == b``."""
     return a.lo == b.lo if a.hi is None else (a.hi == b.hi) & (a.lo == b.lo)
