@@ -225,6 +225,17 @@ def test_a_distribution_of_ones_own_stands_for_the_sparsity():
     assert updater.get_target_sparsities(PARAMS) == {"a": {"kernel": 0.25, "bias": None}, "b": {"kernel": 0.25}}
 
 
+def test_a_field_beside_a_key_that_says_something_else():
+    scheduler = jaxpruner.PeriodicSchedule(10)
+    masks = jax.tree.map(lambda p: jnp.ones_like(p, bool), PARAMS)
+    updater = create("rigl", scheduler=scheduler, update_end_step=100, initial_sparsity="from_params")
+    assert (updater.scheduler, updater.drop_fraction_fn.end_step, updater.masks) == (scheduler, 100, "from_params")
+    jaxpruner.sparsify(optax.sgd(0.1), algorithm="rigl", sparsity=0.8, scheduler=scheduler, update_end_step=100)
+    updater = create(masks=masks, update_start_step=0, update_end_step=9, initial_sparsity=0.3)
+    assert updater.masks is masks
+    assert updater.scheduler.initial_sparsity == 0.3
+
+
 def test_a_tuple_keyed_map_inside_a_config_dict():
     config = ml_collections.ConfigDict({"algorithm": "magnitude", "sparsity": 0.8})
     config.custom_sparsity_map = {("a", "kernel"): 0.5}

@@ -506,7 +506,6 @@ def test_functions_and_arguments_that_cannot_be_compacted_are_told():
         ({"algorithm": "rigl", "update_freq": 2, "update_end_step": 10}, "would never learn"),
         ({"algorithm": "set", "update_freq": 2, "update_end_step": 10}, "would never learn"),
         ({"stack_axes": {"*": 0}}, "stack_axes: has no effect on groups"),
-        ({"topk_fn": lambda scores, sparsity: scores > sparsity}, "topk_fn: has no effect on groups"),
         ({"initial_sparsity": "from_params"}, "masks of single weights are no masks of units"),
         ({"filter_fn": lambda path, p: path == ("down", "kernel")}, "filter_fn selects none of the 1 parameters"),
     ],
@@ -516,6 +515,9 @@ def test_what_does_not_go_with_groups_is_told(config, told):
     groups = jaxpruner.find_groups(mlp, params, normal(2, 5))
     with pytest.raises(ValueError, match=told):
         updater_of(groups, config.pop("algorithm", "magnitude"), **config).init_state(params)
+    algorithm = jaxpruner.MagnitudePruning(sparsity_type=groups, topk_fn=lambda scores, sparsity: scores > sparsity)
+    with pytest.raises(ValueError, match="topk_fn: has no effect on groups"):
+        algorithm.init_state(params)
 
 
 def test_very_sparse_kernels_become_sparse_matrices():

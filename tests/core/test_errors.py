@@ -352,11 +352,50 @@ def test_valid_input_raises_nothing():
         ({"algorithm": "magnitude", "sparsity": 0.5, "custom_sparsity_map": ["a"]}, "custom_sparsity_map: "),
         ({"algorithm": "preserve", "dist_type": "nope"}, "dist_type: 'nope'"),
         ({"algorithm": "global_magnitude", "sparsity_distribution_fn": len}, "sparsity_distribution_fn: "),
+        *(
+            (schedule | {"algorithm": algorithm, "sparsity": 0.5} | wrong, f"{key}: {value!r} is ")
+            for wrong in ({"initial_sparsity": "from_param"}, {"initial_sparsity": 1.7}, {"update_freq": 0})
+            for key, value in wrong.items()
+            for algorithm in ("magnitude", "static_sparse", "preserve")
+            for schedule in ({}, {"update_start_step": 4, "update_end_step": 4})
+        ),
     ],
 )
 def test_values_of_a_wrong_type_are_named(config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         jaxpruner.create_updater_from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "value"),
+    [
+        ("sparsity_distribution_fn", "sparsity", 0.9),
+        ("sparsity_distribution_fn", "dist_type", "erk"),
+        ("sparsity_distribution_fn", "filter_fn", lambda path, _: True),
+        ("sparsity_distribution_fn", "custom_sparsity_map", {"a/*": 0.0}),
+        ("scheduler", "update_start_step", 0),
+        ("scheduler", "update_end_step", 5),
+        ("scheduler", "update_freq", 5),
+        ("scheduler", "initial_sparsity", 0.3),
+        ("topk_fn", "sparsity_type", "nm_2,4"),
+        ("drop_fraction_fn", "drop_fraction", 0.3),
+        ("masks", "initial_sparsity", "from_params"),
+    ],
+)
+def test_two_keys_that_say_the_same(field, key, value):
+    full = {
+        "sparsity_distribution_fn": lambda params: jax.tree.map(lambda p: 0.5, params),
+        "scheduler": jaxpruner.OneShotSchedule(3),
+        "topk_fn": lambda scores, sparsity: scores > 0,
+        "drop_fraction_fn": lambda step: 0.5,
+        "masks": {"a": {"kernel": jnp.ones((4, 4), bool)}},
+    }
+    config = {"algorithm": "rigl" if key == "drop_fraction" else "magnitude", field: full[field]}
+    config |= {} if field == "sparsity_distribution_fn" else {"sparsity": 0.5}
+    jaxpruner.create_updater_from_config(config | {key: None})
+    for make in (jaxpruner.create_updater_from_config, lambda config: jaxpruner.sparsify(optax.sgd(0.1), config)):
+        with pytest.raises(ValueError, match=f"{field}: stands in place of {key}, .* give one of the two"):
+            make(config | {key: value})
 
 
 def test_a_structure_class_that_needs_sizes_is_told():

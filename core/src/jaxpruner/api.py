@@ -64,6 +64,14 @@ _COMMON_KEYS = (
     "custom_sparsity_map",
 )
 
+# Fields that take the place of common keys, which would have no effect beside them.
+_IN_PLACE_OF = {
+    "sparsity_distribution_fn": ("sparsity", "dist_type", "filter_fn", "custom_sparsity_map"),
+    "scheduler": ("update_start_step", "update_end_step", "update_freq"),
+    "topk_fn": ("sparsity_type",),
+    "drop_fraction_fn": ("drop_fraction",),
+}
+
 # Algorithms that take their sparsity from the parameters, or have none.
 _WITHOUT_SPARSITY = ("no_prune", "preserve")
 
@@ -121,7 +129,8 @@ def sparsify(
 
 def _check_start(updater: BaseUpdater, config: Mapping[str, Any]) -> None:
     ignored = [key for key in ("update_end_step", "update_freq") if config.get(key) is not None]
-    if updater.follows_schedule and ignored and config.get("update_start_step") is None:
+    has_start = config.get("update_start_step") is not None or config.get("scheduler") is not None
+    if updater.follows_schedule and ignored and not has_start:
         raise ValueError(
             f"update_start_step: missing, so {ignored[0]}={config[ignored[0]]} would have no effect; give the step of "
             f"the first masks, or leave {' and '.join(ignored)} out."
@@ -179,10 +188,12 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
         `update_end_step` (default 0.1).
       filter_fn: `filter_fn(path, param)` selects the parameters to prune (default: two or more axes).
       custom_sparsity_map: path or pattern -> sparsity; the most specific pattern wins.
-      Anything else is passed to the algorithm, such as `use_packed_masks`, `stack_axes` and `rng_seed`.
+      Anything else is passed to the algorithm, such as `use_packed_masks`, `stack_axes` and `rng_seed`. Fields of
+      `BaseUpdater` that say the same as keys above stand in place of them: `sparsity_distribution_fn`, `scheduler`,
+      `topk_fn`, `drop_fraction_fn`, `masks`.
 
     Raises:
-      ValueError: for unknown keys and values, with the list of valid ones.
+      ValueError: for unknown keys and values, with the list of valid ones, and for two keys that say the same.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpruner
@@ -210,6 +221,7 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
         raise ValueError(
             f"sparsity_distribution_fn: algorithm {name!r} distributes by its own threshold; give sparsity= instead."
         )
+    _check_once(config, accepted)
     _parse_distribution(config.get("dist_type", "uniform"))
     if name not in _WITHOUT_SPARSITY and not {"sparsity", "sparsity_distribution_fn"} & set(config):
         raise ValueError("sparsity: missing; give the final fraction of zeros, such as sparsity=0.8.")
@@ -255,6 +267,20 @@ def all_algorithm_names() -> tuple[str, ...]:
     return tuple(ALGORITHM_REGISTRY)
 
 
+def _check_once(config: Mapping[str, Any], accepted: set[str]) -> None:
+    """Raises a ValueError if a common key and a field say the same thing, of which the field alone would count."""
+    pairs = [(field, key) for field, keys in _IN_PLACE_OF.items() for key in keys]
+    if "drop_fraction_fn" in accepted - set(config):
+        pairs.remove(("scheduler", "update_end_step"))  # the drop fraction ends there, too
+    # A number is for the schedule, the word for the masks.
+    is_number = not isinstance(config.get("initial_sparsity"), str)
+    if is_number or not isinstance(config.get("masks"), str):
+        pairs.append(("scheduler" if is_number else "masks", "initial_sparsity"))
+    for field, key in pairs:
+        if field in config and key in config:
+            raise ValueError(f"{field}: stands in place of {key}, which would have no effect; give one of the two.")
+
+
 def _common_fields(config: Mapping[str, Any], gradual: type[sparsity_schedules.Schedule]) -> dict[str, Any]:
     """Constructor arguments from the common keys; an algorithm takes those that it has."""
     if not callable(config.get("filter_fn", callable)):
@@ -270,9 +296,10 @@ def _common_fields(config: Mapping[str, Any], gradual: type[sparsity_schedules.S
         sparsity_distributions.check_sparsity("Default sparsity", config["sparsity"])
         offered["sparsity"] = config["sparsity"]
         offered["sparsity_distribution_fn"] = functools.partial(distribution, sparsity=config["sparsity"], **placement)
-    initial = config.get("initial_sparsity", 0.0)
+    initial = _parse_initial_sparsity(config)
     if initial == FROM_PARAMS:
         offered["masks"] = FROM_PARAMS
+    sparsity_schedules.check_period(config.get("update_freq", 1))
     # Without a start the algorithm's own schedule stands, which makes no updates.
     if "update_start_step" in config:
         offered["scheduler"] = _parse_schedule(config, gradual, 0.0 if initial == FROM_PARAMS else initial)
@@ -286,6 +313,16 @@ def _parse_distribution(dist_type: Any) -> Callable[..., Any]:
     if not isinstance(dist_type, str) or dist_type not in _DISTRIBUTIONS:
         raise ValueError(f"dist_type: {dist_type!r} is not known; use one of {', '.join(_DISTRIBUTIONS)}.")
     return _DISTRIBUTIONS[dist_type]
+
+
+def _parse_initial_sparsity(config: Mapping[str, Any]) -> Any:
+    initial = config.get("initial_sparsity", 0.0)
+    if initial != FROM_PARAMS and not (isinstance(initial, numbers.Real) and 0 <= initial < 1):
+        raise ValueError(
+            f"initial_sparsity: {initial!r} is outside [0, 1); give the share of zeros that the schedule starts from, "
+            f"or {FROM_PARAMS!r}, which keeps the zeros of the parameters."
+        )
+    return initial
 
 
 def _parse_schedule(

@@ -121,8 +121,7 @@ class PeriodicSchedule(Schedule):
     update_end_step: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.update_freq, numbers.Integral) or self.update_freq < 1:
-            raise ValueError(f"update_freq: {self.update_freq!r} is not a number of steps; give 1 or more.")
+        check_period(self.update_freq)
         for name in ("update_start_step", "update_end_step"):
             if getattr(self, name) is not None:
                 _check_step(name, getattr(self, name))
@@ -249,6 +248,12 @@ class CosineDecay:
             return jnp.asarray(self.drop_fraction, jnp.float32)
         progress = jnp.minimum(step, self.end_step) / self.end_step
         return self.drop_fraction * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+
+def check_period(update_freq: int) -> None:
+    """Raises a ValueError for what is not a number of steps."""
+    if not isinstance(update_freq, numbers.Integral) or update_freq < 1:
+        raise ValueError(f"update_freq: {update_freq!r} is not a number of steps; give 1 or more.")
 
 
 def _check_step(name: str, step: int) -> None:

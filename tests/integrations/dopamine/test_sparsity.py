@@ -156,6 +156,13 @@ def test_keys_of_the_core_go_to_the_core():
     assert float(updater.drop_fraction_fn(0)) == pytest.approx(0.3)
 
 
+def test_a_distribution_of_ones_own_stands_in_place_of_the_default():
+    own = {"algorithm": "static_sparse", "sparsity_distribution_fn": lambda params: {"kernel": 0.25}}
+    assert sparsify(**own)(CLOCK, 0).get_target_sparsities({"kernel": jnp.ones((4, 4))}) == {"kernel": 0.25}
+    with pytest.raises(ValueError, match="sparsity_distribution_fn: stands in place of dist_type"):
+        sparsify(**own, dist_type="erk")(CLOCK, 0)
+
+
 def test_random_masks_differ_between_agents_of_other_seeds():
     params = {"kernel": jnp.ones((16, 16))}
     masks = [sparsify("random", 0.5, "uniform", 0, 0)(CLOCK, seed).instant_sparsify(params)[1] for seed in (0, 0, 1)]

@@ -304,6 +304,14 @@ def test_macros_for_keys_that_are_bound_otherwise(name):
         plan.refuse_misspelled(f"{name} = 1\n")
 
 
+def test_a_distribution_of_ones_own_stands_in_place_of_the_defaults():
+    own = {"sparsity_distribution_fn": lambda params: {"kernel": 0.25}}
+    chosen = jaxpruner_t5x.create_updater("static_sparse", **own)
+    assert chosen.get_target_sparsities({"kernel": jnp.ones((4, 4))}) == {"kernel": 0.25}
+    with pytest.raises(ValueError, match="sparsity_distribution_fn: stands in place of dist_type"):
+        jaxpruner_t5x.create_updater("static_sparse", dist_type="erk", **own)
+
+
 def test_a_bad_algorithm():
     with pytest.raises(ValueError, match="'magnitud' is not known"):
         updater("magnitud")

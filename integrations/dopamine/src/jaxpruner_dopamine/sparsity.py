@@ -155,7 +155,7 @@ def in_gin(error: ValueError) -> str:
 def sparsify(
     algorithm: str | None = None,
     sparsity: float | None = None,
-    dist_type: str = "erk",
+    dist_type: str | None = None,
     update_start_agent_step: int | None = None,
     update_end_agent_step: int | None = None,
     update_freq_agent_steps: int | None = None,
@@ -172,7 +172,7 @@ def sparsify(
     Args:
       algorithm: a name of `jaxpruner.all_algorithm_names()`; `no_prune` leaves the agent dense.
       sparsity: final fraction of zeros over the pruned weights.
-      dist_type: `erk` as in the paper's experiments, or `uniform`.
+      dist_type: `erk` as in the paper's experiments (the default), or `uniform`.
       update_start_agent_step: when the first masks are made. Pruners, RigL and SET need it.
       update_end_agent_step: when the last masks are made; if it equals the start, pruning happens at once.
       update_freq_agent_steps: agent steps from one mask to the next; by default masks are made in every gradient step.
@@ -203,6 +203,8 @@ def sparsify(
     for name, ours in _IN_AGENT_STEPS.items():
         if name in more:
             raise ValueError(f"sparsify.{name}: Dopamine counts agent steps; bind sparsify.{ours}.")
+    if dist_type is None and more.get("sparsity_distribution_fn") is None:
+        dist_type = "erk"
     config = {"algorithm": algorithm, "sparsity": sparsity, "dist_type": dist_type, **more}
     return Sparsity(config, update_start_agent_step, update_end_agent_step, update_freq_agent_steps)
 

@@ -27,8 +27,8 @@ from jaxpruner_t5x.plan import Plan
 def create_updater(
     algorithm: str,
     sparsity: float | None = None,
-    dist_type: str = "erk",
-    filter_fn: Callable[[tuple[str, ...], Any], bool] = sparsity_distributions.KERNEL_FILTER_FN,
+    dist_type: str | None = None,
+    filter_fn: Callable[[tuple[str, ...], Any], bool] | None = None,
     **more: Any,
 ) -> jaxpruner.BaseUpdater:
     """The algorithm that gin asks for.
@@ -36,11 +36,12 @@ def create_updater(
     Args:
       algorithm: a name of `jaxpruner.all_algorithm_names()`; `no_prune` trains densely.
       sparsity: final fraction of zeros over the pruned weights.
-      dist_type: `erk` as in the paper's experiments, or `uniform`.
+      dist_type: `erk` as in the paper's experiments (the default), or `uniform`.
       filter_fn: selects the parameters to prune, `filter_fn(path, param)`; by default kernels, so no token or position
         embeddings and no scales.
       **more: other keys of `jaxpruner.create_updater_from_config`: `update_start_step`, `update_end_step`,
         `update_freq`, `sparsity_type`, `drop_fraction`, `custom_sparsity_map`, `use_packed_masks`, `rng_seed`, ...
+        A `sparsity_distribution_fn` stands in place of the three above.
         Steps are counted from where sparse training begins, so they do not include those of a dense checkpoint.
 
     Raises:
@@ -52,6 +53,9 @@ def create_updater(
       >>> create_updater("static_sparse", sparsity=0.8, dist_type="uniform").get_target_sparsities(params)
       {'mlp': {'kernel': 0.8}, 'token_embedder': {'embedding': None}}
     """
+    if more.get("sparsity_distribution_fn") is None:
+        dist_type = "erk" if dist_type is None else dist_type
+        filter_fn = sparsity_distributions.KERNEL_FILTER_FN if filter_fn is None else filter_fn
     given = {"sparsity": sparsity, "dist_type": dist_type, "filter_fn": filter_fn, **more}
     return jaxpruner.create_updater_from_config({"algorithm": algorithm} | given)
 
