@@ -105,6 +105,18 @@ class BeforeStatistics(NamedTuple):
     count: Any = None
 
 
+def test_a_state_is_donated_whose_statistics_began_as_the_same_array():
+    class Twice(LongAndShort):
+        def init_statistics(self, params):
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return {"sum": zeros, "last": zeros}
+
+    tx = jaxpruner.sparsify(optax.sgd(0.1), updater(Twice))
+    update = jax.jit(tx.update, donate_argnums=1)
+    _, state = update(gradients(0), tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(state.statistics["last"]["a"], -state.statistics["sum"]["a"])
+
+
 def test_checkpoints_of_before_restore(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     tx = jaxpruner.sparsify(optax.adam(0.1), updater(jaxpruner.MagnitudePruning))

@@ -33,11 +33,6 @@ from jaxpruner.training.projection import SparseState, apply_mask
 __all__ = ["BaseUpdater", "NoPruning", "SparseState", "apply_mask"]
 
 
-def as_state(targets: Any) -> Any:
-    """Target sparsities as a state keeps them: an array for each leaf, since no buffer may be donated twice."""
-    return trees.to_state(jax.tree.map(lambda target: jnp.asarray(target, jnp.float32), targets))
-
-
 class _TopK:
     """The field `topk_fn`: what was given, or else the function of the structure as it is now."""
 
@@ -208,10 +203,11 @@ class BaseUpdater:
             masks = fit.given_masks(self.masks, params, targets)
         state = SparseState(
             masks=mask_storage.encode_tree(self.storage, masks),
-            target_sparsities=as_state(self._as_float32(params, targets)),
+            target_sparsities=projection.as_state(self._as_float32(params, targets)),
             count=jnp.zeros((), jnp.int32),
         )
-        return projection.with_statistics(state, self.init_statistics(projection.pruned_only(params, state.masks)))
+        statistics = self.init_statistics(projection.pruned_only(params, state.masks))
+        return projection.with_statistics(state, projection.own_buffers(statistics))
 
     def get_target_sparsities(self, params: Any) -> Any:
         """The checked final sparsity of each leaf, None where it is not pruned."""
@@ -245,7 +241,7 @@ class BaseUpdater:
         else:
             masks = self.create_masks(scores, sparsities)
         return sparse_state._replace(
-            masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=as_state(targets)
+            masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=projection.as_state(targets)
         )
 
     def _sparsities_at(self, targets: Any, count: Any) -> Any:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from jaxpruner import layouts, mask_storage, scores, selection, sparsity_types, trees
 from jaxpruner.algorithms.pruners import random_scores
-from jaxpruner.base_updater import BaseUpdater, as_state
+from jaxpruner.base_updater import BaseUpdater
 from jaxpruner.choosing import map_choosing
 from jaxpruner.elementwise import elementwise_scores, require_grads, usable
 from jaxpruner.selection.score_reading import Scores
 from jaxpruner.sparsity_schedules import CosineDecay
+from jaxpruner.training import projection
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,7 +110,7 @@ class _DropAndGrow(StaticRandomSparse, abc.ABC):
 
         masks = map_choosing(regrow, masks, drop_scores, grow_scores, targets)
         return sparse_state._replace(
-            masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=as_state(targets)
+            masks=mask_storage.encode_tree(self.storage, masks), target_sparsities=projection.as_state(targets)
         )
 
 

@@ -440,11 +440,20 @@ def with_statistics(state: SparseState, statistics: Any) -> SparseState:
     return SparseState(*state[:4]) if statistics is None else RememberingState(*state[:4], statistics)
 
 
+def as_state(targets: Any) -> Any:
+    """Target sparsities as a state keeps them: an array for each leaf, since no buffer may be donated twice."""
+    return trees.to_state(jax.tree.map(lambda target: jnp.asarray(target, jnp.float32), targets))
+
+
 def with_weights(state: SparseState, params: Any) -> SparseState:
     """The state at count 0 of a straight-through method that shows sparse parameters."""
-    # A copy, since hosts donate the parameters and the state together.
-    weights = jax.tree.map(jnp.copy, pruned_only(params, state.masks))
+    weights = own_buffers(pruned_only(params, state.masks))
     return state._replace(inner_state=StraightThroughState(weights, state.inner_state))
+
+
+def own_buffers(tree: Any) -> Any:
+    """A copy of each leaf, since hosts donate the parameters and the state together, and no buffer twice."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def dense_weights(params: Any, state: SparseState, masks: Any) -> Any:
