@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxpruner
 
@@ -167,6 +169,65 @@ def test_zeros_of_a_checkpoint_stay_while_pruning_goes_on(algorithm, packed, jit
     assert zeros[0] == 0.7
     assert zeros[-1] == 0.9
     assert zeros == sorted(zeros)
+
+
+@functools.cache
+def started_sparse(algorithm):
+    tx = transformation(algorithm, optax.sgd(0.0), initial_sparsity="from_params")
+    return tx, jax.jit(tx.update)
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "static_sparse", "mest"])
+@settings(max_examples=20)
+@given(nonzero=st.integers(0, 64), seed=st.integers(0, 99))
+def test_what_starts_sparse_takes_the_largest_of_the_nonzero_weights(algorithm, nonzero, seed):
+    """As many as were asked for, or fewer if fewer are nonzero; a leaf that starts at zero has its random mask."""
+    rank = np.random.default_rng(seed).permutation(64).reshape(8, 8)
+    weights = np.where(rank < nonzero, rank + 1.0, 0.0) * np.where(np.arange(8) % 2, 1, -1)
+    params = {"w": jnp.asarray(weights, jnp.float32), "zero": jnp.zeros((4, 16))}
+    tx, update = started_sparse(algorithm)
+    new, state = trained(tx, 1, params, jit=lambda _: update)
+    kept = min(nonzero, 16) if nonzero else 16
+    assert int(state.masks["w"].sum()) == kept
+    if nonzero:
+        np.testing.assert_array_equal(new["w"] != 0, (rank < nonzero) & (rank >= nonzero - kept))
+    new, state = trained(tx, 5, new, state, jit=lambda _: update)
+    assert (int(state.masks["w"].sum()), int(state.masks["zero"].sum())) == (kept, 16)
+    jaxpruner.check_sparse(new, state, tx.init.updater)
+
+
+@pytest.mark.parametrize("structure", ["nm_2,4", "block_2,4", "per_output"])
+def test_what_starts_sparse_from_parameters_has_its_structure(structure):
+    changes = {"sparsity": 0.5, "sparsity_type": structure, "use_packed_masks": True}
+    tx = transformation("rigl", optax.sgd(0.0), initial_sparsity="from_params", **changes)
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 8))}
+    pruned, _ = updater(sparsity=0.5, sparsity_type=structure).instant_sparsify(params)
+    new, _ = trained(tx, 1, params)
+    np.testing.assert_array_equal(new["w"], pruned["w"])
+
+
+@pytest.mark.parametrize("way", ["from_params", "masks"])
+def test_granet_revives_no_zeros_that_the_schedule_does_not_ask_for(way):
+    pruned, masks = sparse_checkpoint(0.7)  # sparser than the first update of the schedule
+    start = {"initial_sparsity": "from_params"} if way == "from_params" else {"masks": masks}
+    tx = transformation("granet", optax.sgd(0.0), drop_fraction=0.3, **start)
+    state, update, kept = tx.init(pruned), jax.jit(tx.update), []
+    for _ in range(6):
+        updates, state = update(jax.tree.map(jnp.ones_like, pruned), state, pruned)
+        pruned = optax.apply_updates(pruned, updates)
+        kept.append(int(state.masks["a"].sum()))
+    assert kept == [30, 30, 30, 30, 25, 25]
+
+
+def test_check_sparse_tells_a_training_that_stayed_dense():
+    """As one whose state is of a dense training."""
+    chosen = updater("rigl", initial_sparsity="from_params")
+    _, state = trained(jaxpruner.sparsify(optax.sgd(0.1), chosen), 1)
+    dense = state._replace(masks=jax.tree.map(jnp.ones_like, state.masks))
+    with pytest.raises(ValueError, match=r"sparsity: asked 75.0%, masks hold 0.0%, and RigL .* start anew"):
+        jaxpruner.check_sparse(PARAMS, dense, chosen)
+    ticket = updater("rigl", masks={"a": PARAMS["a"] > 1})  # as its maker wants it
+    jaxpruner.check_sparse(PARAMS, dense, ticket)
 
 
 @pytest.mark.slow

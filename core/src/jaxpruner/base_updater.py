@@ -74,7 +74,9 @@ class BaseUpdater:
         from (path, parameter) to an axis or None. Each layer keeps its own exact share and its own structure; filters
         and distributions see one layer's shape.
       masks: the masks that training starts from: a tree of boolean masks, None where a leaf starts dense; or
-        `"from_params"`, which keeps what is zero in the parameters at count 0. What they prune stays pruned.
+        `"from_params"`, which keeps what is zero in the parameters at count 0. What they prune stays pruned, unless
+        the algorithm regrows weights. From parameters, one that starts sparse, such as RigL, takes the largest at the
+        final sparsity, or the nonzero ones where these are fewer, without filling up to that sparsity.
 
     Examples:
       >>> class SmallestFirst(BaseUpdater):
@@ -266,10 +268,13 @@ class BaseUpdater:
             return sparse_state.masks
 
         def read():
-            nonzero = trees.map_pruned(lambda p, _: fit.nonzero(p), params, sparse_state.masks)
-            return mask_storage.encode_tree(self.storage, nonzero)
+            return mask_storage.encode_tree(self.storage, self.masks_from_params(params, sparse_state))
 
         return projection.when(sparse_state.count == 0, read, lambda: sparse_state.masks)
+
+    def masks_from_params(self, params: Any, sparse_state: SparseState) -> Any:
+        """The boolean masks that parameters show at count 0, None where a leaf is not pruned."""
+        return trees.map_pruned(lambda p, _: fit.nonzero(p), params, sparse_state.masks)
 
     def check_state(self, sparse_state: SparseState, params: Any) -> None:
         """Raises a ValueError if the shapes in a state show that it is of another configuration."""

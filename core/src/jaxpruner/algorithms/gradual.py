@@ -35,6 +35,7 @@ class GraNet(RigL):
     Each mask update prunes by `|w|` to the sparsity :math:`s_t` of the schedule, which leaves :math:`k_t` weights of a
     leaf. Then it does what RigL does: the :math:`\mathrm{round}(k_t (1 - f))` largest of these stay, and the weights
     with the largest `|g|` among all others take the free places. Training starts dense, or at `initial_sparsity`.
+    Where `masks` leave fewer weights than the schedule at first, their number stays until the schedule is there.
 
     Attributes:
       drop_fraction_fn: count -> the fraction :math:`f` that is replaced.
@@ -43,6 +44,7 @@ class GraNet(RigL):
     starts_dense = True
 
     instant_sparsify = BaseUpdater.instant_sparsify
+    masks_from_params = BaseUpdater.masks_from_params
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
         """All ones, None where a leaf is not pruned."""
@@ -52,4 +54,6 @@ class GraNet(RigL):
         """Those of the weights that the sparsity of this update leaves."""
         before = self.current_masks(sparse_state, params)
         among = trees.map_named(self._pruned_last, drop_scores, before)
-        return self.create_masks(among, self._sparsities_at(targets, sparse_state.count))
+        masks = self.create_masks(among, self._sparsities_at(targets, sparse_state.count))
+        # Masks that it started from may leave fewer weights than the schedule does.
+        return masks if self.masks is None else trees.map_pruned(lambda mask, was: mask & was, masks, before)

@@ -32,6 +32,17 @@ class StaticRandomSparse(BaseUpdater):
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
         return self.create_masks(random_scores(self, params), target_sparsities)
 
+    def masks_from_params(self, params: Any, sparse_state: Any) -> Any:
+        """Of the nonzero weights the largest, at the final sparsity; a leaf of zeros keeps the mask of the state."""
+        pruned = trees.map_pruned(lambda p, _: p, params, sparse_state.masks)
+        largest = self.create_masks(jax.tree.map(scores.magnitude, pruned), self._targets_at_hand(params, sparse_state))
+        own = mask_storage.decode_tree(self.storage, sparse_state.masks, params)
+
+        def read(p, mask, own):
+            return jnp.where(jnp.any(p != 0), layouts.laid_out_like(p, mask) & (p != 0), own)
+
+        return trees.map_pruned(read, pruned, largest, own)
+
     def update_state(self, sparse_state: Any, params: Any, grads: Any, **kwargs: Any) -> Any:
         del params, grads, kwargs
         return sparse_state

@@ -299,9 +299,13 @@ def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.Sparse
 
 def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseUpdater) -> None:
     last, count = _end(updater), _count(state)
-    is_over = last is not None and count > last
-    is_asked = updater.follows_schedule or updater.reaches_sparsity
-    if not (is_asked and updater.starts_dense and updater.masks is None and is_over):
+    if updater.starts_dense:
+        is_over = last is not None and count > last
+        is_asked = updater.follows_schedule or updater.reaches_sparsity
+    else:
+        # Masks that a user made are as sparse as he wanted.
+        is_over, is_asked = True, isinstance(updater.masks, str)
+    if not (is_asked and is_over):
         return
     try:
         asked, held, slack = shares_pruned(params, state, updater)
@@ -313,6 +317,11 @@ def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseU
         once = "and its mask is made once, in the first step: start anew"
         why = once if held else f"since {SILENT}"
         raise ValueError(f"sparsity: asked {asked:.1%}, and {type(updater).__name__} pruned {held:.1%}, {why}.")
+    if not updater.starts_dense:
+        raise ValueError(
+            f"sparsity: asked {asked:.1%}, masks hold {held:.1%}, and {type(updater).__name__} keeps as many weights "
+            "as it starts with; start anew, tx.init(params)."
+        )
     raise ValueError(
         f"sparsity: asked {asked:.1%}, masks hold {held:.1%}, and the schedule is over (its last "
         f"update is at step {last}, {count} are done). If the sparsity changed when the training was resumed, let "

@@ -80,6 +80,10 @@ class _HiddenInit(_Init):
 
 class _TrackedUpdate(_Parts):
     def __call__(self, updates: Any, state: projection.SparseState, params: Any = None, **extra_args: Any) -> Any:
+        return self.stepped(updates, state, params, **extra_args)[:2]
+
+    def stepped(self, updates: Any, state: projection.SparseState, params: Any = None, **extra_args: Any) -> Any:
+        """The inner optimizer's updates, the new state, and the boolean masks that were in force before."""
         _require_params(params)
         step = begin_step(self.updater, params, updates, state, **extra_args)
         inner, updater = optax.with_extra_args_support(self.inner), self.updater
@@ -117,7 +121,7 @@ class _TrackedUpdate(_Parts):
         state = step.state
         if step.remask is not None:
             state = step.remask(state, optax.apply_updates(step.params, updates))
-        return updates, state._replace(inner_state=inner_state)
+        return updates, state._replace(inner_state=inner_state), step.previous_masks
 
 
 def renewed(updater: Algorithm, step: projection.Step) -> Any:
@@ -132,10 +136,11 @@ def renewed(updater: Algorithm, step: projection.Step) -> Any:
 class _MaskedUpdate(_TrackedUpdate):
     def __call__(self, updates: Any, state: projection.SparseState, params: Any = None, **extra_args: Any) -> Any:
         _require_params(params)
-        params, old = trees.numbers_only(params), state.masks
-        updates, state = super().__call__(updates, state, params, **extra_args)
+        params = trees.numbers_only(params)
+        # Before the first step they are not those of the state, but those that parameters show, if asked for.
+        updates, state, before = self.stepped(updates, state, params, **extra_args)
         enforce = functools.partial(_enforced, self.updater.storage, self.updater.regrows)
-        return trees.map_pruned(enforce, updates, state.masks, old, params, otherwise=projection.same), state
+        return trees.map_pruned(enforce, updates, state.masks, before, params, otherwise=projection.same), state
 
 
 class _StraightThroughUpdate(_TrackedUpdate):
@@ -166,7 +171,7 @@ class _StraightThroughUpdate(_TrackedUpdate):
 def _enforced(storage: mask_storage.MaskStorage, regrows: bool, u: Any, now: Any, was: Any, p: Any) -> Any:
     now = storage.decode(now, jnp.shape(p))
     # A regrown weight steps from 0, wherever it was.
-    kept = jnp.where(storage.decode(was, jnp.shape(p)), u, u - p) if regrows else u
+    kept = jnp.where(was, u, u - p) if regrows else u
     return jnp.where(now, kept, -p)
 
 
