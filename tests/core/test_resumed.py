@@ -249,6 +249,9 @@ def test_training_starts_from_given_masks(algorithm):
 def test_masks_that_cannot_be_started_from():
     with pytest.raises(ValueError, match="masks: cannot be used with SteMagnitudePruning"):
         transformation("magnitude_ste", masks="from_params").init(PARAMS)
+    for masks in ("from_params", {"a": np.ones((10, 10), bool)}):
+        with pytest.raises(ValueError, match=r"masks: cannot be used with ACDC, nor .* its dense phases"):
+            transformation("acdc", update_end_step=6, masks=masks).init(PARAMS)
     with pytest.raises(ValueError, match=r"masks: a has shape \(2,\), and the parameter \(10, 10\)"):
         transformation(masks={"a": np.ones(2, bool)}).init(PARAMS)
     with pytest.raises(ValueError, match="masks: bias is no parameter that filter_fn selects"):

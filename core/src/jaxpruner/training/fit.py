@@ -75,6 +75,11 @@ def check_masks_field(updater: Any) -> None:
             f"masks: cannot be used with {name}. This is because it makes a mask in every step from dense weights, and "
             "would bring back what these prune; use a pruner such as magnitude."
         )
+    if masks is not None and updater.renews_all:
+        raise ValueError(
+            f"masks: cannot be used with {name}, nor initial_sparsity={FROM_PARAMS!r}. This is because its dense "
+            "phases train all weights; use a pruner such as magnitude."
+        )
 
 
 def reached(updater: Any, targets: Any, params: Any) -> Any:
