@@ -218,6 +218,35 @@ def test_a_step_without_optax():
             cases.assert_same_bits(state.masks, reference.new_state.masks)
 
 
+@pytest.mark.parametrize("inner", [optax.sgd(0.1, momentum=0.9), optax.adam(0.1)], ids=["momentum", "adam"])
+@pytest.mark.parametrize("algorithm", ["magnitude_ste", "random_ste"])
+def test_a_straight_through_step_without_optax(algorithm, inner):
+    """The optimizer steps from masked parameters; the dense weights move on, and come back as they would with optax."""
+    updater = jaxpruner.create_updater_from_config({"algorithm": algorithm, "sparsity": 0.5})
+    params = {"w": jnp.cos(3 * jnp.arange(16.0)).reshape(4, 4), "b": jnp.ones(4)}
+    tx = jaxpruner.sparsify(inner, updater)
+    reference, expected = params, tx.init(params)
+    inner_state, state = inner.init(params), jaxpruner.init_projection(updater, params)
+    for index in range(5):
+        grads = {"w": jnp.sin(7 * jnp.arange(16.0) + index).reshape(4, 4), "b": jnp.ones(4)}
+        updates, expected = tx.update(grads, expected, reference)
+        reference = optax.apply_updates(reference, updates)
+        updates, inner_state = inner.update(grads, inner_state, params)
+        params, state = jaxpruner.project(updater, params, optax.apply_updates(params, updates), grads, state)
+        cases.assert_same_bits(params, reference)
+        cases.assert_same_bits(state.masks, expected.masks)
+        cases.assert_same_bits(state.inner_state.weights, expected.inner_state.weights)
+
+
+@pytest.mark.parametrize("algorithm", ["movement", "soft_movement", "sr_ste", "top_kast"])
+def test_a_straight_through_step_that_changes_gradients_is_not_after_the_optimizer(algorithm):
+    updater = jaxpruner.create_updater_from_config({"algorithm": algorithm, "sparsity": 0.5})
+    params = {"w": jnp.arange(16.0).reshape(4, 4)}
+    state = jaxpruner.init_projection(updater, params)
+    with pytest.raises(ValueError, match=r"project: cannot be used with .* between jaxpruner.begin_step and"):
+        jaxpruner.project(updater, params, params, params, state)
+
+
 # Names of the paper's library.
 
 

@@ -185,8 +185,9 @@ def project(
     """One sparse step for optimizers that are not optax transformations.
 
     `proposed` is the result of any optimizer's step from `params`; the returned parameters lie on the
-    masks. If the optimizer should see masked gradients, or step from straight-through weights, call
-    it between `begin_step` and `end_step` instead.
+    masks. The dense weights of straight-through methods make the step that the optimizer made from the masked ones. If
+    it should see masked gradients, or step from the dense weights, as a weight decay does, call it between
+    `begin_step` and `end_step` instead.
 
     Args:
       updater: the algorithm.
@@ -198,6 +199,9 @@ def project(
 
     Returns:
       The new parameters and the new state.
+
+    Raises:
+      ValueError: for a straight-through algorithm without its dense weights, or one that changes the gradients.
 
     Examples:
       >>> import jax.numpy as jnp, jaxpruner
@@ -216,7 +220,15 @@ def project(
             f"state: holds no dense weights, which {type(updater).__name__} trains; make it with "
             "jaxpruner.init_projection(updater, params)."
         )
+    params, grads, proposed = (trees.numbers_only(tree) for tree in (params, grads, proposed))
     step = begin_step(updater, params, grads, state, **extra_args)
+    if updater.straight_through:
+        if any(new is not old for new, old in zip(*map(jax.tree.leaves, (step.grads, grads)), strict=True)):
+            raise ValueError(
+                f"project: cannot be used with {type(updater).__name__}. This is because it changes the gradients that "
+                "the optimizer steps with; let it step between jaxpruner.begin_step and jaxpruner.end_step."
+            )
+        proposed = trees.map_pruned(_moved, proposed, step.masks, step.params, params, otherwise=same)
     if updater.skip_gradients:
         proposed = when(step.is_mask_update, lambda: step.params, lambda: proposed)
     return end_step(step, proposed)
@@ -327,6 +339,12 @@ def is_new(mask: Any, before: Any) -> Any:
 @functools.partial(jax.jit, inline=True)
 def _without_new(param: Any, mask: Any, before: Any) -> Any:
     return jnp.where(is_new(mask, before), 0, param)
+
+
+@functools.partial(jax.jit, inline=True)
+def _moved(proposed: Any, mask: Any, weight: Any, param: Any) -> Any:
+    # A kept weight is what was proposed, to the bit; another makes the step that was made from 0.
+    return jnp.where(weight == param, proposed, weight + (proposed - param))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
