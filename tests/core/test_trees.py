@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxpruner
 from jaxpruner import trees
 
 
@@ -26,6 +27,9 @@ class Model:
     layer: Layer
     # Not a box of flax.nnx, though a field is called like one's.
     value: object
+
+
+ATTENTION = {"query": object, "key": object, "value": object}
 
 
 def paths(tree):
@@ -77,6 +81,46 @@ def test_paths_of_an_equinox_module():
     eqx = pytest.importorskip("equinox")
     model = eqx.filter(eqx.nn.MLP(2, 2, 4, 1, key=jax.random.PRNGKey(0)), eqx.is_array)
     assert ("layers", "0", "weight") in paths(model)
+
+
+@pytest.mark.parametrize("kind", ["flax", "equinox", "dataclass", "nnx"])
+def test_a_field_called_value_beside_others_keeps_its_name(kind):
+    """So does it in trees that have None or MaskedNode in the places of the others."""
+    if kind == "flax":
+        base = pytest.importorskip("flax.struct").dataclass(type("Attention", (), {"__annotations__": ATTENTION}))
+    elif kind == "equinox":
+        base = type("Attention", (pytest.importorskip("equinox").Module,), {"__annotations__": ATTENTION})
+    else:
+        base = jax.tree_util.register_dataclass(dataclasses.make_dataclass("Attention", ATTENTION), list(ATTENTION), [])
+    nnx = pytest.importorskip("flax.nnx") if kind == "nnx" else None
+    box = nnx.Param if nnx else lambda leaf: leaf
+    params = {"layer": base(*(box(jnp.ones((2, 2)) * i) for i in range(3)))}
+    names = [("layer", name) for name in ATTENTION]
+    assert paths(params) == names
+    for other in (None, optax.MaskedNode()):
+        masks = {"layer": base(box(other), box(other), box(jnp.ones((2, 2))))}
+        assert paths(masks) == names[2:]
+        for tree in (params, masks):
+            seen = trees.map_named(lambda path, *_: path[-1], tree, masks)["layer"]
+            assert [getattr(seen, name) for name in ATTENTION] == [box(name) for name in ATTENTION]
+
+
+def test_a_field_called_value_is_pruned_by_its_name():
+    params = Model(Layer(jnp.arange(1.0, 17.0).reshape(4, 4), jnp.ones(4)), jnp.arange(1.0, 17.0).reshape(4, 4))
+    tx = jaxpruner.sparsify(
+        optax.sgd(0.0), algorithm="magnitude", sparsity=0.75, filter_fn=lambda path, _: path[-1] in ("kernel", "value"),
+        update_start_step=0, update_end_step=0,
+    )  # fmt: skip
+    updates, state = tx.update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    assert jaxpruner.summarize_sparsity(params)["value"] == 0.75
+    jaxpruner.check_sparse(params, state, tx.init.updater)
+
+
+def test_a_lone_value_keeps_its_name():
+    nnx = pytest.importorskip("flax.nnx")
+    assert paths(nnx.Param(jnp.ones(2))) == [("value",)]
+    assert paths({"a": nnx.Param(nnx.Param(jnp.ones(2)))}) == [("a",)]
 
 
 def test_leaf_names():

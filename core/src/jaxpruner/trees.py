@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import functools
 import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,18 +26,21 @@ KeyPath = tuple[str, ...]
 _VARIABLE_FIELDS = ("value", "raw_value")
 
 
-def key_names(key_path: Sequence[Any]) -> KeyPath:
-    """The names along a `jax.tree_util` key path: `(DictKey("a"), SequenceKey(0))` -> `("a", "0")`."""
-    names = [_entry_name(entry) for entry in key_path]
-    # flax.nnx boxes each array in a variable, which shows as a last attribute that no one named; its optimizer boxes
-    # what it keeps once more.
-    while len(names) > 1 and names[-1] in _VARIABLE_FIELDS and _is_attribute(key_path[len(names) - 1]):
-        names.pop()
-    return tuple(names)
+def key_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[KeyPath]:
+    """The names along the path to each leaf, in flattening order: `(DictKey("a"), SequenceKey(0))` -> `("a", "0")`."""
+    whole = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
+    named = whole
+    if any(path and _is_value(path[-1]) for path in whole):
+        # flax.nnx boxes each array in a variable, which shows as a last attribute that no one named; its optimizer
+        # boxes what it keeps once more.
+        is_end = functools.partial(is_boxed, is_leaf=is_leaf)
+        ends = is_end if is_leaf is None else lambda node: is_leaf(node) or is_end(node)
+        named = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends)]
+    return [tuple(map(_entry_name, short or path[:1])) for short, path in zip(named, whole, strict=True)]
 
 
-def _is_attribute(entry: Any) -> bool:
-    return isinstance(entry, jax.tree_util.GetAttrKey)
+def _is_value(entry: Any) -> bool:
+    return isinstance(entry, jax.tree_util.GetAttrKey) and entry.name in _VARIABLE_FIELDS
 
 
 def _entry_name(entry: Any) -> str:
@@ -51,13 +55,14 @@ def unboxed(tree: Any) -> Any:
     return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_boxed(node) else node, tree, is_leaf=is_boxed)
 
 
-def is_boxed(node: Any) -> bool:
-    """Whether this is a variable of flax.nnx, or similar: a node with one array as its value."""
+def is_boxed(node: Any, is_leaf: Callable[[Any], bool] | None = None) -> bool:
+    """Whether this is a variable of flax.nnx, or similar: all it has is a value, an array or another variable."""
     children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
-    if len(children) != 1 or len(children[0][0]) != 1 or not jax.tree.leaves(node):
+    if len(children) != 1 or len(children[0][0]) != 1 or not _is_value(children[0][0][0]):
         return False
-    (entry,) = children[0][0]
-    return _is_attribute(entry) and entry.name in _VARIABLE_FIELDS
+    child = children[0][1]
+    leaves = jax.tree.leaves(child, is_leaf=is_leaf)
+    return len(leaves) == 1 and (leaves[0] is child or is_boxed(child, is_leaf))
 
 
 def leaf_name(path: KeyPath) -> str:
@@ -67,14 +72,13 @@ def leaf_name(path: KeyPath) -> str:
 
 def named_leaves(tree: Any) -> list[tuple[KeyPath, Any]]:
     """The (path, leaf) pairs of a tree, in flattening order."""
-    return [(key_names(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return list(zip(key_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`fn(path, leaf, *others)` over a tree; all may hold None or MaskedNode at their leaves."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: fn(key_names(path), *leaves), tree, *rest, is_leaf=is_unpruned
-    )
+    paths = iter(key_paths(tree, is_unpruned))
+    return jax.tree.map(lambda *leaves: fn(next(paths), *leaves), tree, *rest, is_leaf=is_unpruned)
 
 
 def is_number(leaf: Any) -> bool:

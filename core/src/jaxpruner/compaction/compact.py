@@ -149,10 +149,11 @@ class Compact:
         )
         small = flops.summarize_flops(self._of_dense, dense, *self._example)
         arrays = [leaf for leaf in jax.tree.leaves(self._whole) if trees.is_array(leaf)]
-        nodes = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=sparse_kernels.is_sparse)
-        is_kept = {trees.leaf_name(trees.key_names(p)): k for p, k in nodes if sparse_kernels.is_sparse(k)}
+        nodes = jax.tree.leaves(self.params, is_leaf=sparse_kernels.is_sparse)
+        paths = trees.key_paths(self.params, sparse_kernels.is_sparse)
+        is_kept = {trees.leaf_name(p): k for p, k in zip(paths, nodes, strict=True) if sparse_kernels.is_sparse(k)}
         return Report(
-            params=(_entries(arrays), _entries([getattr(k, "matrix", k) for _, k in nodes])),
+            params=(_entries(arrays), _entries([getattr(k, "matrix", k) for k in nodes])),
             bytes=(_bytes(arrays), _bytes(jax.tree.leaves(self.params))),
             flops=(whole["_inference_flops"], small["_inference_flops"]),
             units={group.name: (group.size, len(self.kept[group.name])) for group in self._groups},
