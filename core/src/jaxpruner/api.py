@@ -183,7 +183,7 @@ def create_updater_from_config(config: Mapping[str, Any]) -> BaseUpdater:
         (default 1) from start to end. Each is sparser than the one before, along a cubic polynomial, and the last has
         exactly the final sparsity. If start equals end, there is one mask at the final sparsity; without a start, none.
       initial_sparsity: where the polynomial starts (default 0), or `from_params`: zeros of the parameters at the first
-        step stay, and pruning continues from them.
+        step stay, and pruning continues from them (see `masks` of `BaseUpdater`).
       drop_fraction: share of active weights that SET, MEST, RigL, SRigL and GraNet replace, cosine-decayed to 0 at
         `update_end_step` (default 0.1).
       filter_fn: `filter_fn(path, param)` selects the parameters to prune (default: two or more axes).
@@ -317,7 +317,7 @@ def _parse_distribution(dist_type: Any) -> Callable[..., Any]:
 
 def _parse_initial_sparsity(config: Mapping[str, Any]) -> Any:
     initial = config.get("initial_sparsity", 0.0)
-    if initial != FROM_PARAMS and not (isinstance(initial, numbers.Real) and 0 <= initial < 1):
+    if initial != FROM_PARAMS and not (isinstance(initial, numbers.Real) and 0 <= float(initial) < 1):
         raise ValueError(
             f"initial_sparsity: {initial!r} is outside [0, 1); give the share of zeros that the schedule starts from, "
             f"or {FROM_PARAMS!r}, which keeps the zeros of the parameters."
