@@ -502,3 +502,24 @@ def test_gradients_that_are_not_finite_leave_no_trace(algorithm, bad):
     assert 400 < kept.sum() < 640
     assert abs(kept[:4].mean() - 0.5) < 0.2
     assert abs(kept[:16].mean() - kept[16:].mean()) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "structure"),
+    [("magnitude", None), ("rigl", "nm_2,4"), ("srigl", None), ("global_magnitude", None), ("granet", "block_2,4")],
+)
+def test_mask_updates_where_ranks_are_not_promoted(algorithm, structure):
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (8, 8)),
+        "c": jax.random.normal(jax.random.key(1), (3, 2, 4, 8)),
+    }
+    config = {"algorithm": algorithm, "sparsity": 0.5, "sparsity_type": structure}
+    with jax.numpy_rank_promotion("raise"):
+        tx = jaxpruner.sparsify(
+            optax.sgd(0.1), config | {"update_start_step": 1, "update_end_step": 9, "update_freq": 2}
+        )
+        update, state = jax.jit(tx.update), tx.init(params)
+        for _ in range(10):
+            updates, state = update(jax.tree.map(jnp.sin, params), state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+    jaxpruner.check_sparse(params, state, tx.init.updater)

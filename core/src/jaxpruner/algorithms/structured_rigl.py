@@ -87,5 +87,5 @@ def _evened(
     at_start = counts.keep_count(inputs, target).lo.astype(jnp.int32)
     number = counts.shared(at_start, active.shape[1], jnp.maximum(stays.sum(dtype=jnp.int32), 1), most=inputs)
     ranked = jnp.where(active & chosen, jnp.inf, rows(grow))
-    new = selection.highest_of_each(ranked, number) & stays
+    new = selection.highest_of_each(ranked, number) & stays[None]
     return jnp.moveaxis(new.reshape(first), front, axes)

@@ -149,7 +149,7 @@ def sum_where(members: Bool[np.ndarray, "n m"], count: Count) -> Count:
 
     def add_up(words):
         shape = (*members.shape, *[1] * (words.ndim - 1))
-        return jnp.sum(jnp.where(members.reshape(shape), words, 0), axis=1, dtype=jnp.uint32)
+        return jnp.sum(jnp.where(members.reshape(shape), words[None], 0), axis=1, dtype=jnp.uint32)
 
     if count.hi is None:
         return Count(None, add_up(count.lo))

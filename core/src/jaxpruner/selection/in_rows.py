@@ -129,10 +129,10 @@ def highest_of_each(scores: Float[Array, "n rows"], keep: int | Int[Array, ""]) 
     def halve(_, ends):
         low, high = ends  # at least `keep` keys are no lower than `low`, fewer are higher than `high`
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        is_enough = (keys >= middle).sum(0, dtype=jnp.int32) >= keep
+        is_enough = (keys >= middle[None]).sum(0, dtype=jnp.int32) >= keep
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, jnp.maximum(middle - 1, low))
 
     threshold, _ = jax.lax.fori_loop(0, jnp.iinfo(keys.dtype).bits, halve, (low, high))
-    above, ties = keys > threshold, keys == threshold
+    above, ties = keys > threshold[None], keys == threshold[None]
     left = keep - above.sum(0, dtype=jnp.int32)
-    return above | (ties & (jnp.cumsum(ties, 0, dtype=jnp.int32) <= left))
+    return above | (ties & (jnp.cumsum(ties, 0, dtype=jnp.int32) <= left[None]))

@@ -236,7 +236,7 @@ def sampled_thresholds(totals: Num[np.ndarray, " n"], wanted: Count, samples: In
     size = samples.shape[1]
     density = counts.to_float(wanted) / totals.astype(np.float32)
     deviation = jnp.sqrt(size * density * (1 - density)) + 1
-    ranks = (size * (1 - density))[:, None] + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32) * deviation[:, None]
+    ranks = (size * (1 - density))[:, None] + jnp.asarray(_SAMPLE_DEVIATIONS, jnp.float32)[None] * deviation[:, None]
     ranks = jnp.clip(ranks.astype(jnp.int32), 0, size - 1)
     keys = jnp.take_along_axis(jnp.sort(samples, 1), ranks, 1)
     highest = jnp.iinfo(keys.dtype).max
@@ -329,7 +329,7 @@ def _reopen(field: Field, searches: Searches) -> Searches:
     wanted = counts.subtract(searches.wanted, field.total(searches.above))
     before = field.before(ties)
     is_cut = counts.less(field.per_leaf(wanted), counts.add(before, field.as_count(ties)))
-    partial = jnp.argmax(field.membership & is_cut, axis=1)
+    partial = jnp.argmax(field.membership & is_cut[None], axis=1)
     is_partial = jnp.arange(len(field.sizes)) == field.per_leaf(partial)
 
     def of_partial(count):
@@ -372,7 +372,7 @@ def _even_thresholds(lo: Int[Array, " n"], last: Int[Array, " n"], number: int) 
     """Thresholds that split brackets of width w into parts no wider than ``w // (number + 1)``."""
     width = _width(lo, last)[:, None]
     step = width // (number + 1) + 1
-    offsets = jnp.minimum(step * jnp.arange(1, number + 1, dtype=width.dtype), width)
+    offsets = jnp.minimum(step * jnp.arange(1, number + 1, dtype=width.dtype)[None], width)
     return lo[:, None] + offsets.astype(lo.dtype)
 
 
@@ -384,7 +384,7 @@ def _interpolated_thresholds(
     fraction = counts.to_float(counts.subtract(at_least, wanted))[:, None] / inside
     # Of entries spread at random over the bracket, so far off is the one of that rank.
     deviation = jnp.sqrt(fraction * (1 - fraction) / inside) + 0.5 / inside
-    fractions = jnp.clip(fraction + jnp.asarray((0.0, *_DEVIATIONS), jnp.float32) * deviation, 0, 1 - 2.0**-24)
+    fractions = jnp.clip(fraction + jnp.asarray((0.0, *_DEVIATIONS), jnp.float32)[None] * deviation, 0, 1 - 2.0**-24)
     offsets = (fractions * width.astype(jnp.float32)).astype(width.dtype)
     # The likely one comes with its successor: one read then recognises a value that many entries share.
     offsets = jnp.clip(jnp.concatenate([offsets, offsets[:, :1] + 1], 1), 1, width).astype(lo.dtype)
