@@ -111,8 +111,8 @@ def load_compact(path: str | os.PathLike[str], fn: Callable[..., Any], params: A
 
 
 def _arrays(tree: Any) -> dict[str, Any]:
-    named = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_sparse)
-    return {_name(trees.key_names(path)): leaf for path, leaf in named if is_sparse(leaf) or trees.is_array(leaf)}
+    named = zip(trees.key_paths(tree, is_sparse), jax.tree.leaves(tree, is_leaf=is_sparse), strict=True)
+    return {_name(path): leaf for path, leaf in named if is_sparse(leaf) or trees.is_array(leaf)}
 
 
 def _name(path: trees.KeyPath) -> str:
