@@ -58,6 +58,14 @@ def test_a_sparsity_config_under_another_name_is_refused(name):
         jaxpruner_scenic.sparse_training(config).__enter__()
 
 
+def test_a_sparsity_config_of_none_is_a_dense_training():
+    config = cases.config()
+    config.sparsity_config = None
+    before = stock()
+    with jaxpruner_scenic.sparse_training(config):
+        assert stock() == before
+
+
 def test_flags_may_set_every_plain_key_of_the_core():
     objects = {"filter_fn", "masks", "scheduler", "sparsity_distribution_fn", "drop_fraction_fn", "topk_fn"}
     assert set(sparsity.KEYS) | objects >= set(jaxpruner.config_keys())

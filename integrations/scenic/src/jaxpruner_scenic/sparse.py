@@ -123,6 +123,8 @@ def create_updater(sparsity_config: Mapping[str, Any]) -> jaxpruner.BaseUpdater:
 def _refuse_misspelled(config: Mapping[str, Any]) -> None:
     """Refuses what looks like a `sparsity_config` under another name, since nothing would read it."""
     for key, value in config.items():
+        if key == "sparsity_config":  # None, of a dense training
+            continue
         is_close = bool(difflib.get_close_matches(key, ["sparsity_config"], cutoff=0.9))
         if is_close or (hasattr(value, "keys") and {"algorithm", "sparsity"} <= set(value.keys())):
             raise ValueError(f"config.{key}: nothing reads it; is config.sparsity_config meant?")
