@@ -251,7 +251,7 @@ def terminal(title: str, rows: Sequence[RowOfSuite]) -> Table:
     """One task a block, for narrow terminals: methods down, ours and the paper's across."""
     table = Table(title=title)
     for name in ("task", "method", "ours, mean ± std or [interval] (to dense)", "paper (to dense)"):
-        table.add_column(name, justify="left", overflow="fold")
+        table.add_column(escape(name), justify="left", overflow="fold")
     for row in rows:
         mine, *others = cells(row)
         (published,) = others or [[""] * len(mine)]
