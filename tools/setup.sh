@@ -10,17 +10,15 @@ fail() {
     exit 1
 }
 
-version() {
-    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none
+is_pinned() { # whether the pinned versions are for this Python
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 }
 
-case $(version "$python") in
-3.11 | 3.12 | 3.13) ;;
-*) fail "'$python' is not Python 3.11, 3.12 or 3.13, which the pinned versions are for. Install one of these, or name it: make PYTHON=python3.12 ..." ;;
-esac
+is_pinned "$python" ||
+    fail "'$python' is not Python 3.11, 3.12 or 3.13, which the pinned versions are for. Install one of these, or name it: make PYTHON=python3.12 ..."
 
-# An interrupted run may have left a .venv without a working pip, and an earlier one that of another Python.
-if [ "$(version .venv/bin/python)" != "$(version "$python")" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+# An interrupted run may have left a .venv without a working pip, and an earlier version one of a Python without wheels.
+if ! is_pinned .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     echo "setup: making .venv with $("$python" --version)"
     rm -rf .venv
     "$python" -m venv .venv || fail "'$python -m venv' failed. On Debian and Ubuntu: apt install python3-venv"
