@@ -157,6 +157,20 @@ def test_check_sparse_tells_what_changes_the_updates(packed):
         jaxpruner.check_sparse(params, optax.adam(0.1).init(params))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_check_sparse_reads_what_vmap_stacked(packed):
+    """Eight trainings side by side, whose mask alone would be packed along another axis than a mask of all of them."""
+    tx = sparse("magnitude", 0.75, **schedule(0, 0), use_packed_masks=packed)
+    stacked = {"kernel": jax.random.normal(jax.random.key(0), (8, 3, 7)), "bias": jnp.ones((8, 7))}
+    params, state = jax.vmap(functools.partial(trained, tx))(stacked)
+    jaxpruner.check_sparse(params, state, tx.init.updater)
+    with pytest.raises(ValueError, match="kernel: 16 of the 16 weights that its mask prunes are not zero"):
+        jaxpruner.check_sparse(params | {"kernel": params["kernel"].at[5].set(1.0)}, state)
+    other = sparse("magnitude", 0.9, **schedule(0, 0), use_packed_masks=packed).init.updater
+    with pytest.raises(ValueError, match=r"sparsity: asked 90.0%, masks hold 76.2%"):
+        jaxpruner.check_sparse(params, state, other)
+
+
 def test_check_sparse_tells_masks_that_are_not_as_sparse_as_asked():
     updater = jaxpruner.create_updater_from_config({"algorithm": "magnitude", "sparsity": 0.75} | schedule(0, 0))
     params, state = trained(jaxpruner.sparsify(optax.sgd(0.1), updater))

@@ -241,7 +241,8 @@ def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None
 
     Args:
       params: the parameters after an update, concrete arrays.
-      opt_state: the state of the optimizer, however it is wrapped. At count 0 nothing is checked.
+      opt_state: the state of the optimizer, however it is wrapped. At count 0 nothing is checked. States that `vmap` or
+        `pmap` made are checked one by one, so that the parameters need their leading axes too.
       updater: the algorithm. If given, masks must have the sparsity that was asked for once the schedule is over. The
         parameters of a straight-through method with `wrap_optax` are dense, and are skipped.
 
@@ -263,21 +264,30 @@ def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None
     states = projection.find_states(opt_state)
     if not states:
         raise ValueError("opt_state: holds no sparse state; pass the state of an optimizer of jaxpruner.sparsify.")
-    leaves = dict(trees.named_leaves(params))
-    for state in states:
+    for of_one, state in (pair for state in states for pair in _each(params, state)):
         if not _count(state):
             continue
         is_dense = getattr(updater, "straight_through", False) and not isinstance(
             state.inner_state, projection.StraightThroughState
         )
         if not is_dense:
-            _require_on_masks(leaves, state)
+            _require_on_masks(dict(trees.named_leaves(of_one)), state)
         if updater is not None:
-            _require_as_asked(params, state, updater)
+            _require_as_asked(of_one, state, updater)
+
+
+def _each(params: Any, state: projection.SparseState) -> Iterator[tuple[Any, projection.SparseState]]:
+    """Parameters and their state; what `vmap` or `pmap` stacked along the first axes, one after another."""
+    counts = jax.tree.leaves(state.count)[0]
+    if not jnp.ndim(counts):
+        yield params, state
+        return
+    for i in range(len(counts)):
+        yield from _each(*jax.tree.map(lambda leaf, i=i: leaf[i], (params, state)))
 
 
 def _count(state: projection.SparseState) -> int:
-    return int(jnp.max(jax.tree.leaves(state.count)[0]))
+    return int(jax.tree.leaves(state.count)[0])
 
 
 def _require_on_masks(leaves: dict[trees.KeyPath, Any], state: projection.SparseState) -> None:
