@@ -20,6 +20,7 @@ from jaxpruner_baselines import intervals, registry, suite, suite_report
 from jaxpruner_baselines.baseline import Outcome
 from jaxpruner_baselines.cli import app
 from jaxpruner_baselines.costs import SHARES
+from jaxpruner_baselines.measures import measure
 from jaxpruner_baselines.results import Results, Row
 from jaxpruner_baselines.suite import METHODS, TASKS
 
@@ -240,6 +241,17 @@ def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
     page.write_text("<!-- results:suite-wide -->\n<!-- /results:suite-wide -->\n")
     invoke("table", "suite", "--preset", "wide", "--results", str(tmp_path), "--markdown", str(page))
     assert f"- {told}" in page.read_text()
+    better = {
+        "dense": "random, magnitude, saliency, global magnitude, RigL",
+        "magnitude": "random",  # and not RigL
+        "saliency": "random, magnitude, RigL",
+        "global_magnitude": "random, magnitude, saliency, RigL",
+        "rigl": "random",
+    }
+    cells = ["Fed. EMNIST", *(better.get(method, "-") for method in METHODS)]
+    assert f"| {' | '.join(cells)} |" in page.read_text()
+    of_losses = suite_report.better_cells(dataclasses.replace(row, kind=measure("loss")))
+    assert of_losses[1 + list(METHODS).index("rigl")] == "dense, saliency, global magnitude"
     invoke("plot", "suite", "--preset", "wide", "--results", str(tmp_path))
 
 

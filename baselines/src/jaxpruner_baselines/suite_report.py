@@ -132,12 +132,10 @@ def _pruned(by_method: Mapping[str, Any]) -> dict[str, Any]:
 
 def sentence(row: RowOfSuite) -> str:
     """The order of the methods, where it is told apart, and which of the paper's comparisons hold."""
-    sign = -1 if row.kind.lower_is_better else 1
-    best_first = sorted(row.drawn, key=lambda method: -sign * row.ours[method].mean)
+    best_first = sorted(row.drawn, key=lambda method: row.ours[method].mean, reverse=not row.kind.lower_is_better)
     order = METHODS[best_first[0]]
     for before, method in itertools.pairwise(best_first):
-        is_told_apart = intervals.is_higher(sign * row.drawn[before], sign * row.drawn[method])
-        order += f" {'>' if is_told_apart else '≈'} {METHODS[method]}"
+        order += f" {'>' if _is_better(row, before, method) else '≈'} {METHODS[method]}"
     text = f"{row.title}, `{row.task.baseline} {row.preset}`, {len(row.ours[best_first[0]].seeds)} seeds: {order}."
     published = [method for method in _pruned(row.drawn) if method in row.paper]
     verdicts = collections.Counter(
@@ -153,6 +151,23 @@ def sentence(row: RowOfSuite) -> str:
         f"the same, {verdicts[False]} the other way round, and {verdicts[None]} are not told apart (at 95 % each: "
         "of equal ones about one pair in twenty is told apart by chance)."
     )
+
+
+def _is_better(row: RowOfSuite, one: str, other: str) -> bool:
+    """Whether two methods are told apart, and the first is the better one."""
+    high, low = (other, one) if row.kind.lower_is_better else (one, other)
+    return intervals.is_higher(row.drawn[high], row.drawn[low]) is True
+
+
+def better_cells(row: RowOfSuite) -> list[str]:
+    """For each method, all others that it is told apart from and better than."""
+    of_methods = [
+        ", ".join(METHODS[other] for other in METHODS if other in row.drawn and _is_better(row, method, other))
+        if method in row.drawn
+        else ""
+        for method in METHODS
+    ]
+    return [row.title, *(others or "-" for others in of_methods)]
 
 
 def _spearman(ours: dict[str, float], paper: dict[str, float]) -> tuple[float, float]:
@@ -269,8 +284,12 @@ def markdown(rows: Sequence[RowOfSuite]) -> str:
     costs = report.markdown_table(
         ["FLOPs, % of dense", *METHODS.values()], [line for row in rows for line in cost_cells(row)]
     )
-    if sentences := [f"- {sentence(row)}" for row in rows if row.drawn]:
-        results += "\n\n" + "\n".join(sentences)
+    if certain := [row for row in rows if row.drawn]:
+        results += "\n\n" + "\n".join(f"- {sentence(row)}" for row in certain)
+        pairs = report.markdown_table(
+            ["told apart, and better than", *METHODS.values()], [better_cells(row) for row in certain]
+        )
+        results += f"\n\n{pairs}"
     results += f"\n\n{duration(rows)}"
     if not any(row.later for row in rows):
         return f"{results}\n\n{costs}"
