@@ -230,6 +230,17 @@ def test_check_sparse_tells_a_training_that_stayed_dense():
     jaxpruner.check_sparse(PARAMS, dense, ticket)
 
 
+@pytest.mark.parametrize("algorithm", ["rigl", "set", "static_sparse"])
+@pytest.mark.parametrize(("before", "asked"), [(0.5, 0.75), (0.75, 0.5)])
+def test_check_sparse_tells_another_sparsity_than_that_of_the_masks(algorithm, before, asked):
+    """A sparse trainer that is resumed keeps as many weights as before, whatever the configuration says now."""
+    first, now = (updater(algorithm, sparsity=sparsity) for sparsity in (before, asked))
+    params, state = trained(jaxpruner.sparsify(optax.sgd(0.1), first), 1)
+    jaxpruner.check_sparse(params, state, first)
+    with pytest.raises(ValueError, match=f"sparsity: asked {asked:.1%}, masks hold {before:.1%}, and .* start anew"):
+        jaxpruner.check_sparse(params, state, now)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rigl", "set", "preserve", "static_sparse", "magnitude"])
 def test_training_starts_from_given_masks(algorithm):

@@ -264,7 +264,7 @@ def check_sparse(params: Any, opt_state: Any, updater: BaseUpdater | None = None
     states = projection.find_states(opt_state)
     if not states:
         raise ValueError("opt_state: holds no sparse state; pass the state of an optimizer of jaxpruner.sparsify.")
-    for of_one, state in (pair for state in states for pair in _each(params, state)):
+    for of_one, state in (pair for stacked in states for pair in _each(params, stacked)):
         if not _count(state):
             continue
         is_dense = getattr(updater, "straight_through", False) and not isinstance(
@@ -314,14 +314,16 @@ def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseU
         is_asked = updater.follows_schedule or updater.reaches_sparsity
     else:
         # Masks that a user made are as sparse as he wanted.
-        is_over, is_asked = True, isinstance(updater.masks, str)
+        is_over, is_asked = True, updater.masks is None or isinstance(updater.masks, str)
     if not (is_asked and is_over):
         return
     try:
         asked, held, slack = shares_pruned(params, state, updater)
     except ValueError:
         return  # masks of a part of the parameters, whose budget is shared with others
-    if asked - held <= slack:
+    # Only what starts from random masks would never be sparser than asked: parameters may have fewer nonzero weights.
+    excess = 0.0 if updater.starts_dense or updater.masks is not None else held - asked
+    if max(asked - held, excess) <= slack:
         return
     if updater.reaches_sparsity:
         once = "and its mask is made once, in the first step: start anew"
