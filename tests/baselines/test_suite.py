@@ -232,7 +232,7 @@ def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
         "Fed. EMNIST, `fed_emnist digits`, 3 seeds: dense > global magnitude > saliency > magnitude ≈ RigL > random."
     )
     # The paper has magnitude above saliency above RigL.
-    assert "Of the 10 pairs of pruned methods that the paper orders, 8 come out the same, 1 the other way" in told
+    assert "Of the 10 pairs of pruned methods that the paper orders: 8 as in the paper, 1 the other way round" in told
     assert row.verdict.startswith("+0.")
     assert "[" in row.verdict
     mine, _ = suite_report.cells(row)

@@ -147,9 +147,9 @@ def sentence(row: RowOfSuite) -> str:
     if not verdicts:
         return text
     return (
-        f"{text} Of the {verdicts.total()} pairs of pruned methods that the paper orders, {verdicts[True]} come out "
-        f"the same, {verdicts[False]} the other way round, and {verdicts[None]} are not told apart (at 95 % each: "
-        "of equal ones about one pair in twenty is told apart by chance)."
+        f"{text} Of the {verdicts.total()} pairs of pruned methods that the paper orders: {verdicts[True]} as in the "
+        f"paper, {verdicts[False]} the other way round, {verdicts[None]} not told apart (at 95 % each: of equal ones "
+        "about one pair in twenty is told apart by chance)."
     )
 
 
