@@ -72,7 +72,7 @@ class RowOfSuite:
             return f"{self.correlation:+.2f} [{low:+.2f}, {high:+.2f}]"
         if any(len(line.seeds) == 1 for line in self.ours.values()):
             return f"{self.correlation:+.2f} (one seed)"
-        chance = f"{self.correlation:+.2f} (p {self.p_value:.2f})"
+        chance = f"{self.correlation:+.2f} (p {self.p_value:.3f})"
         if self.p_value < SIGNIFICANT:
             return f"{chance}: the order holds"
         return f"{chance}: {'the other way round' if self.p_value > 1 - SIGNIFICANT else 'may be chance'}"
