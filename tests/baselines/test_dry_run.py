@@ -184,3 +184,10 @@ def test_options_of_the_dry_run_alone(option, tmp_path):
     assert result.exit_code == 2, result.output
     assert f"{option[0]}: goes with --dry-run alone" in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [("--seeds", "5"), ("--results", "elsewhere")])
+def test_options_of_trainings_alone(option):
+    result = CliRunner().invoke(app, ["run", "digits_vit", "--preset", "smoke", "--dry-run", *option])
+    assert result.exit_code == 2, result.output
+    assert f"{option[0]}: --dry-run trains nothing" in result.output

@@ -6,10 +6,11 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
 from jaxpruner_baselines import registry, report, runner
-from jaxpruner_baselines.baseline import Outcome, Run
+from jaxpruner_baselines.baseline import Outcome, Progress, Run
 from jaxpruner_baselines.results import COLUMNS, Results, ResultsError, Row
 
 BASELINE = registry.get("digits_vit")
@@ -135,6 +136,23 @@ def test_rows_of_other_settings_are_run_again(tmp_path):
     assert runner.unfinished(after, runs, tmp_path) == []
 
 
+def test_a_run_that_was_stopped_does_not_go_on_with_other_settings(tmp_path):
+    """As one whose gin file was changed while it was stopped."""
+
+    def train(run, checkpoint):
+        before, state = checkpoint.load(np.zeros(1))
+        checkpoint.save(before + 1, state)
+        yield Progress(before + 1, 2)
+        yield Outcome(float(before), run.sparsity, 2)
+
+    before, after = (dataclasses.replace(BASELINE, train=train, settings=lambda _, text=text: text) for text in "ab")
+    runs = BASELINE.plan("smoke", ["magnitude"], [0.8], [0])
+    next(runner.events(before, runs, tmp_path))
+    for baseline, resumed_at in ((after, 0), (before, 1)):
+        *_, (_, found) = runner.events(baseline, runs, tmp_path)
+        assert found.value == resumed_at
+
+
 @pytest.mark.parametrize(
     ("name", "preset", "text"),
     [
@@ -153,6 +171,8 @@ def test_settings_of_hosts_are_those_of_their_files(name, preset, text):
     assert (text in told) == (name != "t5")  # an included file is told by what is in it
     assert "#" not in told
     assert baseline.digest(run) == baseline.digest(run)
+    if name == "dqn":  # with a file more for these
+        assert "sparsify.drop_fraction = 0.3" in baseline.settings(baseline.run(preset, "rigl", 0.8, 0))
 
 
 def test_markdown_between_markers(tmp_path):

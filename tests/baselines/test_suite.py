@@ -209,6 +209,9 @@ def test_a_seed_that_diverged_is_no_seed_left_out(tmp_path):
     (row,) = suite_report.summarize("embedded", tmp_path)
     assert math.isnan(row.ours["rigl"].mean)
     assert row.ours["rigl"].seeds == (0, 1, 2)
+    mine, _ = suite_report.cells(row)
+    assert mine[1 + list(METHODS).index("rigl")] == "-"
+    assert row.verdict.endswith("; diverged and left out: RigL")
 
 
 def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
@@ -237,6 +240,10 @@ def test_what_is_certain_is_told_in_a_sentence(tmp_path, monkeypatch):
     assert "[" in row.verdict
     mine, _ = suite_report.cells(row)
     assert re.fullmatch(r"\d\d\.\d \[\d\d\.\d, \d\d\.\d\] \(-\d\d\.\d\)", mine[3])
+    lines = row.ours | {"saliency": dataclasses.replace(row.ours["saliency"], mean=math.nan)}
+    diverged = dataclasses.replace(row, ours=lines)
+    assert "dense > global magnitude > magnitude ≈ RigL > random." in suite_report.sentence(diverged)
+    assert diverged.verdict.endswith("; diverged and left out: saliency")
     page = tmp_path / "README.md"
     page.write_text("<!-- results:suite-wide -->\n<!-- /results:suite-wide -->\n")
     invoke("table", "suite", "--preset", "wide", "--results", str(tmp_path), "--markdown", str(page))

@@ -17,6 +17,7 @@ from jaxpruner_baselines import intervals, registry
 from jaxpruner_baselines.baseline import NotReady
 from jaxpruner_baselines.checkpoint import Checkpoint
 from jaxpruner_baselines.cli import app
+from jaxpruner_baselines.pretrained import installed
 from jaxpruner_baselines.results import Results
 
 t5x = pytest.mark.skipif(
@@ -68,7 +69,7 @@ def test_a_small_grid_from_the_command_line(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @t5x
-def test_an_interrupted_run_pretrains_once(tmp_path):
+def test_an_interrupted_run_pretrains_once(tmp_path, monkeypatch):
     t5 = registry.get("t5")
     run = t5.run("smoke", "magnitude", 0.8, seed=4)
     checkpoint = Checkpoint(tmp_path / "checkpoints" / "run.msgpack")
@@ -84,6 +85,12 @@ def test_an_interrupted_run_pretrains_once(tmp_path):
     assert [event.done for event in progress] == [8, 10, 12, 14]
     assert outcome.steps == 8
     assert outcome.sparsity_reached == pytest.approx(0.8, abs=5e-3)
+
+    monkeypatch.setattr(installed, "gin_text", "{} of a later version".format)
+    again = t5.train(run, checkpoint)
+    next(again), next(again)
+    again.close()
+    assert len(list((tmp_path / "checkpoints").glob("t5-pretrained-*"))) == 2
 
 
 @pytest.mark.slow

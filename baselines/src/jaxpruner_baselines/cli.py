@@ -65,8 +65,12 @@ def run(
     sparsities: Annotated[
         str | None, typer.Option(help="Comma-separated, each between 0 and 1; default: the baseline's own.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,).")] = "3",
-    results: Folder = Path("runs"),
+    seeds: Annotated[
+        str | None, typer.Option(help="How many (3), or which (0,4,7; one alone: 7,); default: 3.", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of the CSV, plots and checkpoints; default: runs.", show_default=False)
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only compile a training step, for virtual devices, and tell its costs.")
     ] = False,
@@ -82,12 +86,15 @@ def run(
     """Train, and append a row per run to the results. Run it again to continue where it stopped."""
     baseline, preset = _baseline(name, preset)
     if dry_run:
+        given = {"--seeds": seeds, "--results": results}
+        if strange := [name for name, value in given.items() if value is not None]:
+            _fail(f"{strange[0]}: --dry-run trains nothing; leave it out, or leave --dry-run out.")
         _dry_run(baseline, preset, methods, sparsities, devices or 8, utilisation or 0.4, markdown)
         return
     given = {"--devices": devices, "--utilisation": utilisation, "--markdown": markdown}
     if strange := [name for name, value in given.items() if value is not None]:
         _fail(f"{strange[0]}: goes with --dry-run alone; leave it out, or add --dry-run.")
-    methods = methods or "all"
+    methods, seeds, results = methods or "all", seeds or "3", results or Path("runs")
     asked = _methods(baseline, methods)
     plan = baseline.plan(preset, asked, _sparsities(baseline, sparsities), _seeds(seeds))
     _check_pairs(baseline, preset, plan, [] if methods == "all" else asked, sparsities)

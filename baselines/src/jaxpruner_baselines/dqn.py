@@ -264,7 +264,7 @@ BASELINE = Baseline(
     prepare=prepare,
     abstract=abstract,
     candidates=candidates,
-    settings=lambda run: installed.gin_text(f"{CONFIGS}/{run.preset.gin_file}"),
+    settings=lambda run: "".join(map(installed.gin_text, gin_config(run)[0])),
     sparsities=(0.9, 0.98),
     curve=Curve("returns", "agent steps"),
 )

@@ -47,7 +47,9 @@ def events(baseline: Baseline, runs: Sequence[Run], folder: Path) -> Iterator[tu
     """Carries out runs one after the other, and says how far each is; the last of a run is its row or its failure."""
     _compile_once(folder / "compiled")
     for run in runs:
-        checkpoint = Checkpoint(folder / "checkpoints" / f"{baseline.name}-{run.config_hash}.msgpack")
+        # A run that was stopped does not go on with other settings.
+        name = "-".join(filter(None, (baseline.name, run.config_hash, baseline.digest(run))))
+        checkpoint = Checkpoint(folder / "checkpoints" / f"{name}.msgpack")
         started = time.monotonic()
         try:
             for event in baseline.train(run, checkpoint):
@@ -114,9 +116,9 @@ def told(run: Run, event: Row | Failure) -> str:
     )
 
 
-def remaining(seconds: float, number: int, total: int) -> datetime.timedelta:
-    """How long the rest takes if it goes on like the first `number`."""
-    return datetime.timedelta(seconds=round(seconds / number * (total - number)))
+def remaining(seconds: float, done: float, total: float) -> datetime.timedelta:
+    """How long the rest takes if it goes on like what is done."""
+    return datetime.timedelta(seconds=round(seconds / done * (total - done)))
 
 
 def _compile_once(folder: Path) -> None:

@@ -176,11 +176,20 @@ def sparsity_of(baseline: Baseline, preset: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Runs of one task that a process carries out."""
+    """Runs of one task that a process carries out; each takes about `each` seconds, None where nobody knows."""
 
     task: str
     runs: tuple[Run, ...]
-    seconds: float
+    each: float | None
+
+    @property
+    def weight(self) -> float:
+        """The share of the work that a run is, beside those of other parts."""
+        return self.each or 1.0
+
+    @property
+    def seconds(self) -> float:
+        return (self.each or 0.0) * len(self.runs)
 
 
 def runs_of(
@@ -214,10 +223,9 @@ def plan(
             console.print(f"[bold]{name}[/] ({task.title}) cannot run here: {escape(why)}\n", soft_wrap=True)
             continue
         todo = runner.unfinished(baseline, runs_of(task, scale, seeds, methods, sparser), folder)
-        each = task.scales[scale].seconds or 0.0
         # Every job has a share of each task: they end at about the same time.
         shares = [todo[i::jobs] for i in range(jobs)]
-        parts += [Part(name, tuple(share), each * len(share)) for share in shares if share]
+        parts += [Part(name, tuple(share), task.scales[scale].seconds) for share in shares if share]
     return sorted(parts, key=lambda part: -part.seconds)
 
 
@@ -227,17 +235,18 @@ def carry_out(parts: Sequence[Part], folder: Path, jobs: int, console: Console) 
     workers: dict[Any, _Worker] = {}  # by the pipe that each talks through
     failures: list[str] = []
     total, ended, started = sum(len(part.runs) for part in parts), 0, time.monotonic()
+    work, done = sum(part.weight * len(part.runs) for part in parts), 0.0
     with Bars(*runner.COLUMNS, console=console, transient=True) as bars:
         whole = bars.add_task("all runs", total=total, note="")
 
-        def end(task: str, run: Run, event: Row | Failure) -> None:
-            nonlocal ended
-            ended += 1
+        def end(part: Part, run: Run, event: Row | Failure) -> None:
+            nonlocal ended, done
+            ended, done = ended + 1, done + part.weight
             if isinstance(event, Failure):
-                failures.append(f"{task}: {run.title}: {event.message}")
-            left = runner.remaining(time.monotonic() - started, ended, total)
+                failures.append(f"{part.task}: {run.title}: {event.message}")
+            left = runner.remaining(time.monotonic() - started, done, work)
             bars.update(whole, completed=ended, note=f"about {left} left")
-            text = f"[{ended}/{total}] {task}: {runner.told(run, event)}; about {left} left"
+            text = f"[{ended}/{total}] {part.task}: {runner.told(run, event)}; about {left} left"
             bars.console.print(text, highlight=False, soft_wrap=True)
 
         try:
@@ -259,7 +268,7 @@ def carry_out(parts: Sequence[Part], folder: Path, jobs: int, console: Console) 
                         del workers[pipe]
                         if worker.left:
                             crashed = Failure(f"its process ended with {worker.process.exitcode}")
-                            end(task, worker.left.popleft(), crashed)
+                            end(worker.part, worker.left.popleft(), crashed)
                         if worker.left:
                             waiting.appendleft(dataclasses.replace(worker.part, runs=tuple(worker.left)))
                         continue
@@ -270,7 +279,7 @@ def carry_out(parts: Sequence[Part], folder: Path, jobs: int, console: Console) 
                             worker.line, description=text, completed=event.done, total=event.total, note=event.note
                         )
                     else:
-                        end(task, worker.left.popleft(), event)
+                        end(worker.part, worker.left.popleft(), event)
         finally:
             for worker in workers.values():
                 worker.process.terminate()

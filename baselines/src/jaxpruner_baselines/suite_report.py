@@ -56,13 +56,25 @@ class RowOfSuite:
     def drawn(self) -> dict[str, np.ndarray]:
         """Means by method in draws of seeds and test examples; see `intervals`.
 
-        Empty unless all methods have the same seeds, and their runs tell what they scored on each example.
+        Empty unless all methods have the same seeds, and their runs tell what they scored on each example. Methods that
+        diverged in a seed are left out.
         """
-        return intervals.resampled_means({method: line.examples for method, line in self.ours.items() if line.examples})
+        drawn = intervals.resampled_means({m: line.examples for m, line in self.ours.items() if line.examples})
+        return {method: draws for method, draws in drawn.items() if method not in self.diverged}
+
+    @property
+    def diverged(self) -> list[str]:
+        """Methods with a seed whose metric is no number: they have no place in the order, and the verdict says so."""
+        return [method for method, line in self.ours.items() if not math.isfinite(line.mean)]
 
     @property
     def verdict(self) -> str:
         """Whether the order of the methods is the paper's."""
+        without = ", ".join(METHODS[method] for method in self.diverged)
+        return f"{self._verdict}; diverged and left out: {without}" if without else self._verdict
+
+    @property
+    def _verdict(self) -> str:
         if not self.paper:
             return "no numbers of the paper"
         if math.isnan(self.correlation):
@@ -245,7 +257,7 @@ def _cell(kind: Measure, ours: dict[str, Line], method: str, drawn: Mapping[str,
 
 def _with_gap(kind: Measure, mean: float, means: dict[str, float], method: str, std: float = math.nan) -> str:
     shown = kind.shown(mean, std)
-    if method == DENSE or DENSE not in means:
+    if method == DENSE or not math.isfinite(mean - means.get(DENSE, math.nan)):
         return shown
     return f"{shown} ({kind.scale * (mean - means[DENSE]):+,.{kind.decimals}f})"
 

@@ -253,7 +253,8 @@ def train(run: Run, checkpoint: Checkpoint) -> Iterator[Progress | Outcome]:
 def _pretrained(run: Run, folder: Path) -> Generator[Progress, None, Path]:
     """The checkpoint of the dense pretraining of a seed; trains where there is none yet."""
     stage = run.preset.pretraining
-    folder = folder / f"t5-pretrained-{hash_of({'stage': dataclasses.asdict(stage), 'seed': run.seed})}"
+    gin = "".join(map(installed.gin_text, stage.gin_files))  # a changed file is another pretraining
+    folder = folder / f"t5-pretrained-{hash_of({'stage': dataclasses.asdict(stage), 'gin': gin, 'seed': run.seed})}"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"checkpoint_{stage.steps}"
     with (folder / "lock").open("w") as lock:
