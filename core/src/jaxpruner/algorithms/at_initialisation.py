@@ -73,9 +73,7 @@ class _AtInitialisation(GlobalPruning):
         if loss_fn is None:
             raise ValueError(
                 f"loss_fn: {type(self).__name__} scores with the loss and got none; give tx.update(grads, state, "
-                "params, loss_fn=..., batches=...), or, in a trainer that is not yours, make masks before, "
-                "updater.instant_sparsify(params, loss_fn=..., batches=...), and train with masks= of static_sparse or "
-                "preserve."
+                f"params, loss_fn=..., batches=...), or, in a trainer that is not yours, {checks.MASKS_BEFORE}."
             )
         if batches is None:
             return loss_fn
@@ -129,6 +127,8 @@ class GraSP(_AtInitialisation):
     The paper's temperature, 200, is part of the loss: divide the logits by it.
     """
 
+    needs_loss = True
+
     def calculate_scores(
         self,
         params: Any,
@@ -174,6 +174,8 @@ class SynFlow(_AtInitialisation):
     """
 
     rounds: int = 100
+
+    needs_loss = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

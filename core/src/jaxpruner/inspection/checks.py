@@ -190,6 +190,25 @@ SILENT = (
 )
 
 
+# What to do with an algorithm that scores with the loss, in a trainer that hands over gradients alone.
+MASKS_BEFORE = (
+    "make masks before, updater.instant_sparsify(params, loss_fn=..., batches=...), and train with masks= of "
+    "static_sparse or preserve"
+)
+
+
+def check_trainer(updater: BaseUpdater) -> None:
+    """Raises a ValueError for an algorithm that scores with the loss, in a trainer that does not pass it on.
+
+    Without it, such an algorithm fails in its first step, which some trainers reach after a long time.
+    """
+    if getattr(updater, "needs_loss", False):
+        raise ValueError(
+            f"algorithm: {type(updater).__name__} scores with the loss, which this trainer does not pass on; "
+            f"{MASKS_BEFORE}."
+        )
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """Warns once per process."""
