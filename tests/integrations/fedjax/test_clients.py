@@ -65,6 +65,20 @@ def test_a_server_of_masked_clients_stays_exactly_sparse(algorithm, packed):
         cases.assert_on_masks(optimizer, state)  # also before the first round
 
 
+@pytest.mark.parametrize("algorithm", ["preserve", "static_sparse", "magnitude"])
+def test_masked_clients_keep_the_zeros_that_they_start_from(algorithm):
+    """Already in the first round, whose masks are in the parameters alone."""
+    sparser = jaxpruner.create_updater_from_config(cases.config("magnitude", sparsity=0.9))
+    pruned, masks = sparser.instant_sparsify(cases.params())
+    more = {} if algorithm == "preserve" else {"initial_sparsity": "from_params"}
+    optimizer = cases.server(algorithm, **more)
+    state = cases.masked(optimizer).init(pruned)
+    cases.assert_same_bits(state.params, pruned)
+    zeros = ~np.asarray(masks["linear"]["w"])
+    for delta in deltas(optimizer, state, fedjax.optimizers.sgd(0.1), masked=True).values():
+        assert not np.asarray(delta["linear"]["w"])[zeros].any()
+
+
 def test_neither_masked_nor_top_k_is_fed_avg():
     own = cases.run(cases.masked(cases.server("magnitude"), masked=False), rounds=2)[-1]
     stock = cases.run(cases.fed_avg(cases.server("magnitude")), rounds=2)[-1]

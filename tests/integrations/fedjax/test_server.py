@@ -298,6 +298,8 @@ def test_saliency_keeps_zeros_where_nothing_else_has_a_score():
         ((), {"algorithm": "magnitude", "sparsity": 1.5}, "Default sparsity"),
         (({"algorithm": "magnitude", "sparsity": 0.8},), {"dist_type": "erk"}, "put everything into one"),
         (("magnitude",), {}, "neither an updater nor a configuration"),
+        ((), {"algorithm": "magnitude_ste", "sparsity": 0.8, "update_end_step": 9}, "update_start_step: missing"),
+        (({"algorithm": "random_ste", "sparsity": 0.8, "update_freq": 9},), {}, "update_start_step: missing"),
     ],
 )
 def test_bad_configurations(arguments, config, message):

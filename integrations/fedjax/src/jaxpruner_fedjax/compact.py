@@ -148,5 +148,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     jaxpruner_fedjax.train.define_flags()
+    flags.adopt_module_key_flags(jaxpruner_fedjax.train)  # so that --help lists them
     flags.DEFINE_integer("further_rounds", 0, "Rounds to go on for with the small model.", lower_bound=0)
     app.run(main)

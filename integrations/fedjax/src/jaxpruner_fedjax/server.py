@@ -14,6 +14,7 @@ import optax
 from absl import logging
 
 import jaxpruner
+from jaxpruner.inspection import checks
 from jaxpruner.training.projection import SparseState, find_state, find_states
 
 
@@ -49,8 +50,14 @@ class SparseOptimizer(fedjax.optimizers.Optimizer):
         """
         if hasattr(server_state, "cluster_params"):
             clusters = zip(server_state.opt_states, server_state.cluster_params, strict=True)
-            return [self.updater.current_masks(find_state(opt_state), params) for opt_state, params in clusters]
-        return self.updater.current_masks(self.sparse_state(server_state), server_state.params)
+            return [self._masks(opt_state, params) for opt_state, params in clusters]
+        return self._masks(server_state.opt_state, server_state.params)
+
+    def _masks(self, opt_state: Any, params: Any) -> Any:
+        state = find_state(opt_state)
+        # Before the first round, the masks of `from_params` and `preserve` are in the parameters alone.
+        state = state._replace(masks=self.updater.starting_masks(params, state))
+        return self.updater.current_masks(state, params)
 
 
 def server_optimizer(
@@ -78,7 +85,7 @@ def server_optimizer(
       The optimizer to pass as `server_optimizer=`.
 
     Raises:
-      ValueError: if the configuration is not valid.
+      ValueError: if the configuration is not valid, or the algorithm needs the loss, which FedJAX does not pass on.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -89,12 +96,9 @@ def server_optimizer(
       >>> holds_masks(state)
       True
     """
-    algorithm: Any = updater
-    if updater is None:
-        algorithm, config = jaxpruner.create_updater_from_config(config), {}
-    elif hasattr(updater, "items") and not config:
-        algorithm = jaxpruner.create_updater_from_config(algorithm)
-    stock = fedjax.optimizers.create_optimizer_from_optax(jaxpruner.sparsify(inner, algorithm, **config))
+    transformation = jaxpruner.sparsify(inner, updater, **config)
+    stock, algorithm = fedjax.optimizers.create_optimizer_from_optax(transformation), transformation.init.updater
+    checks.check_trainer(algorithm)
     if (period := _dropping_period(algorithm)) is not None:
         logging.warning(
             "server_optimizer: one of %d rounds between the first and the last mask update is lost. %s",
