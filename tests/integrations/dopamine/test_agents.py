@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import dopamine_cases as cases
@@ -414,6 +415,58 @@ def test_a_train_step_that_passes_no_params_is_told():
         agent = Forgetful(network=classic, **CLASSIC)
     with pytest.raises(ValueError, match=r"needs the parameters.*call tx.update\(updates, state, params\)"):
         cases.feed(agent, 1)
+
+
+def test_more_gradient_steps_than_the_schedule_was_made_for_are_told():
+    class Eager(dqn_agent.JaxDQNAgent):
+        def _train_step(self):
+            super()._train_step()
+            self.training_steps -= 1
+            super()._train_step()
+
+    class Told(jd.sparse_agent(Eager)):
+        def _clock(self, first=None):
+            return dataclasses.replace(super()._clock(first), per_update=2)
+
+    arguments = CLASSIC | {"network": classic, "summary_writing_frequency": 16}
+    with cases.configured([], bindings()):
+        agent, told = jd.sparse_agent(Eager)(**arguments), Told(**arguments)
+    with pytest.raises(ValueError, match=r"SparseEager: it took 2 gradient steps .* for 1, so that it would end early"):
+        cases.feed(agent, 40)
+    cases.feed(told, 40)
+    cases.assert_exactly_sparse(told, 0.9)
+
+
+def test_ppo_goes_on_from_a_checkpoint_that_is_due_for_training(tmp_path):
+    """It trains at the start of the next episode, and records the last observation of the one before."""
+    whole = make("ppo")
+    cases.feed(whole, 8)
+    whole.end_episode(1.0, True)
+    bundle = whole.bundle_and_checkpoint(str(tmp_path), 0)
+    resumed = make("ppo")
+    assert resumed.unbundle(str(tmp_path), 0, bundle)
+    for agent in (whole, resumed):
+        before = int(agent.optimizer_state.count)
+        cases.feed(agent, 12, seed=1)
+        assert int(agent.optimizer_state.count) > before
+    cases.assert_same_bits(resumed.network_params, whole.network_params)
+
+
+def test_units_are_not_preserved_weight_by_weight(tmp_path):
+    agent = make("dqn", *cases.bind(sparsity=0.5, sparsity_type="groups", dist_type="uniform"))
+    cases.feed(agent, 32)
+    bundle = agent.bundle_and_checkpoint(str(tmp_path), 0)
+    kept = make("dqn", *cases.bind(algorithm="preserve"))
+    with pytest.raises(ValueError, match=r"'preserve' does not go on with the whole units .*compact"):
+        kept.unbundle(str(tmp_path), 0, bundle)
+
+
+def test_priorities_that_dopamine_does_not_set_are_told(caplog):
+    caplog.set_level("WARNING", logger="absl")
+    make("dqn")
+    assert "prioritized" not in caplog.text
+    make("rainbow", replay_scheme="prioritized")
+    assert "SparseJaxRainbowAgent: the replay buffer is prioritized" in caplog.text
 
 
 class Space:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,12 @@ def test_killed_and_resumed_is_the_run_that_went_through(tmp_path, capsys):
         (train, ["create_runner.schedule = 'sometimes'"], (), "create_runner.schedule: 'sometimes' is not known"),
         # The closing $: nothing follows of where gin was.
         (train, ["sparsify.algorithm = 'magnitud'"], (), r"^algorithm: 'magnitud' is not known; [^\n]*synflow\.$"),
+        (
+            train,
+            ["sparsify.algorithm = 'synflow'"],
+            (),
+            r"^algorithm: SynFlow scores with the loss, [^\n]*make masks b",
+        ),
         (train, ["sparsify.agorithm = 'rigl'"], (), r"^agorithm: no such key [^\n]*update_end_agent_step[^\n]*\.$"),
         (train, ["sparsfy.algorithm = 'rigl'"], (), r"^No configurable matching 'sparsfy'[^\n]*$"),
         (train, ["JaxDQNAgent.gama = 1"], (), r"^[^\n]*a parameter named 'gama'[^\n]*$"),
@@ -206,6 +213,17 @@ def test_a_run_that_ends_early_says_what_it_reached(tmp_path):
     count, total = int(runner.agent.optimizer_state.count), runner.agent.sparsity()["total"]
     assert 0 < total < 0.89
     assert f"asked 89.9%, reached {total:.1%}, for the training ended after {count} grad" in runner.agent.shortfall()
+
+
+def test_a_checkpoint_without_its_replay_buffer_is_not_trained_over(tmp_path):
+    bindings = [*cases.CARTPOLE, *cases.ITERATIONS]
+    cases.run(tmp_path, ["dqn_cartpole.gin"], bindings, stop=2).close()
+    for folder in (path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=r"base_dir: the checkpoint of iteration 1 in .* without its replay buffer"):
+        cases.run(tmp_path, ["dqn_cartpole.gin"], bindings)
+    again = cases.run(tmp_path, ["dqn_cartpole.gin"], [*bindings, "JaxDQNAgent.allow_partial_reload = True"], stop=3)
+    assert again.iterations_done == 2
 
 
 def test_playing_does_not_change_the_training(tmp_path):

@@ -28,6 +28,12 @@ def continued(
             "sparsify.algorithm = 'preserve', or start in another base_dir."
         )
     if isinstance(updater, jaxpruner.PreserveSparsity):
+        if any(np.ndim(mask) < np.ndim(zeros) for mask, zeros in _pairs(saved.masks, fresh.masks)):
+            raise ValueError(
+                f"sparsify.algorithm: 'preserve' does not go on with the whole units that the run of {where} pruned "
+                f"(sparsify.sparsity_type = 'groups'). Continue with {described['algorithm']!r} and 'groups', or take "
+                "the units out: python -m jaxpruner_dopamine.compact."
+            )
         if isinstance(saved.inner_state, jaxpruner.StraightThroughState):
             saved = saved._replace(inner_state=saved.inner_state.inner_state)
         saved = jaxpruner.SparseState(*saved[:4])  # without what another algorithm remembered
@@ -39,6 +45,12 @@ def continued(
         raise ValueError(f"sparsify.{in_gin(error)}") from error
     require_same_layout(saved, fresh, where)
     return saved, [f"sparsify, in gradient steps: {c}" if c.startswith("update_") else f"sparsify.{c}" for c in changes]
+
+
+def _pairs(saved: Any, fresh: Any) -> list[tuple[Any, Any]]:
+    """The leaves of two trees of masks that have the same path."""
+    ours = dict(jax.tree_util.tree_leaves_with_path(fresh))
+    return [(leaf, ours[path]) for path, leaf in jax.tree_util.tree_leaves_with_path(saved) if path in ours]
 
 
 def require_same_layout(saved: Any, expected: Any, where: str) -> None:

@@ -32,6 +32,7 @@ BATCH = 32
 def define_flags() -> None:
     """Those of training, and its own."""
     train.define_flags()
+    flags.adopt_module_key_flags(train)  # so that --help lists them
     define_own_flags()
 
 

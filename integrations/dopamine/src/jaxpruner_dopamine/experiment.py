@@ -13,7 +13,7 @@ import gymnasium
 import jax
 import numpy as np
 import tensorflow as tf
-from dopamine.discrete_domains import run_experiment
+from dopamine.discrete_domains import checkpointer, run_experiment
 from dopamine.jax.agents.ppo import ppo_agent
 from dopamine.jax.agents.sac import sac_agent
 
@@ -148,9 +148,20 @@ class Reproducible(_Runner):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._require_resumed()
         self.agent.check_length(self.agent_steps)
         if self.iterations_done:
             self.agent.check_sparse()
+
+    def _require_resumed(self) -> None:
+        """Raises a ValueError if there is a checkpoint and the training would start anew, over it."""
+        latest = checkpointer.get_latest_checkpoint_number(self._checkpoint_dir)
+        if latest >= 0 and not self.iterations_done:
+            raise ValueError(
+                f"base_dir: the checkpoint of iteration {latest} in {self._checkpoint_dir} cannot be continued without "
+                "its replay buffer, which is not there. Bring it back, continue with an empty one "
+                "(JaxDQNAgent.allow_partial_reload = True, of your agent's class), or start in another base_dir."
+            )
 
     def _run_one_iteration(self, iteration: int) -> Any:
         if getattr(self, "episode_ended", True):  # else an episode goes on across iterations

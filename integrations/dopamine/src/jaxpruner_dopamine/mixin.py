@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from dopamine.jax.replay_memory import samplers
 from dopamine.metrics import collector_dispatcher, statistics_instance
 
 import jaxpruner
@@ -73,6 +74,7 @@ class SparseAgent(_Agent):
                     "Use one of the agents of jaxpruner_dopamine.agents, or change its train step in a subclass."
                 )
         super().__init__(*args, **kwargs)
+        self._tell_of_uniform_replay()
 
     def _clock(self, first: int | None = None) -> Clock:
         """When this agent takes gradient steps; `first` is the agent step that it continues a dense run from."""
@@ -87,11 +89,13 @@ class SparseAgent(_Agent):
 
     def _make_sparse(self, updater: jaxpruner.BaseUpdater | None, first: int | None = None) -> None:
         """Puts the transformation around the optimizer, with a new state for the present parameters."""
+        if updater is not None:
+            checks.check_trainer(updater)
         self.updater, self._sparse_from = updater, first
         optimizer = self._dense_optimizer if updater is None else jaxpruner.sparsify(self._dense_optimizer, updater)
         setattr(self, self._optimizer_attribute, optimizer)
         self.optimizer_state = optimizer.init(self._params)
-        self._is_checked = updater is None
+        self._is_checked = self._is_clock_checked = updater is None
 
     @property
     def _params(self) -> Any:
@@ -178,12 +182,35 @@ class SparseAgent(_Agent):
         # When the stock agents write their losses.
         if self.optimizer_state is state or step == 0 or step % self.summary_writing_frequency:
             return
+        if not self._is_clock_checked:
+            self._is_clock_checked = True
+            self._check_clock(int(self.optimizer_state.count) - int(state.count))
         first = self.updater and self.updater.scheduler.first_update_step
         if not self._is_checked and int(self.optimizer_state.count) > (first or 0):
             self._is_checked = True
             self.check_sparse()
         if self.summary_writer is not None:
             self._write_sparsity(step)
+
+    def _check_clock(self, taken: int) -> None:
+        """Raises a ValueError if the schedule was made for another number of gradient steps a train step."""
+        if taken != (expected := self._clock().per_update):
+            raise ValueError(
+                f"{type(self).__name__}: it took {taken} gradient steps in a train step, and the schedule of its masks "
+                f"was made for {expected}, so that it would end {'early' if taken > expected else 'late'}. Tell it in "
+                "your agent: def _clock(self, first=None): return dataclasses.replace(super()._clock(first), "
+                f"per_update={taken})."
+            )
+
+    def _tell_of_uniform_replay(self) -> None:
+        """Warns where Dopamine's own agent has a prioritized buffer, and leaves all priorities at 1."""
+        distribution = getattr(self._replay, "_sampling_distribution", None)
+        if isinstance(distribution, samplers.PrioritizedSamplingDistribution) and self._replay_scheme == "uniform":
+            logging.warning(
+                "%s: the replay buffer is prioritized, and the agent gives all transitions priority 1, so that they "
+                "are sampled uniformly. (Some of Dopamine's agents do so whatever their replay_scheme.)",
+                type(self).__name__,
+            )
 
     def _write_sparsity(self, step: int) -> None:
         scalars = {f"Sparsity/{name}": value for name, value in self.sparsity().items()}
@@ -208,7 +235,11 @@ class SparseAgent(_Agent):
             )
 
     def bundle_and_checkpoint(self, checkpoint_dir: str, iteration_number: int) -> dict[str, Any] | None:
-        """What the stock agent stores, and the random state, the configuration and where sparse training began."""
+        """What the stock agent stores, and what it lacks to go on as if nothing had happened.
+
+        That is the random state, the configuration, where sparse training began and the last observation, which PPO
+        reads at the start of an episode.
+        """
         bundle = super().bundle_and_checkpoint(checkpoint_dir, iteration_number)
         if bundle is not None:
             bundle |= {
@@ -216,6 +247,7 @@ class SparseAgent(_Agent):
                 "seed": self._seed,
                 "sparsify": jaxpruner.describe(self.updater),
                 "sparse_from": self._sparse_from,
+                "last_observation": self._last_observation,
             }
         return bundle
 
@@ -252,6 +284,7 @@ class SparseAgent(_Agent):
             logging.warning("%s", change)
         if "rng" in bundle:
             self._rng, self._seed = jnp.asarray(bundle["rng"]), bundle["seed"]
+            self._last_observation = bundle.get("last_observation")
         self._make_sparse(updater, first)
         if is_sparse:
             self.optimizer_state = saved._replace(target_sparsities=self.optimizer_state.target_sparsities)

@@ -24,6 +24,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Those of training, and what to draw."""
     train.define_flags()
+    flags.adopt_module_key_flags(train)  # so that --help lists them
     flags.DEFINE_string("output", None, "A .gif (animated) or .png (a strip of frames).", required=True)
     flags.DEFINE_integer("episode", 0, "Which game; another number is another one.", lower_bound=0)
     flags.DEFINE_integer("every", 2, "Of how many steps one frame of the GIF is drawn.", lower_bound=1)
