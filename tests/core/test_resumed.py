@@ -241,6 +241,20 @@ def test_check_sparse_tells_another_sparsity_than_that_of_the_masks(algorithm, b
         jaxpruner.check_sparse(params, state, now)
 
 
+def test_check_sparse_lets_srigl_remove_neurons_whose_inputs_find_no_place():
+    """One output takes all of its ten inputs, the others become idle, and the rest of the budget is left over."""
+    chosen = updater("srigl", sparsity=0.5, min_share=1.0, drop_fraction=0.9)
+    tx = jaxpruner.sparsify(optax.sgd(0.1), chosen)
+    params = {"w": jnp.ones((10, 4)).at[:, 0].set(5.0)}
+    grads = {"w": jnp.zeros((10, 4)).at[:, 0].set(9.0).at[:4, 1].set(5.0).at[:3, 2:].set(5.0)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert state.masks["w"].sum(0).tolist() == [10, 0, 0, 0]  # of 20
+    jaxpruner.check_sparse(params, state, chosen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["rigl", "set", "preserve", "static_sparse", "magnitude"])
 def test_training_starts_from_given_masks(algorithm):

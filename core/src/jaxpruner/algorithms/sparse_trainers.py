@@ -28,6 +28,8 @@ class StaticRandomSparse(BaseUpdater):
 
     follows_schedule = False
     starts_dense = False
+    # Whether masks always have as many weights as those that training starts with.
+    keeps_count = True
 
     def get_initial_masks(self, params: Any, target_sparsities: Any) -> Any:
         return self.create_masks(random_scores(self, params), target_sparsities)

@@ -40,6 +40,8 @@ class SRigL(RigL):
     sparsity_type: Any = sparsity_types.PerOutput()
     min_share: float = 0.3
 
+    keeps_count = False  # a removed neuron's inputs may find no place in the others
+
     def __post_init__(self) -> None:
         if not 0 <= self.min_share <= 1:
             raise ValueError(f"min_share: {self.min_share!r} is outside [0, 1]; it is a share of a neuron's inputs.")

@@ -340,8 +340,9 @@ def _require_as_asked(params: Any, state: projection.SparseState, updater: BaseU
         asked, held, slack = shares_pruned(params, state, updater)
     except ValueError:
         return  # masks of a part of the parameters, whose budget is shared with others
-    # Only what starts from random masks would never be sparser than asked: parameters may have fewer nonzero weights.
-    excess = 0.0 if updater.starts_dense or updater.masks is not None else held - asked
+    # Masks from parameters may have fewer weights than asked: those that are not zero.
+    is_exact = getattr(updater, "keeps_count", False) and updater.masks is None
+    excess = held - asked if is_exact else 0.0
     if max(asked - held, excess) <= slack:
         return
     if updater.reaches_sparsity:
