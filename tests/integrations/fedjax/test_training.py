@@ -21,6 +21,7 @@ import pytest
 from federated_cases import fedjax
 from tensorboardX.proto.event_pb2 import Event
 
+import jaxpruner
 import jaxpruner_fedjax
 from jaxpruner_fedjax.experiment import Config, build, reached, run
 from jaxpruner_fedjax.sampling import PARAMS, branch_key
@@ -238,6 +239,13 @@ def test_layers_of_a_sparsity_of_their_own(tmp_path):
     assert targets(tmp_path, **given, algorithm="global_magnitude")["linear_1"] == 0.5
 
 
+@dataclasses.dataclass(eq=False)
+class InRounds(jaxpruner.MagnitudePruning):
+    """An algorithm of one's own, with an option that is a whole number."""
+
+    rounds: int = 1
+
+
 def test_options_of_the_algorithm(tmp_path):
     given = {"algorithm": "fisher", "algorithm_options": {"decay": 0.5}, "masked_clients": False}
     assert build(config(tmp_path, **given)).server.updater.decay == 0.5
@@ -246,9 +254,12 @@ def test_options_of_the_algorithm(tmp_path):
     with pytest.raises(ValueError, match=r"dekay: no such key for algorithm 'fisher'; valid keys are .*decay"):
         build(config(tmp_path, **given | {"algorithm_options": {"dekay": 0.5}}))
     assert config(tmp_path, **given).numbers["algorithm_options"] == {"decay": 0.5}
-    with pytest.raises(
-        ValueError, match="SynFlow scores with the loss, which this trainer does not pass on; make masks"
-    ):
+    own = given | {"algorithm": "in_rounds", "algorithm_options": {"rounds": 3.0}}
+    jaxpruner.register_algorithm("in_rounds", InRounds)
+    rounds = build(config(tmp_path, **own)).server.updater.rounds
+    assert (rounds, type(rounds)) == (3, int)
+    refusal = "SynFlow scores with the loss, which this trainer does not pass on; make masks"
+    with pytest.raises(ValueError, match=refusal):
         build(config(tmp_path, algorithm="synflow", algorithm_options={"rounds": 3.0}, masked_clients=False))
 
 
